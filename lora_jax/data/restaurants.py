@@ -1,0 +1,102 @@
+"""A generated data-to-text corpus about invented restaurants, in the spirit of E2E.
+
+A record asks for a description of a few facts, `name[The Idle Wren], food[Thai], price[cheap]`, and
+answers in one to three sentences. Nothing is downloaded and the same records come out everywhere.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from lora_jax.data import restaurant_text, restaurant_words
+from lora_jax.data.records import (
+    TEST,
+    TRAIN,
+    VALIDATION,
+    Corpus,
+    Record,
+    conversation,
+    file_fingerprint,
+)
+from lora_jax.data.restaurant_text import Facts, Pick, describe
+
+SYSTEM = "Describe the restaurant."
+SIZES = {TRAIN: 4000, VALIDATION: 400, TEST: 400}
+
+_T = TypeVar("_T")
+_SEED = 20240
+_SLOTS = ("type", "food", "price", "rating", "area", "family", "near")
+_SLOT_COUNTS = (3, 4, 4, 5, 5, 5, 6, 6, 7, 8)
+
+
+def corpus() -> Corpus:
+    """The corpus: 4000 training, 400 validation and 400 test records; no facts occur twice."""
+    modules = (__file__, restaurant_text.__file__, restaurant_words.__file__)
+    return Corpus(
+        name="restaurants",
+        fingerprint=file_fingerprint(*modules),
+        splits={split: _reader(split) for split in SIZES},
+    )
+
+
+def _reader(split: str) -> Callable[[], Iterator[Record]]:
+    return lambda: _generate(split)
+
+
+def _generate(wanted: str) -> Iterator[Record]:
+    pick = _picker(_SEED)
+    seen: set[str] = set()
+    for split, size in SIZES.items():
+        remaining = size
+        while remaining:
+            facts = _facts(pick)
+            prompt, text = meaning(facts), describe(facts, pick)
+            if prompt in seen:
+                continue
+            seen.add(prompt)
+            remaining -= 1
+            if split == wanted:
+                yield conversation(prompt, text, system=SYSTEM)
+        if split == wanted:
+            return
+
+
+def meaning(facts: Facts) -> str:
+    """The facts as the model reads them: `name[The Idle Wren], food[Thai]`."""
+    return ", ".join(f"{slot}[{value}]" for slot, value in facts.items())
+
+
+def _facts(pick: Pick) -> Facts:
+    words = restaurant_words
+    values = {
+        "type": words.TYPES,
+        "food": words.FOODS,
+        "price": words.PRICES,
+        "rating": words.RATINGS,
+        "area": words.AREAS,
+        "family": words.YES_NO,
+        "near": words.LANDMARKS,
+    }
+    chosen: set[str] = set()
+    count = pick(_SLOT_COUNTS)
+    while len(chosen) < count - 1:
+        chosen.add(pick(_SLOTS))
+    return {"name": _name(pick)} | {s: pick(values[s]) for s in _SLOTS if s in chosen}
+
+
+def _name(pick: Pick) -> str:
+    words = restaurant_words
+    if pick((True, True, True, False)):
+        return f"The {pick(words.ADJECTIVES)} {pick(words.NOUNS)}"
+    return f"{pick(words.OWNERS)}'s {pick(words.ROOMS)}"
+
+
+def _picker(seed: int) -> Pick:
+    # Raw bits only: numpy keeps these the same for ever, its distributions it may change.
+    bits = np.random.Philox(key=seed)
+
+    def pick(options: Sequence[_T], /) -> _T:
+        return options[int(bits.random_raw()) % len(options)]
+
+    return pick

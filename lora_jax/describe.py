@@ -1,0 +1,106 @@
+"""What a delta adapts, and what it costs, as a table that a person can check."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import jax
+
+from lora_jax import paths
+from lora_jax.masks import trainable_mask
+from lora_jax.methods import Method
+from lora_jax.targets import Targets, as_rules, match_rules
+from lora_jax.transform import Delta, delta_nodes
+from lora_jax.weights import PyTree, is_weight
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One adapted path: the weight's shape, how it is adapted, and how much of it trains."""
+
+    path: str
+    rule: str
+    kind: str
+    shape: tuple[int, ...]
+    rank: int | None
+    trainable: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """The adapted paths of a tree and its parameter counts; `str` gives the table."""
+
+    rows: tuple[Row, ...]
+    trainable_params: int
+    all_params: int
+
+    @property
+    def trainable_percent(self) -> float:
+        return 100 * self.trainable_params / self.all_params
+
+    def summary(self) -> str:
+        return (
+            f"trainable params: {self.trainable_params:,} || all params: {self.all_params:,} || "
+            f"trainable%: {self.trainable_percent:.4f}"
+        )
+
+    def __str__(self) -> str:
+        header = ("path", "rule", "delta", "weight", "rank", "trainable")
+        cells = [header] + [
+            (
+                row.path,
+                row.rule,
+                row.kind,
+                "x".join(map(str, row.shape)),
+                "" if row.rank is None else str(row.rank),
+                f"{row.trainable:,}",
+            )
+            for row in self.rows
+        ]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = [
+            "  ".join(
+                cell.rjust(width) if i >= 4 else cell.ljust(width)
+                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in cells
+        ]
+        return "\n".join([*lines, self.summary()])
+
+
+def describe(
+    base: PyTree,
+    delta: Delta,
+    method: Method | Mapping[str, Method | None] | None = None,
+    *,
+    targets: Targets = "all-linear",
+) -> Description:
+    """Counts what trains, path by path. Abstract trees do: nothing is allocated.
+
+    "all params" are the base's (of a quantised weight the logical count) and the delta's, as PEFT
+    counts them. Adapted over stacked layers, a path's count covers all of them.
+
+    Args:
+      base: the frozen tree, or its `jax.eval_shape`.
+      delta: the delta, or its `jax.eval_shape`.
+      method: what `lora_transform` was given, to name the rule that picked each path.
+      targets: likewise.
+    """
+    flat = paths.flatten(base, is_leaf=is_weight)
+    nodes = delta_nodes(delta)
+    rules: dict[str, str] = {}
+    if method is not None:
+        matches = match_rules(
+            list(flat), as_rules(method, targets), lambda path, _: path in nodes
+        )
+        rules = {match.path: match.rule for match in matches}
+    rows = []
+    for path, node in nodes.items():
+        flags = jax.tree.leaves(trainable_mask(node))
+        sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(node)]
+        trained = sum(size for size, flag in zip(sizes, flags, strict=True) if flag)
+        shape = tuple(flat[path].shape) if path in flat else ()
+        rows.append(Row(path, rules.get(path, ""), type(node).__name__, shape, node.rank, trained))
+    trained = sum(row.trainable for row in rows)
+    total = trained + sum(math.prod(leaf.shape) for leaf in flat.values())
+    return Description(tuple(rows), trained, total)

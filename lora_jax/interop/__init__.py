@@ -1,0 +1,6 @@
+"""Models, tokenizers and adapters in other projects' formats."""
+
+from lora_jax.interop.gguf import load_gguf as load_gguf
+from lora_jax.interop.huggingface import load_huggingface as load_huggingface
+from lora_jax.interop.model import Pretrained as Pretrained
+from lora_jax.interop.pretrained import load as load

@@ -1,0 +1,100 @@
+"""A resumable download with a progress bar."""
+
+import http.client
+import os
+import ssl
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import BinaryIO
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+_CHUNK = 1 << 18
+_ATTEMPTS = 4
+_CERTIFICATES = ("PIP_CERT", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
+
+
+class Interrupted(ValueError):
+    """The bytes stopped coming; what came is kept, and the next call goes on from there."""
+
+
+def download(url: str, part: Path, *, size: int, pause: float = 1.0) -> None:
+    """Fills `part` with the `size` bytes at `url` (http, https or file), going on where it ends.
+
+    A server that ignores the range asked for makes it start anew. A connection that breaks is
+    tried again up to three times, after a `pause` in seconds that doubles.
+
+    Raises:
+      Interrupted: no connection, a refusal by the server, or fewer bytes than `size`.
+    """
+    with _progress() as progress:
+        task = progress.add_task(part.stem, total=size)
+        for attempt in range(_ATTEMPTS):
+            if attempt:
+                time.sleep(pause * 2 ** (attempt - 1))
+            reason = _continue(url, part, size, lambda done: progress.update(task, completed=done))
+            if _length(part) >= size:
+                return
+    raise Interrupted(
+        f"{part.stem} stopped at {_length(part):,} of {size:,} bytes: {reason}. "
+        "Run again: it goes on from there."
+    )
+
+
+def _continue(url: str, part: Path, size: int, report) -> str:
+    """One connection's worth of bytes; returns why there came no more."""
+    done = _length(part)
+    if done >= size:
+        return "complete"
+    request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
+    try:
+        with urllib.request.urlopen(request, timeout=60, context=_tls()) as response:
+            if done and response.status != http.client.PARTIAL_CONTENT:
+                done = 0
+            with part.open("ab" if done else "wb") as file:
+                return _pour(response, file, done, report)
+    except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
+        return str(error)
+
+
+def _pour(response: BinaryIO, file: BinaryIO, done: int, report) -> str:
+    report(done)
+    while chunk := response.read(_CHUNK):
+        file.write(chunk)
+        done += len(chunk)
+        report(done)
+    return "the server closed the connection"
+
+
+def _length(part: Path) -> int:
+    return part.stat().st_size if part.exists() else 0
+
+
+def _tls() -> ssl.SSLContext:
+    """The certificates that pip and requests would trust, so that a company's proxy works."""
+    named = [os.environ[name] for name in _CERTIFICATES if os.environ.get(name)]
+    if not named:
+        return ssl.create_default_context()
+    is_folder = Path(named[0]).is_dir()
+    return ssl.create_default_context(**{"capath" if is_folder else "cafile": named[0]})
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )

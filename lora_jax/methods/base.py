@@ -1,0 +1,179 @@
+"""The protocol of a method: what `lora_transform` asks of it, and what its delta nodes can do.
+
+A new method is one file: a frozen dataclass of hyperparameters whose `fresh` makes a node, and the
+node, a pytree that applies, merges and says what it trains. Nothing else in the library changes.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.weights import Adapted, Shared, Weight, dense
+
+AnyWeight = jax.Array | Weight
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Which axes of a leaf an activation is contracted with, and which ones it gains.
+
+    Axes are negative, counted from the end; those that neither tuple names are stack axes, and
+    lead. The default is a matrix `[stack..., d_in, d_out]`; a Flax attention kernel
+    `[d, heads, head_dim]` is `Layout(contracted=(-3,), output=(-2, -1))`.
+    """
+
+    contracted: tuple[int, ...] = (-2,)
+    output: tuple[int, ...] = (-1,)
+
+    def split(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """`shape` as (stack, contracted, output) dimensions.
+
+        Raises:
+          ValueError: if the axes are not the last ones, contracted before output.
+        """
+        n_in, n_out = len(self.contracted), len(self.output)
+        ordered = (*self.contracted, *self.output) == tuple(range(-n_in - n_out, 0))
+        if not ordered or len(shape) < n_in + n_out:
+            raise ValueError(
+                f"{self} does not fit shape {shape}: expected consecutive negative axes that end "
+                "at -1, contracted before output, for example contracted=(-3,), output=(-2, -1)."
+            )
+        stack = len(shape) - n_in - n_out
+        return shape[:stack], shape[stack : stack + n_in], shape[stack + n_in :]
+
+
+class DeltaNode(abc.ABC):
+    """The delta of one weight. Subclasses are `flax.struct.dataclass`es.
+
+    Every leaf carries the stack axes of the weight first (but those inside `Shared`), so that a
+    scan over layers slices node and weight alike; `linear` and `embed` see one layer.
+    """
+
+    @property
+    @abc.abstractmethod
+    def stack_ndim(self) -> int:
+        """How many stack axes the leaves carry."""
+
+    @abc.abstractmethod
+    def linear(self, x: jax.Array, base: AnyWeight, dropout_key: jax.Array | None) -> jax.Array:
+        """The adapted layer's output `[..., d_out]` for `x [..., d_in]` and the frozen weight."""
+
+    @abc.abstractmethod
+    def merge(self, base: AnyWeight) -> jax.Array:
+        """The one dense weight, stacked as `base` is, that does the same. Raises ValueError where
+        the method has no merged form."""
+
+    @abc.abstractmethod
+    def unmerge(self, merged: jax.Array) -> jax.Array:
+        """The base that `merge` made `merged` of, up to the rounding of its dtype."""
+
+    @abc.abstractmethod
+    def trainable(self) -> Self:
+        """The same node with a bool for each leaf: True where an optimizer may move it."""
+
+    def check(self, path: str, base: AnyWeight) -> None:
+        """Raises ValueError if this node was not made for a weight of this shape."""
+
+    def embed(self, tokens: jax.Array, base: AnyWeight) -> jax.Array:
+        """The adapted table's rows. Raises ValueError where the method cannot adapt a table."""
+        raise ValueError(f"{type(self).__name__} cannot adapt an embedding: leave it out (None).")
+
+    def transposed(self) -> Self:
+        """The node of the transposed weight, as a tied output head needs it."""
+        raise ValueError(f"{type(self).__name__} cannot adapt a tied embedding: leave it out.")
+
+    def resolve(self, extras: Mapping[str, "Extra"]) -> Self:
+        """The node with what it shares with others, stored once at the delta's root, filled in."""
+        del extras
+        return self
+
+    def bind(
+        self, base: AnyWeight, dropout_key: jax.Array | None, adapter_ids: Shared | None
+    ) -> AnyWeight:
+        """What stands in the weight's place while the model runs."""
+        return Adapted(base, self, dropout_key, adapter_ids)
+
+    def padded(self, like: Self) -> Self:
+        """The same delta with every leaf grown to the shapes of `like`; exact. See `stack`."""
+        fits = jax.tree.map(lambda ours, other: ours.shape == other.shape, self, like)
+        if not all(jax.tree.leaves(fits)):
+            raise ValueError(f"{type(self).__name__} nodes of different shapes cannot be stacked.")
+        return self
+
+    def absent(self) -> Self:
+        """A node of these shapes that adapts nothing; `stack` puts it where a delta has none."""
+        raise ValueError(
+            f"{type(self).__name__} has no neutral value: stack deltas that target the same paths."
+        )
+
+    @property
+    def rank(self) -> int | None:
+        """The rank, where the word has a meaning."""
+        return None
+
+
+class Additive(DeltaNode):
+    """A node whose merged form is the base plus an update."""
+
+    @abc.abstractmethod
+    def update(self, shape: tuple[int, ...]) -> jax.Array:
+        """What is added to the weight, float32, in the weight's own shape."""
+
+    def merge(self, base: AnyWeight) -> jax.Array:
+        total = dense(base).astype(jnp.float32) + self.update(base.shape)
+        return total.astype(base.dtype)
+
+    def unmerge(self, merged: jax.Array) -> jax.Array:
+        rest = merged.astype(jnp.float32) - self.update(merged.shape)
+        return rest.astype(merged.dtype)
+
+
+class Extra(DeltaNode):
+    """A node without a weight: a soft prompt that a model reads, a projection that nodes share.
+
+    `bind` puts those that are `in_weights` into the tree of weights at the node's own path, where
+    the base has nothing.
+    """
+
+    in_weights: ClassVar[bool] = True
+    stack_ndim = 0
+
+    def linear(self, x, base, dropout_key):
+        raise ValueError(f"{type(self).__name__} is not a weight: no activation is applied to it.")
+
+    def merge(self, base):
+        raise ValueError(f"{type(self).__name__} has no merged form: it belongs to no weight.")
+
+    def unmerge(self, merged):
+        raise ValueError(f"{type(self).__name__} has no merged form: it belongs to no weight.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method(abc.ABC):
+    """Hyperparameters of one way to adapt a weight."""
+
+    needs_matrix: ClassVar[bool] = True  # whether only leaves of two axes or more are adapted
+
+    @abc.abstractmethod
+    def fresh(self, weight: AnyWeight, *, layout: Layout, key: jax.Array) -> DeltaNode:
+        """A fresh node for `weight`, which leaves the layer's output unchanged.
+
+        Args:
+          weight: the frozen weight, possibly abstract, `[stack..., contracted..., output...]`.
+          layout: its axes.
+          key: one typed key for each stacked layer, `[stack...]`.
+        """
+
+    def corrected(self, weight: AnyWeight, node: DeltaNode) -> AnyWeight:
+        """The base that goes with a fresh node; PiSSA and its like move a part of it there."""
+        del node
+        return weight
+
+    def extras(self, nodes: Mapping[str, DeltaNode], *, key: jax.Array) -> dict[str, Extra]:
+        """Further entries `{path: Extra}` of the delta, beside the nodes of this method."""
+        del nodes, key
+        return {}

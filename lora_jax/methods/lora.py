@@ -1,0 +1,163 @@
+"""LoRA: low-rank adaptation (Hu et al. 2021, arXiv:2106.09685), and rsLoRA's scaling."""
+
+import dataclasses
+import math
+from typing import Literal, Self
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from lora_jax.methods.base import Additive, AnyWeight, Layout, Method
+from lora_jax.weights import embed, linear
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoRA(Method):
+    """`y = x @ w + scale * dropout(x) @ a @ b` with `b = 0` at the start.
+
+    Attributes:
+      rank: r, the inner dimension of `a [d_in, r]` and `b [r, d_out]`.
+      alpha: the numerator of the scale.
+      scaling: "lora" for `alpha / r` (section 4.1 of the paper), "rslora" for `alpha / sqrt(r)`
+        (Kalajdzievski 2023, arXiv:2312.03732).
+      dropout: the rate at which entries of the adapter's input are zeroed while a `dropout_key` is
+        bound; what remains is divided by `1 - dropout`.
+      init: how `a` is drawn: "kaiming" is uniform on +-1/sqrt(d_in), as PEFT draws it; "gaussian"
+        has standard deviation `1 / r`.
+
+    Raises:
+      ValueError: for a rank below 1 (None is the method that adapts nothing), an alpha that is not
+        positive, a dropout outside [0, 1), an unknown scaling or init.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    scaling: Literal["lora", "rslora"] = "lora"
+    dropout: float = 0.0
+    init: Literal["kaiming", "gaussian"] = "kaiming"
+
+    def __post_init__(self):
+        if not isinstance(self.rank, int) or self.rank < 1:
+            raise ValueError(
+                f"LoRA(rank={self.rank!r}): a rank is an integer of at least 1. To leave a target "
+                "unadapted, map it to None."
+            )
+        if not self.alpha > 0:
+            raise ValueError(f"LoRA(alpha={self.alpha!r}): alpha must be positive.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"LoRA(dropout={self.dropout!r}): the rate must lie in [0, 1).")
+        _one_of("scaling", self.scaling, ("lora", "rslora"))
+        _one_of("init", self.init, ("kaiming", "gaussian"))
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (self.rank if self.scaling == "lora" else math.sqrt(self.rank))
+
+    def fresh(self, weight: AnyWeight, *, layout: Layout, key: jax.Array) -> "LowRank":
+        stack, d_in, d_out = layout.split(weight.shape)
+        if self.rank > min(math.prod(d_in), math.prod(d_out)):
+            raise ValueError(
+                f"LoRA(rank={self.rank}) exceeds the smaller side of a {math.prod(d_in)} x "
+                f"{math.prod(d_out)} matrix. Give that target a smaller rank, "
+                "{target: LoRA(rank=...)}, or use Full."
+            )
+
+        def draw(layer_key):
+            shape = (*d_in, self.rank)
+            if self.init == "gaussian":
+                return jax.random.normal(layer_key, shape, jnp.float32) / self.rank
+            bound = 1 / math.sqrt(math.prod(d_in))
+            return jax.random.uniform(layer_key, shape, jnp.float32, -bound, bound)
+
+        for _ in stack:
+            draw = jax.vmap(draw)
+        return LowRank(
+            a=draw(key),
+            b=jnp.zeros((*stack, self.rank, *d_out), jnp.float32),
+            scale=jnp.full(stack, self.scale, jnp.float32),
+            dropout=self.dropout,
+        )
+
+
+@flax.struct.dataclass
+class LowRank(Additive):
+    """`scale * a @ b`, with `a [stack..., contracted..., r]`, `b [stack..., r, output...]`, float32.
+
+    Padding both factors with zeros to a larger rank changes nothing, then or later: the gradient
+    of each padded factor is a product with the other's zeros.
+    """
+
+    a: jax.Array
+    b: jax.Array
+    scale: jax.Array
+    dropout: float = flax.struct.field(pytree_node=False, default=0.0)
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[-1]
+
+    @property
+    def stack_ndim(self) -> int:
+        return jnp.ndim(self.scale)
+
+    def linear(self, x: jax.Array, base: AnyWeight, dropout_key: jax.Array | None) -> jax.Array:
+        x_drop = x if dropout_key is None else drop(x, self.dropout, dropout_key)
+        inner = linear(x_drop, self.a.astype(x.dtype)) * self._scale(x.dtype)
+        return linear(x, base) + linear(inner, self.b.astype(x.dtype))
+
+    def embed(self, tokens: jax.Array, base: AnyWeight) -> jax.Array:
+        rows = embed(tokens, base)
+        inner = embed(tokens, self.a).astype(rows.dtype) * self._scale(rows.dtype)
+        return rows + linear(inner, self.b.astype(rows.dtype))
+
+    def transposed(self) -> "LowRank":
+        return self.replace(a=jnp.swapaxes(self.b, -1, -2), b=jnp.swapaxes(self.a, -1, -2))
+
+    def update(self, shape: tuple[int, ...]) -> jax.Array:
+        stack = shape[: self.stack_ndim]
+        a = self.a.reshape(*stack, -1, self.rank)
+        b = self.b.reshape(*stack, self.rank, -1)
+        with jax.default_matmul_precision("highest"):
+            product = jnp.matmul(a, b) * self.scale[..., None, None]
+        return product.reshape(shape)
+
+    def trainable(self) -> Self:
+        return self.replace(a=True, b=True, scale=False)
+
+    def check(self, path: str, base: AnyWeight) -> None:
+        stack = self.stack_ndim
+        ours = (*self.a.shape[:-1], *self.b.shape[stack + 1 :])
+        if ours != tuple(base.shape):
+            raise ValueError(
+                f"{path}: the delta was made for a weight of shape {ours}, the base has "
+                f"{tuple(base.shape)}. Bind the delta to the base that it was made for."
+            )
+
+    def padded(self, like: "LowRank") -> "LowRank":
+        missing = like.rank - self.rank
+        grow_b = [(0, 0)] * self.b.ndim
+        grow_b[self.stack_ndim] = (0, missing)
+        return self.replace(
+            a=jnp.pad(self.a, [(0, 0)] * (self.a.ndim - 1) + [(0, missing)]),
+            b=jnp.pad(self.b, grow_b),
+        )
+
+    def absent(self) -> "LowRank":
+        return jax.tree.map(jnp.zeros_like, self)
+
+    def _scale(self, dtype) -> jax.Array:
+        return jax.lax.stop_gradient(self.scale).astype(dtype)
+
+
+def drop(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
+    """`x` with entries zeroed at `rate` and the rest divided by `1 - rate`."""
+    if rate == 0:
+        return x
+    kept = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(kept, x / (1 - rate), jnp.zeros_like(x))
+
+
+def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"LoRA({field}={value!r}): expected one of {', '.join(allowed)}.")

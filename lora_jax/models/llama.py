@@ -1,0 +1,215 @@
+"""Llama 2, Llama 3.x and SmolLM2 as pure functions over a params tree.
+
+Dimensions: B batch, T positions, D hidden, F intermediate, V vocabulary, L layers,
+N query heads, K key/value heads, H head size.
+
+The tree, with weights applied from the right and layers stacked on the leading axis:
+
+    embed [V, D]
+    layers/attn_norm [L, D]
+    layers/attn/{q_proj [L, D, N*H], k_proj [L, D, K*H], v_proj [L, D, K*H], o_proj [L, N*H, D]}
+    layers/mlp_norm [L, D]
+    layers/mlp/{gate_proj [L, D, F], up_proj [L, D, F], down_proj [L, F, D]}
+    norm [D]
+    lm_head [D, V]                      (absent where the embedding is tied)
+
+Every weight may be an array or any `Weight`: quantised, adapted, or both.
+"""
+
+import math
+from typing import Any, Literal
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from lora_jax.models.attention import attend, causal_mask
+from lora_jax.models.config import LlamaConfig
+from lora_jax.models.rope import rotate
+from lora_jax.weights import embed, linear, scan_layers, transpose
+
+Params = dict[str, Any]
+Remat = Literal["none", "full", "dots"]
+
+
+@flax.struct.dataclass
+class Cache:
+    """Keys and values of what was read so far.
+
+    Attributes:
+      k, v: `[L, B, S, K, H]`, for S positions at most.
+      lengths: `[B]` int32, how many positions of each row are filled.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    lengths: jax.Array
+
+
+def init(config: LlamaConfig, *, key: jax.Array, dtype: Any = jnp.float32) -> Params:
+    """Random params: normal weights of deviation `1 / sqrt(d_in)`, unit norm scales."""
+    D, F, L = config.hidden_size, config.intermediate_size, config.num_layers  # noqa: N806
+    q_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    keys = iter(jax.random.split(key, 9))
+
+    def normal(*shape: int, fan_in: int) -> jax.Array:
+        draw = jax.random.normal(next(keys), shape, jnp.float32) / math.sqrt(fan_in)
+        return draw.astype(dtype)
+
+    params = {
+        "embed": normal(config.vocab_size, D, fan_in=D),
+        "layers": {
+            "attn_norm": jnp.ones((L, D), dtype),
+            "attn": {
+                "q_proj": normal(L, D, q_width, fan_in=D),
+                "k_proj": normal(L, D, kv_width, fan_in=D),
+                "v_proj": normal(L, D, kv_width, fan_in=D),
+                "o_proj": normal(L, q_width, D, fan_in=q_width),
+            },
+            "mlp_norm": jnp.ones((L, D), dtype),
+            "mlp": {
+                "gate_proj": normal(L, D, F, fan_in=D),
+                "up_proj": normal(L, D, F, fan_in=D),
+                "down_proj": normal(L, F, D, fan_in=F),
+            },
+        },
+        "norm": jnp.ones((D,), dtype),
+    }
+    if not config.tie_embeddings:
+        params["lm_head"] = normal(D, config.vocab_size, fan_in=D)
+    return params
+
+
+def forward(
+    params: Params,
+    tokens: jax.Array,
+    config: LlamaConfig,
+    *,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    remat: Remat = "none",
+) -> jax.Array:
+    """Logits `[B, T, V]` of the next token after each of `tokens [B, T]`.
+
+    Args:
+      params: the tree above.
+      tokens: int32.
+      config: the shape of the model.
+      positions: `[B, T]`, counted from 0 along each row unless given.
+      segment_ids: `[B, T]`, the example that a packed position belongs to; attention stays inside.
+      remat: what the backward pass recomputes: "none", "dots" (all but matrix products), "full".
+    """
+    x = hidden_states(
+        params, tokens, config, positions=positions, segment_ids=segment_ids, remat=remat
+    )
+    return linear(x, output_head(params))
+
+
+def hidden_states(
+    params: Params,
+    tokens: jax.Array,
+    config: LlamaConfig,
+    *,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    remat: Remat = "none",
+    unroll: int = 1,
+) -> jax.Array:
+    """What the output head reads, `[B, T, D]`: `forward` without the product with the vocabulary."""
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    mask = causal_mask(positions, segment_ids)
+
+    def layer(x_BTD, weights):
+        q, k, v = project(x_BTD, weights, positions, config)
+        return finish_layer(x_BTD, attend(q, k, v, mask), weights, config), None
+
+    x_BTD = embed(tokens, params["embed"])
+    x_BTD, _ = scan_layers(
+        checkpointed(layer, remat), x_BTD, params["layers"], unroll=unroll
+    )
+    return rms_norm(x_BTD, params["norm"], config.norm_eps)
+
+
+def extend(
+    params: Params, tokens: jax.Array, cache: Cache, config: LlamaConfig
+) -> tuple[jax.Array, Cache]:
+    """Reads `tokens [B, T]` on from a cache.
+
+    Returns:
+      What the output head reads, `[B, T, D]`, and the cache with T more positions in every row.
+    """
+    B, T = tokens.shape  # noqa: N806
+    positions = cache.lengths[:, None] + jnp.arange(T)
+    slots = jnp.arange(cache.k.shape[2])
+    mask = (slots[None, None, :] <= positions[:, :, None])[:, None]
+    rows = jnp.arange(B)[:, None]
+
+    def layer(x_BTD, scanned):
+        weights, k_cache, v_cache = scanned
+        q, k, v = project(x_BTD, weights, positions, config)
+        k_cache = k_cache.at[rows, positions].set(k.astype(k_cache.dtype))
+        v_cache = v_cache.at[rows, positions].set(v.astype(v_cache.dtype))
+        x_BTD = finish_layer(x_BTD, attend(q, k_cache, v_cache, mask), weights, config)
+        return x_BTD, (k_cache, v_cache)
+
+    x_BTD = embed(tokens, params["embed"])
+    x_BTD, (k, v) = scan_layers(layer, x_BTD, (params["layers"], cache.k, cache.v))
+    return rms_norm(x_BTD, params["norm"], config.norm_eps), Cache(k, v, cache.lengths + T)
+
+
+def init_cache(config: LlamaConfig, batch: int, length: int, dtype: Any) -> Cache:
+    """An empty cache for `batch` rows of up to `length` positions."""
+    shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
+    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
+
+
+def output_head(params: Params) -> Any:
+    """The weight `[D, V]` of the output head: its own, or the embedding's transpose."""
+    return params["lm_head"] if "lm_head" in params else transpose(params["embed"])
+
+
+def project(
+    x_BTD: jax.Array, weights: Params, positions_BT: jax.Array, config: LlamaConfig
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries `[B, T, N, H]`, keys and values `[B, T, K, H]` of one layer, positions turned in."""
+    attn = weights["attn"]
+    x_BTD = rms_norm(x_BTD, weights["attn_norm"], config.norm_eps)
+
+    def heads(weight, count):
+        return linear(x_BTD, weight).reshape(*x_BTD.shape[:2], count, config.head_dim)
+
+    q_BTNH = rotate(heads(attn["q_proj"], config.num_heads), positions_BT, config)
+    k_BTKH = rotate(heads(attn["k_proj"], config.num_kv_heads), positions_BT, config)
+    return q_BTNH, k_BTKH, heads(attn["v_proj"], config.num_kv_heads)
+
+
+def finish_layer(
+    x_BTD: jax.Array, attended_BTNH: jax.Array, weights: Params, config: LlamaConfig
+) -> jax.Array:
+    """The rest of a layer after attention: the output projection, then the gated MLP."""
+    x_BTD = x_BTD + linear(attended_BTNH.reshape(*x_BTD.shape[:2], -1), weights["attn"]["o_proj"])
+    mlp = weights["mlp"]
+    y_BTD = rms_norm(x_BTD, weights["mlp_norm"], config.norm_eps)
+    gate_BTF = jax.nn.silu(linear(y_BTD, mlp["gate_proj"]))
+    return x_BTD + linear(gate_BTF * linear(y_BTD, mlp["up_proj"]), mlp["down_proj"])
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """`x / sqrt(mean(x^2) + eps) * scale` over the last axis, in float32."""
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + eps)
+    return normed.astype(x.dtype) * scale
+
+
+def checkpointed(layer, remat: Remat):
+    """`layer` under the named rematerialisation policy."""
+    policies = {
+        "full": jax.checkpoint_policies.nothing_saveable,
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    }
+    if remat == "none":
+        return layer
+    if remat not in policies:
+        raise ValueError(f"remat={remat!r}: expected one of none, {', '.join(policies)}.")
+    return jax.checkpoint(layer, policy=policies[remat], prevent_cse=False)

@@ -1,0 +1,80 @@
+"""Several deltas as one, along a leading axis: for sweeps by `vmap`, and for serving many."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax import paths
+from lora_jax.methods import DeltaNode
+from lora_jax.transform import Delta, delta_nodes
+
+
+def stack(deltas: Sequence[Delta]) -> Delta:
+    """One delta whose leaves carry a leading axis, a member for each of `deltas`.
+
+    Ranks are padded with zeros to the largest, and a path that a member does not adapt gets zeros:
+    both are exact, in value and throughout training. So targets can differ as ranks do.
+
+    Raises:
+      ValueError: for no delta, or members that put different methods on one path.
+    """
+    if not deltas:
+        raise ValueError("stack needs at least one delta.")
+    members = [delta_nodes(delta) for delta in deltas]
+    widest: dict[str, DeltaNode] = {}
+    for member in members:
+        for path, node in member.items():
+            widest[path] = _wider(path, widest.get(path, node), node)
+    stacked = {path: _stack_nodes(path, like, members) for path, like in widest.items()}
+    return paths.nest(stacked)
+
+
+def unstack(stacked: Delta, like: Sequence[Delta] | None = None) -> list[Delta]:
+    """The members of `stack(deltas)`.
+
+    Args:
+      stacked: what `stack` returned, possibly trained.
+      like: the deltas that were stacked (or their shapes), to which padding and absent paths are
+        cut back. Without it every member keeps the largest rank and all paths.
+
+    Raises:
+      ValueError: if `like` has another number of members.
+    """
+    count = jax.tree.leaves(stacked)[0].shape[0]
+    members = [jax.tree.map(lambda leaf: leaf[i], stacked) for i in range(count)]  # noqa: B023
+    if like is None:
+        return members
+    if len(like) != count:
+        raise ValueError(f"the stack has {count} members, but `like` lists {len(like)} deltas.")
+    return [_trimmed(member, shape) for member, shape in zip(members, like, strict=True)]
+
+
+def _trimmed(member: Delta, like: Delta) -> Delta:
+    nodes = delta_nodes(member)
+
+    def cut(leaf, wanted):
+        return leaf[tuple(slice(size) for size in wanted.shape)]
+
+    return paths.nest(
+        {path: jax.tree.map(cut, nodes[path], node) for path, node in delta_nodes(like).items()}
+    )
+
+
+def _wider(path: str, one: DeltaNode, other: DeltaNode) -> DeltaNode:
+    if jax.tree.structure(one) != jax.tree.structure(other):
+        raise ValueError(
+            f"{path}: cannot stack {_kind(one)} with {_kind(other)}: one path takes one method, "
+            "with one dropout rate."
+        )
+    return other if (other.rank or 0) > (one.rank or 0) else one
+
+
+def _stack_nodes(path: str, like: DeltaNode, members: list[dict[str, DeltaNode]]) -> DeltaNode:
+    nodes = [m[path].padded(like) if path in m else like.absent() for m in members]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *nodes)
+
+
+def _kind(node: DeltaNode) -> str:
+    static = str(jax.tree.structure(node)).removeprefix("PyTreeDef(").removesuffix(")")
+    return static

@@ -1,0 +1,135 @@
+"""Which leaves of a tree a rule picks: paths, presets, and the promise that every rule matches."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from lora_jax.paths import nearest
+
+Targets = str | Sequence[str]
+
+# What projections are called in the trees of Hugging Face, Flax, Llama's own code and GPT-2.
+_ATTENTION_MODULE = r"(?:.*_)?(?:attn|attention|mha)(?:_\d+)?/.*"
+_MLP_MODULE = r"(?:.*_)?(?:mlp|ffn|ff|feed_forward|feedforward)(?:_\d+)?/.*"
+PRESETS: dict[str, str] = {
+    "qv": r"[qv]_proj|w[qv]|query|value",
+    "attention": rf"[qkvo]_proj|query|key|value|qkv_proj|c_attn|{_ATTENTION_MODULE}",
+    "mlp": rf"(?:gate|up|down)_proj|fc[12]|c_fc|{_MLP_MODULE}",
+    "all-linear": r".*",
+}
+
+_EMBEDDING = re.compile(
+    r"(?:.*_)?embed(?:ding|dings|der)?(?:_.*)?|w[tp]e|token_embd|lm_head|unembed|unembedding"
+)
+_ROOT_HEAD = re.compile(r"head|output|classifier")
+_ROOTS = ("params", "model", "module")
+_NOT_A_MATRIX = re.compile(r"(?:.*_)?(?:bias|scale|beta|gamma|b|offset)")
+_NORM = re.compile(r"(?:.*_)?(?:norm|layernorm|rmsnorm|batchnorm|groupnorm|ln)(?:_.+|\d+)?", re.I)
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """A path that some rule picked."""
+
+    path: str
+    rule: str
+    method: Any
+
+
+def is_matrix_name(path: str) -> bool:
+    """Whether a leaf of this name may be a matrix: norm scales and biases, stacked over layers,
+    have two axes without being one."""
+    *parents, last = path.split("/")
+    if _NOT_A_MATRIX.fullmatch(last):
+        return False
+    return not any(_NORM.fullmatch(part) for part in (*parents[-1:], last))
+
+
+def is_embedding_or_head(path: str) -> bool:
+    parts = path.split("/")
+    if any(_EMBEDDING.fullmatch(part) for part in parts):
+        return True
+    outermost = next((part for part in parts if part not in _ROOTS), "")
+    return bool(_ROOT_HEAD.fullmatch(outermost))
+
+
+def rule_matcher(rule: str) -> Callable[[str], bool]:
+    """A predicate over paths: a preset by name, or a regular expression over whole components."""
+    try:
+        pattern = re.compile(rf"(?:.*/)?(?:{PRESETS.get(rule, rule)})(?:/.*)?")
+    except re.error as error:
+        raise ValueError(f"target {rule!r} is not a valid regular expression: {error}.") from error
+    if rule in PRESETS:
+        return lambda path: bool(pattern.fullmatch(path)) and not is_embedding_or_head(path)
+    return lambda path: bool(pattern.fullmatch(path))
+
+
+def match_rules(
+    paths: Sequence[str],
+    rules: Mapping[str, Any],
+    accepts: Callable[[str, Any], bool] = lambda path, method: True,
+) -> list[Match]:
+    """The paths that `rules` pick, in tree order; the first rule that matches a path wins.
+
+    Args:
+      paths: every leaf's path.
+      rules: `{target: method}`; the method None leaves what it matches frozen.
+      accepts: whether a method can adapt the leaf of a path at all (LoRA needs a matrix).
+
+    Raises:
+      ValueError: for a rule that matches nothing, naming the nearest paths that exist.
+    """
+    taken: dict[str, Match] = {}
+    for rule, method in rules.items():
+        matches = rule_matcher(rule)
+        named = [path for path in paths if matches(path)]
+        fitting = [path for path in named if method is None or accepts(path, method)]
+        fresh = [path for path in fitting if path not in taken]
+        if not fresh:
+            raise ValueError(_explain(rule, method, paths, named, fitting, taken))
+        taken.update({path: Match(path, rule, method) for path in fresh})
+    return [taken[path] for path in paths if path in taken and taken[path].method is not None]
+
+
+def as_rules(method: Any, targets: Targets) -> dict[str, Any]:
+    """One method for all `targets`, or a mapping `{target: method}` as it is."""
+    if isinstance(method, Mapping):
+        if targets != "all-linear":
+            raise ValueError(
+                f"targets={targets!r} was given beside a mapping {{target: method}}, which already "
+                "names its targets: drop one of the two."
+            )
+        rules = dict(method)
+    else:
+        names = (targets,) if isinstance(targets, str) else tuple(targets)
+        rules = dict.fromkeys(names, method)
+    if not rules:
+        raise ValueError(
+            "there is no target: give a preset "
+            f"({', '.join(PRESETS)}) or a regular expression over paths."
+        )
+    return rules
+
+
+def _explain(rule, method, paths, named, fitting, taken) -> str:
+    if fitting:
+        winners = sorted({taken[path].rule for path in fitting})
+        return (
+            f"target {rule!r} adds nothing: every path that it matches is already taken by "
+            f"{', '.join(map(repr, winners))}, and the first match wins. Reorder or drop it."
+        )
+    if named:
+        return (
+            f"target {rule!r} matches {', '.join(named[:5])}, but {type(method).__name__} adapts "
+            "matrices (two axes or more, neither a norm's scale nor a bias). Target a matrix, or "
+            "use Full for such leaves."
+        )
+    if rule in PRESETS:
+        hint = "Name your tree's own paths by regular expressions"
+    else:
+        hint = f"Presets are {', '.join(PRESETS)}; a regular expression must match whole components"
+    return (
+        f"target {rule!r} matches nothing. The nearest paths are: {', '.join(nearest(rule, paths))}."
+        f" {hint}."
+    )

@@ -1,0 +1,223 @@
+"""A params tree becomes a frozen base and a small delta, and the two become weights again."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax import paths
+from lora_jax.methods import DeltaNode, Extra, Layout, Method
+from lora_jax.targets import Targets, as_rules, is_matrix_name, match_rules
+from lora_jax.weights import PyTree, Shared, Weight, is_shared, is_weight
+
+Delta = dict[str, Any]
+
+
+def lora_transform(
+    params: PyTree,
+    method: Method | Mapping[str, Method | None],
+    *,
+    targets: Targets = "all-linear",
+    key: jax.Array,
+    layouts: Mapping[str, Layout] | None = None,
+) -> tuple[PyTree, Delta]:
+    """Splits `params` into a frozen base and a fresh delta that changes nothing yet.
+
+    Args:
+      params: any pytree of arrays, or of quantised weights, concrete or abstract.
+      method: what to put on each target: one method, or an ordered mapping `{target: method}` in
+        which the first rule that matches a path wins and None leaves a path frozen.
+      targets: for a single method: a preset ("qv", "attention", "mlp", "all-linear"), a regular
+        expression over whole components of the slash-joined path, or a sequence of them.
+      key: a typed key. Each weight draws from it by its own path, and each stacked layer by its
+        index: other targets never change a weight's numbers.
+      layouts: `{path: Layout}` for weights that are more than stacked matrices.
+
+    Returns:
+      `(base, delta)`: the frozen tree, shaped as `params` (and equal to it unless the method says
+      otherwise), and a nested dict that holds a delta node at each targeted path.
+
+    Raises:
+      ValueError: for a rule that matches nothing, a target that holds integers, a layout of a path
+        that does not exist, a rank larger than a matrix.
+
+    Source: Hu et al. 2021, arXiv:2106.09685, section 4.
+    """
+    layouts = dict(layouts or {})
+    flat = paths.flatten(params, is_leaf=is_weight)
+    for path in layouts:
+        _known(path, flat, "layouts names")
+    rules = as_rules(method, targets)
+    for rule, chosen in rules.items():
+        if chosen is not None and not isinstance(chosen, Method):
+            raise ValueError(
+                f"target {rule!r} is mapped to {chosen!r}: expected a method such as "
+                "LoRA(rank=8), or None to leave the target frozen."
+            )
+
+    def accepts(path: str, method: Method) -> bool:
+        return not method.needs_matrix or (flat[path].ndim >= 2 and is_matrix_name(path))
+
+    nodes: dict[str, DeltaNode] = {}
+    by_method: dict[Method, dict[str, DeltaNode]] = {}
+    for match in match_rules(list(flat), rules, accepts):
+        weight, layout = flat[match.path], layouts.get(match.path, Layout())
+        _require_float(match.path, weight)
+        node = _fresh(match.path, weight, match.method, layout, key)
+        nodes[match.path] = node
+        by_method.setdefault(match.method, {})[match.path] = node
+        flat[match.path] = match.method.corrected(weight, node)
+    for method, made in by_method.items():
+        nodes.update(method.extras(made, key=key))
+    base = jax.tree.structure(params, is_leaf=is_weight).unflatten(flat.values())
+    return base, paths.nest(nodes)
+
+
+def bind(
+    base: PyTree,
+    delta: Delta,
+    *,
+    dropout_key: jax.Array | None = None,
+    adapter_ids: jax.Array | None = None,
+) -> PyTree:
+    """The weights that a model runs with: a tree shaped as `base`, adapted where `delta` says.
+
+    Nothing is computed: an adapted leaf becomes an `Adapted` pair that `linear` and `embed` apply
+    (a `Full` delta its plain sum). No gradient flows to the base.
+
+    Args:
+      base: the frozen tree.
+      delta: its delta; with `adapter_ids`, several of them from `stack`.
+      dropout_key: a typed key, which turns the adapters' dropout on. Each weight and layer derives
+        its own from it.
+      adapter_ids: integers `[batch]`, the member of the stack that each row of a batch uses.
+
+    Raises:
+      ValueError: where the delta has a path that the base lacks, or a node for another shape.
+    """
+    nodes = delta_nodes(delta)
+    extras = {path: node for path, node in nodes.items() if isinstance(node, Extra)}
+    flat = {
+        path: jax.lax.stop_gradient(leaf)
+        for path, leaf in paths.flatten(base, is_leaf=is_weight).items()
+    }
+    for path, node in nodes.items():
+        if path in extras:
+            continue
+        _known(path, flat, "the delta adapts")
+        weight, node, ids = flat[path], node.resolve(extras), None
+        layers = node.stack_ndim
+        if adapter_ids is None:
+            node.check(path, weight)
+        else:
+            layers -= 1
+            node, ids = _rows_behind_layers(node, layers), Shared(adapter_ids)
+        keys = dropout_key
+        if keys is not None:
+            keys = paths.keys_for(keys, path, tuple(weight.shape[:layers]))
+        flat[path] = node.bind(weight, keys, ids)
+    weights = jax.tree.structure(base, is_leaf=is_weight).unflatten(flat.values())
+    for path, extra in extras.items():
+        if extra.in_weights:
+            weights = _inserted(weights, path.split("/"), extra)
+    return weights
+
+
+def merge(base: PyTree, delta: Delta) -> PyTree:
+    """Plain arrays again: each adapted weight as one dense matrix of its base's dtype.
+
+    `W + scale * a @ b`, summed in float32 and rounded once. Merging into a quantised base
+    dequantises the adapted weights.
+
+    Raises:
+      ValueError: for a method without a merged form, or a delta that does not fit the base.
+    """
+    return _map_adapted(base, delta, lambda node, weight: node.merge(weight))
+
+
+def unmerge(params: PyTree, delta: Delta) -> PyTree:
+    """The base that `merge(base, delta)` was made from, up to one rounding in its dtype.
+
+    A bf16 weight loses bits when it is merged, and no later subtraction restores them: whoever has
+    the base at hand keeps it instead.
+    """
+    return _map_adapted(params, delta, lambda node, weight: node.unmerge(weight))
+
+
+def delta_nodes(delta: Delta) -> dict[str, DeltaNode]:
+    """`{path: node}` of a delta, in its own order.
+
+    Raises:
+      ValueError: for a leaf that belongs to no delta node.
+    """
+    flat = paths.flatten(delta, is_leaf=lambda leaf: isinstance(leaf, DeltaNode))
+    for path, leaf in flat.items():
+        if not isinstance(leaf, DeltaNode):
+            raise ValueError(
+                f"{path}: expected a delta node, found {type(leaf).__name__}. A delta is what "
+                "lora_transform returns second."
+            )
+    return flat
+
+
+def _fresh(path: str, weight, method: Method, layout: Layout, key: jax.Array) -> DeltaNode:
+    try:
+        stack, _, _ = layout.split(weight.shape) if method.needs_matrix else ((), (), ())
+        return method.fresh(weight, layout=layout, key=paths.keys_for(key, path, stack))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _map_adapted(tree: PyTree, delta: Delta, change) -> PyTree:
+    nodes = delta_nodes(delta)
+    extras = {path: node for path, node in nodes.items() if isinstance(node, Extra)}
+    flat = paths.flatten(tree, is_leaf=is_weight)
+    for path, node in nodes.items():
+        if isinstance(node, Extra) and not node.in_weights:
+            continue
+        if not isinstance(node, Extra):
+            _known(path, flat, "the delta adapts")
+            node.check(path, flat[path])
+        try:
+            flat[path] = change(node.resolve(extras), flat.get(path))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    return jax.tree.structure(tree, is_leaf=is_weight).unflatten(flat.values())
+
+
+def _rows_behind_layers(node: DeltaNode, layers: int) -> DeltaNode:
+    """A node stacked over adapters, `[n, stack...]`, with that axis behind the layers' axes."""
+
+    def move(leaf):
+        return leaf if is_shared(leaf) else jnp.moveaxis(leaf, 0, layers)
+
+    return jax.tree.map(move, node, is_leaf=is_shared)
+
+
+def _inserted(tree: PyTree, parts: list[str], value: Any) -> PyTree:
+    if not isinstance(tree, dict):
+        raise ValueError(
+            f"{'/'.join(parts)} is a parameter that the model reads by itself, and only nested "
+            f"dicts can take one; found {type(tree).__name__}."
+        )
+    first, *rest = parts
+    return {**tree, first: _inserted(tree.get(first, {}), rest, value) if rest else value}
+
+
+def _known(path: str, flat: Mapping[str, Any], what: str) -> None:
+    if path not in flat:
+        raise ValueError(
+            f"{what} {path!r}, which the tree does not have; the nearest paths are: "
+            f"{', '.join(paths.nearest(path, flat))}. The tree's structure must be the one that "
+            "the delta was made for."
+        )
+
+
+def _require_float(path: str, weight: jax.Array | Weight) -> None:
+    if not jnp.issubdtype(weight.dtype, jnp.floating):
+        raise ValueError(
+            f"{path} holds {weight.dtype}: only floating-point (or quantised) weights can be "
+            f"adapted. Leave it out with {{{path!r}: None, ...}}."
+        )
+

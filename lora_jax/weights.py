@@ -1,0 +1,188 @@
+"""The seam: `linear` and `embed` are the only places where a weight meets an activation.
+
+A *weight* is a `jax.Array` or a `Weight`: a pytree that stands where an array stood, knows its
+logical shape, and applies itself. Quantised formats and adapted weights are such pytrees, so that
+a model written with `linear` and `embed` takes them all without knowing any.
+"""
+
+import abc
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+PyTree = Any
+
+
+class Weight(abc.ABC):
+    """What may stand in a params tree instead of an array. Subclasses are registered pytrees."""
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """The logical shape, `[stack..., d_in, d_out]`."""
+
+    @property
+    @abc.abstractmethod
+    def dtype(self) -> Any:
+        """The dtype of the dense weight that this stands for."""
+
+    @abc.abstractmethod
+    def linear(self, x: jax.Array) -> jax.Array:
+        """`x @ W` for `x [..., d_in]` and one unstacked weight."""
+
+    @abc.abstractmethod
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """`W[tokens]`."""
+
+    @abc.abstractmethod
+    def dense(self) -> jax.Array:
+        """The plain array; builds it."""
+
+    @property
+    @abc.abstractmethod
+    def T(self) -> "Weight | jax.Array":  # noqa: N802 - as on arrays
+        """The weight of the transposed matrix, as a tied output head needs it."""
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+
+def is_weight(leaf: Any) -> bool:
+    return isinstance(leaf, Weight)
+
+
+def linear(x: jax.Array, w: jax.Array | Weight) -> jax.Array:
+    """`y = x @ w` for a weight of any type: `x [..., d_in]`, `w [d_in, d_out]`, `y [..., d_out]`."""
+    return w.linear(x) if isinstance(w, Weight) else jnp.matmul(x, w)
+
+
+def embed(tokens: jax.Array, w: jax.Array | Weight) -> jax.Array:
+    """`w[tokens]`: rows of a table `w [vocab, d]` of any type for integer `tokens [...]`."""
+    return w.embed(tokens) if isinstance(w, Weight) else jnp.take(w, tokens, axis=0)
+
+
+def dense(w: jax.Array | Weight) -> jax.Array:
+    """The plain array that a weight of any type stands for."""
+    return w.dense() if isinstance(w, Weight) else w
+
+
+def transpose(w: jax.Array | Weight) -> Weight:
+    """The weight of the transposed matrix; nothing is moved in memory."""
+    return w.T if isinstance(w, Weight) else Transposed(w)
+
+
+@flax.struct.dataclass
+class Transposed(Weight):
+    """An array `[..., d_out, d_in]` read as its transpose, as a tied output head reads a table."""
+
+    table: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.table.shape[:-2], self.table.shape[-1], self.table.shape[-2])
+
+    @property
+    def dtype(self) -> Any:
+        return self.table.dtype
+
+    @property
+    def T(self) -> jax.Array:  # noqa: N802
+        return self.table
+
+    def linear(self, x: jax.Array) -> jax.Array:
+        return jax.lax.dot_general(x, self.table, (((x.ndim - 1,), (1,)), ((), ())))
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        return jnp.moveaxis(jnp.take(self.table, tokens, axis=1), 0, -1)
+
+    def dense(self) -> jax.Array:
+        return jnp.swapaxes(self.table, -1, -2)
+
+
+@flax.struct.dataclass
+class Shared:
+    """A value that every layer of a stack reads whole: `scan_layers` does not slice it."""
+
+    value: Any
+
+
+def is_shared(leaf: Any) -> bool:
+    return isinstance(leaf, Shared)
+
+
+@flax.struct.dataclass
+class Adapted(Weight):
+    """A frozen weight bound to one delta node; what `bind` puts in an adapted leaf's place.
+
+    Attributes:
+      base: the frozen weight, an array or a quantised `Weight`. No gradient reaches it.
+      node: the delta node that says what is added.
+      dropout_key: None, or one typed key for each stacked layer `[stack...]`.
+      adapter_ids: None, or `Shared` ids `[batch]` that pick each batch row's adapter; the node's
+        leaves then carry the axis of adapters right behind their stack axes.
+    """
+
+    base: jax.Array | Weight
+    node: Any
+    dropout_key: jax.Array | None = None
+    adapter_ids: Shared | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.base.dtype
+
+    @property
+    def T(self) -> "Adapted":  # noqa: N802
+        return self.replace(base=transpose(self.base), node=self.node.transposed())
+
+    def linear(self, x: jax.Array) -> jax.Array:
+        return self._each_row(lambda node, x: node.linear(x, self._frozen(), self.dropout_key), x)
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        return self._each_row(lambda node, ids: node.embed(ids, self._frozen()), tokens)
+
+    def dense(self) -> jax.Array:
+        if self.adapter_ids is not None:
+            raise ValueError(
+                "a weight whose batch rows use different adapters has no single dense form: "
+                "bind one adapter, without adapter_ids."
+            )
+        return self.node.merge(self._frozen())
+
+    def _frozen(self) -> jax.Array | Weight:
+        return jax.lax.stop_gradient(self.base)
+
+    def _each_row(self, apply: Callable, x: jax.Array) -> jax.Array:
+        if self.adapter_ids is None:
+            return apply(self.node, x)
+        leaves, treedef = jax.tree.flatten(self.node, is_leaf=is_shared)
+        axes = [None if is_shared(leaf) else 0 for leaf in leaves]
+        rows = [leaf if is_shared(leaf) else leaf[self.adapter_ids.value] for leaf in leaves]
+        return jax.vmap(lambda row, x: apply(treedef.unflatten(row), x), in_axes=(axes, 0))(rows, x)
+
+
+def scan_layers(
+    body: Callable[[Any, PyTree], tuple[Any, Any]], carry: Any, layers: PyTree, *, unroll: int = 1
+) -> tuple[Any, Any]:
+    """`jax.lax.scan(body, carry, layers)` over stacked layers of weights of any type.
+
+    Every leaf is sliced along its leading axis but those inside `Shared`, which each step of
+    `body` sees whole.
+    """
+    leaves, treedef = jax.tree.flatten(layers, is_leaf=is_shared)
+    sliced = [None if is_shared(leaf) else leaf for leaf in leaves]
+    whole = [leaf if is_shared(leaf) else None for leaf in leaves]
+
+    def step(carry, sliced):
+        layer = [w if s is None else s for s, w in zip(sliced, whole, strict=True)]
+        return body(carry, jax.tree.unflatten(treedef, layer))
+
+    return jax.lax.scan(step, carry, sliced, unroll=unroll)
