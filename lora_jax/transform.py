@@ -97,7 +97,9 @@ def bind(
       ValueError: where the delta has a path that the base lacks, or a node for another shape.
     """
     nodes = delta_nodes(delta)
-    extras = {path: node for path, node in nodes.items() if isinstance(node, Extra)}
+    extras = {
+        path: _only_trainable(node) for path, node in nodes.items() if isinstance(node, Extra)
+    }
     flat = {
         path: jax.lax.stop_gradient(leaf)
         for path, leaf in paths.flatten(base, is_leaf=is_weight).items()
@@ -106,7 +108,7 @@ def bind(
         if path in extras:
             continue
         _known(path, flat, "the delta adapts")
-        weight, node, ids = flat[path], node.resolve(extras), None
+        weight, node, ids = flat[path], _only_trainable(node).resolve(extras), None
         layers = node.stack_ndim
         if adapter_ids is None:
             node.check(path, weight)
@@ -184,6 +186,16 @@ def _map_adapted(tree: PyTree, delta: Delta, change) -> PyTree:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
     return jax.tree.structure(tree, is_leaf=is_weight).unflatten(flat.values())
+
+
+def _only_trainable(node: DeltaNode) -> DeltaNode:
+    """The node with no gradient to what does not train. It is stopped here, outside the model's
+    scan over layers, which would otherwise keep a copy of each stopped slice for the way back."""
+
+    def stop(leaf, trains):
+        return leaf if trains else jax.lax.stop_gradient(leaf)
+
+    return jax.tree.map(stop, node, node.trainable())
 
 
 def _rows_behind_layers(node: DeltaNode, layers: int) -> DeltaNode:

@@ -119,7 +119,7 @@ class Adapted(Weight):
     """A frozen weight bound to one delta node; what `bind` puts in an adapted leaf's place.
 
     Attributes:
-      base: the frozen weight, an array or a quantised `Weight`. No gradient reaches it.
+      base: the frozen weight, an array or a quantised `Weight`.
       node: the delta node that says what is added.
       dropout_key: None, or one typed key for each stacked layer `[stack...]`.
       adapter_ids: None, or `Shared` ids `[batch]` that pick each batch row's adapter; the node's
@@ -144,10 +144,10 @@ class Adapted(Weight):
         return self.replace(base=transpose(self.base), node=self.node.transposed())
 
     def linear(self, x: jax.Array) -> jax.Array:
-        return self._each_row(lambda node, x: node.linear(x, self._frozen(), self.dropout_key), x)
+        return self._each_row(lambda node, x: node.linear(x, self.base, self.dropout_key), x)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
-        return self._each_row(lambda node, ids: node.embed(ids, self._frozen()), tokens)
+        return self._each_row(lambda node, ids: node.embed(ids, self.base), tokens)
 
     def dense(self) -> jax.Array:
         if self.adapter_ids is not None:
@@ -155,10 +155,7 @@ class Adapted(Weight):
                 "a weight whose batch rows use different adapters has no single dense form: "
                 "bind one adapter, without adapter_ids."
             )
-        return self.node.merge(self._frozen())
-
-    def _frozen(self) -> jax.Array | Weight:
-        return jax.lax.stop_gradient(self.base)
+        return self.node.merge(self.base)
 
     def _each_row(self, apply: Callable, x: jax.Array) -> jax.Array:
         if self.adapter_ids is None:

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.models.attention import attend, causal_mask
 from lora_jax.models.config import LlamaConfig
@@ -29,7 +30,8 @@ from lora_jax.models.rope import rotate
 from lora_jax.weights import embed, linear, scan_layers, transpose
 
 Params = dict[str, Any]
-Remat = Literal["none", "full", "dots"]
+Remat = Literal["none", "elementwise", "full"]
+SAVED = ("query", "key", "value", "attended", "residual", "gate", "up")
 
 
 @flax.struct.dataclass
@@ -97,7 +99,8 @@ def forward(
       config: the shape of the model.
       positions: `[B, T]`, counted from 0 along each row unless given.
       segment_ids: `[B, T]`, the example that a packed position belongs to; attention stays inside.
-      remat: what the backward pass recomputes: "none", "dots" (all but matrix products), "full".
+      remat: what the backward pass recomputes: "none", "elementwise" (norms,
+        activations and attention scores, but no product with a weight), "full" (whole layers).
     """
     x = hidden_states(
         params, tokens, config, positions=positions, segment_ids=segment_ids, remat=remat
@@ -181,18 +184,26 @@ def project(
 
     q_BTNH = rotate(heads(attn["q_proj"], config.num_heads), positions_BT, config)
     k_BTKH = rotate(heads(attn["k_proj"], config.num_kv_heads), positions_BT, config)
-    return q_BTNH, k_BTKH, heads(attn["v_proj"], config.num_kv_heads)
+    v_BTKH = heads(attn["v_proj"], config.num_kv_heads)
+    return (
+        checkpoint_name(q_BTNH, "query"),
+        checkpoint_name(k_BTKH, "key"),
+        checkpoint_name(v_BTKH, "value"),
+    )
 
 
 def finish_layer(
     x_BTD: jax.Array, attended_BTNH: jax.Array, weights: Params, config: LlamaConfig
 ) -> jax.Array:
     """The rest of a layer after attention: the output projection, then the gated MLP."""
-    x_BTD = x_BTD + linear(attended_BTNH.reshape(*x_BTD.shape[:2], -1), weights["attn"]["o_proj"])
+    attended_BTE = checkpoint_name(attended_BTNH.reshape(*x_BTD.shape[:2], -1), "attended")
+    x_BTD = x_BTD + linear(attended_BTE, weights["attn"]["o_proj"])
+    x_BTD = checkpoint_name(x_BTD, "residual")
     mlp = weights["mlp"]
     y_BTD = rms_norm(x_BTD, weights["mlp_norm"], config.norm_eps)
-    gate_BTF = jax.nn.silu(linear(y_BTD, mlp["gate_proj"]))
-    return x_BTD + linear(gate_BTF * linear(y_BTD, mlp["up_proj"]), mlp["down_proj"])
+    gate_BTF = checkpoint_name(linear(y_BTD, mlp["gate_proj"]), "gate")
+    up_BTF = checkpoint_name(linear(y_BTD, mlp["up_proj"]), "up")
+    return x_BTD + linear(jax.nn.silu(gate_BTF) * up_BTF, mlp["down_proj"])
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -205,8 +216,8 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 def checkpointed(layer, remat: Remat):
     """`layer` under the named rematerialisation policy."""
     policies = {
+        "elementwise": jax.checkpoint_policies.save_only_these_names(*SAVED),
         "full": jax.checkpoint_policies.nothing_saveable,
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     }
     if remat == "none":
         return layer
