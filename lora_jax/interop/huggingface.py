@@ -4,6 +4,7 @@ import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -42,9 +43,7 @@ def load_huggingface(folder: str | os.PathLike, *, dtype: DTypeLike = jnp.float3
                     f"{folder}: the tensor {name!r} is {piece.get_dtype()}, expected one of "
                     f"{', '.join(_FLOATS)}; load the unquantised model, quantise it here."
                 )
-        params = assemble(
-            config, "huggingface", lambda name: tensors[name].get_tensor(name), dtype
-        )
+        params = assemble(config, "huggingface", lambda name: tensors[name].get_tensor(name), dtype)
     return Pretrained(
         params=params,
         config=config,
@@ -89,7 +88,7 @@ def config_from_huggingface(folder: Path) -> LlamaConfig:
     )
 
 
-def _refuse_other_models(path: Path, values: Mapping[str, object]) -> None:
+def _refuse_other_models(path: Path, values: Mapping[str, Any]) -> None:
     required = {
         "model_type": "llama",
         "hidden_act": "silu",
@@ -100,16 +99,19 @@ def _refuse_other_models(path: Path, values: Mapping[str, object]) -> None:
     }
     found = {"model_type": values.get("model_type")}
     found |= {key: values.get(key, required[key]) for key in required if key != "model_type"}
-    wrong = {key: value for key, value in found.items() if value != required[key]}
+    wrong = [
+        f"{key}={value!r} (supported: {required[key]!r})"
+        for key, value in found.items()
+        if value != required[key]
+    ]
     if wrong:
         raise ValueError(
-            f"{path}: unsupported "
-            + ", ".join(f"{key}={value!r} (supported: {required[key]!r})" for key, value in wrong.items())
-            + ". Llama 2, Llama 3.x and SmolLM2 checkpoints in plain floats can be loaded."
+            f"{path}: unsupported {', '.join(wrong)}. Llama 2, Llama 3.x and SmolLM2 checkpoints "
+            "in plain floats can be loaded."
         )
 
 
-def _rope(path: Path, values: Mapping[str, object]) -> tuple[float, RopeScaling | None]:
+def _rope(path: Path, values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     """Theta and scaling; transformers 5 keeps both in rope_parameters, before it they lay apart."""
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     theta = float(rope.get("rope_theta") or values.get("rope_theta") or 10_000.0)
@@ -150,7 +152,7 @@ def _open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, safe_o
         for shard in ([_SINGLE] if index is None else dict.fromkeys(index.values()))
     }
     if index is None:
-        return {name: shards[_SINGLE] for name in shards[_SINGLE].keys()}
+        return dict.fromkeys(shards[_SINGLE].keys(), shards[_SINGLE])
     held = {shard: set(file.keys()) for shard, file in shards.items()}
     for name, shard in index.items():
         if name not in held[shard]:
@@ -162,9 +164,11 @@ def _open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, safe_o
 
 
 def _open_shard(folder: Path, shard: object) -> safe_open:
-    if not isinstance(shard, str) or Path(shard).name != shard:
+    is_name = isinstance(shard, str) and Path(shard).name == shard
+    if not is_name or not shard.endswith(".safetensors"):
         raise ValueError(
-            f"{folder / _INDEX} names the shard {shard!r}, expected a plain file name in the folder."
+            f"{folder / _INDEX} names the shard {shard!r}, expected a .safetensors file in the "
+            "folder itself."
         )
     path = folder / shard
     if not path.is_file():

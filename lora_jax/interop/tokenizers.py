@@ -3,9 +3,10 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer as Core
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer as Core
 
 from lora_jax.data.tokenizer import Tokenizer
 
@@ -17,42 +18,55 @@ _LLAMA3_SPLIT = (
 _PRE_TOKENIZERS = ("smollm", "gpt-2", "llama-bpe", "qwen2")
 
 
-def tokenizer_from_gguf(path: Path, metadata: Mapping[str, object]) -> Tokenizer:
-    """Builds a byte-level BPE tokenizer from the `tokenizer.*` metadata of a GGUF.
+def tokenizer_from_gguf(path: Path, metadata: Mapping[str, Any]) -> Tokenizer:
+    """Builds a byte-level BPE tokenizer from the `tokenizer.*` metadata of the GGUF at `path`.
 
     Raises:
       ValueError: the metadata is incomplete, or describes another kind of tokenizer.
     """
-
-    def entry(key: str) -> object:
-        if f"tokenizer.ggml.{key}" not in metadata:
-            raise ValueError(f"{path} lacks tokenizer.ggml.{key}: it holds no whole tokenizer.")
-        return metadata[f"tokenizer.ggml.{key}"]
-
-    if entry("model") != "gpt2" or entry("pre") not in _PRE_TOKENIZERS:
-        raise ValueError(
-            f"{path}: the tokenizer {entry('model')!r} with the pre-tokenizer {entry('pre')!r} is "
-            f"not supported; supported: 'gpt2' with one of {', '.join(_PRE_TOKENIZERS)}. "
-            "Load the model's Hugging Face folder instead: its tokenizer.json says all."
-        )
-    tokens, kinds = list(entry("tokens")), list(entry("token_type"))
-    core = _byte_level_bpe(str(entry("pre")), tokens, list(entry("merges")), path)
+    entries = {
+        key.removeprefix("tokenizer.ggml."): value
+        for key, value in metadata.items()
+        if key.startswith("tokenizer.ggml.")
+    }
+    _check(path, entries)
+    pre, tokens, kinds = entries["pre"], entries["tokens"], entries["token_type"]
+    core = _byte_level_bpe(path, pre, tokens, entries["merges"])
     core.add_special_tokens(_added(tokens, kinds, _CONTROL))
     core.add_tokens(_added(tokens, kinds, _USER_DEFINED))
-    bos_id = metadata.get("tokenizer.ggml.bos_token_id")
-    # llama.cpp's own default for `llama-bpe` files that do not say.
-    if metadata.get("tokenizer.ggml.add_bos_token", entry("pre") == "llama-bpe"):
+    bos_id = entries.get("bos_token_id")
+    # llama.cpp adds it for `llama-bpe` unless the file says otherwise.
+    if bos_id is not None and entries.get("add_bos_token", pre == "llama-bpe"):
         core.post_processor = _prepend(tokens[bos_id], bos_id)
     return Tokenizer(
         core=core,
         chat_template=metadata.get("tokenizer.chat_template"),
         bos_id=bos_id,
-        eos_id=entry("eos_token_id"),
-        pad_id=metadata.get("tokenizer.ggml.padding_token_id"),
+        eos_id=entries["eos_token_id"],
+        pad_id=entries.get("padding_token_id"),
     )
 
 
-def _byte_level_bpe(pre: str, tokens: list[str], merges: list[str], path: Path) -> Core:
+def _check(path: Path, entries: Mapping[str, Any]) -> None:
+    for key in ("model", "pre", "tokens", "token_type", "merges", "eos_token_id"):
+        if key not in entries:
+            raise ValueError(f"{path} lacks tokenizer.ggml.{key}: it holds no whole tokenizer.")
+    if entries["model"] != "gpt2" or entries["pre"] not in _PRE_TOKENIZERS:
+        raise ValueError(
+            f"{path}: the tokenizer {entries['model']!r} with the pre-tokenizer {entries['pre']!r} "
+            f"is not supported; supported: 'gpt2' with one of {', '.join(_PRE_TOKENIZERS)}. "
+            "Load the model's Hugging Face folder instead: its tokenizer.json says all."
+        )
+    tokens, kinds = entries["tokens"], entries["token_type"]
+    if len(tokens) != len(kinds):
+        raise ValueError(f"{path} is corrupt: {len(tokens)} tokens but {len(kinds)} token types.")
+    for key in ("bos_token_id", "eos_token_id", "padding_token_id"):
+        token_id = entries.get(key, 0)
+        if not isinstance(token_id, int) or not 0 <= token_id < len(tokens):
+            raise ValueError(f"{path} is corrupt: {key} is {token_id!r} of {len(tokens)} tokens.")
+
+
+def _byte_level_bpe(path: Path, pre: str, tokens: list[str], merges: list[str]) -> Core:
     pairs = [tuple(merge.split(" ")) for merge in merges]
     vocab = {token: i for i, token in enumerate(tokens)}
     try:
@@ -156,7 +170,7 @@ def _generation_eos(folder: Path) -> int:
     return eos
 
 
-def _chat_template(folder: Path, settings: Mapping[str, object]) -> str | None:
+def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     path = folder / "chat_template.jinja"
     if path.is_file():
         return path.read_text(encoding="utf-8")

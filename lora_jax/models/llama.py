@@ -210,7 +210,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """`x / sqrt(mean(x^2) + eps) * scale` over the last axis, in float32."""
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + eps)
-    return normed.astype(x.dtype) * scale
+    return normed.astype(x.dtype) * jnp.broadcast_to(scale, x.shape)
 
 
 def checkpointed(layer, remat: Remat):

@@ -20,7 +20,8 @@ def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
 
 def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, config: LlamaConfig) -> jax.Array:
     """Turns each pair `(x[i], x[i + H/2])` by `position * frequency[i]`, in float32."""
-    angles = positions_BT[:, :, None, None].astype(jnp.float32) * inverse_frequencies(config)
+    frequencies = inverse_frequencies(config)[None, None, None]
+    angles = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     left, right = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)

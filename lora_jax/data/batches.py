@@ -1,0 +1,122 @@
+"""Batches of fixed shape from a source of conversations.
+
+A batch holds tokens, targets, segment_ids, positions (int32) and loss_mask (bool), all [B, T];
+`targets` is the next token of the same example, `loss_mask` is true where it counts, `segment_ids`
+number a row's examples from 1 with 0 for padding, and `positions` restart in each of them.
+"""
+
+import itertools
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import grain
+import numpy as np
+
+from lora_jax.data.encode import encode
+from lora_jax.data.packing import Batch, Example, next_token_example, pack_rows
+from lora_jax.data.records import Record
+from lora_jax.data.tokenizer import Tokenizer
+
+_logger = logging.getLogger(__name__)
+# The examples lie in memory: threads that read ahead would only cost.
+_IN_MEMORY = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedSource:
+    """The examples of a source that fit the context, and how many did not."""
+
+    examples: Sequence[Example]
+    skipped: int
+
+
+def encode_source(source: Iterable[Record], tokenizer: Tokenizer, *, seq_len: int) -> EncodedSource:
+    """Encodes every record; those of more than `seq_len` inputs are skipped, counted and logged.
+
+    Raises:
+      ValueError: a record cannot be encoded, or none fits.
+    """
+    examples = []
+    for index, record in enumerate(source):
+        try:
+            examples.append(next_token_example(encode(record["messages"], tokenizer)))
+        except ValueError as error:
+            raise ValueError(f"Example {index}: {error}") from error
+    lengths = [len(example["tokens"]) for example in examples]
+    if not lengths:
+        raise ValueError("The source holds no examples.")
+    if min(lengths) > seq_len:
+        raise ValueError(
+            f"None of the {len(lengths)} examples fits a context of {seq_len} tokens; the shortest "
+            f"takes {min(lengths)}, the longest {max(lengths)}: raise seq_len."
+        )
+    fitting = [example for example in examples if len(example["tokens"]) <= seq_len]
+    skipped = len(examples) - len(fitting)
+    if skipped:
+        _logger.warning(
+            "Skipped %d of %d examples, longer than the context of %d tokens (the longest: %d).",
+            skipped,
+            len(examples),
+            seq_len,
+            max(lengths),
+        )
+    return EncodedSource(examples=fitting, skipped=skipped)
+
+
+def train_batches(
+    source: Iterable[Record],
+    tokenizer: Tokenizer,
+    *,
+    batch_size: int,
+    seq_len: int,
+    seed: int,
+    pack: bool = True,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.DatasetIterator[Batch]:
+    """An endless iterator of this process's batches, every epoch in a new order.
+
+    `batch_size` counts rows a process. The order depends on the arguments alone. `get_state()` is a
+    JSON-serialisable position, from which `set_state` on an iterator made with the same arguments
+    goes on bit for bit. With `pack`, epochs may meet within a row.
+
+    Raises:
+      ValueError: as `encode_source`; or there are fewer examples than processes.
+    """
+    examples = encode_source(source, tokenizer, seq_len=seq_len).examples
+    if len(examples) < process_count:
+        raise ValueError(
+            f"{len(examples)} examples cannot feed {process_count} processes: use fewer processes, "
+            "more data or a longer context."
+        )
+    shard = grain.MapDataset.source(examples).shuffle(seed=seed)[process_index::process_count]
+    endless = shard.repeat().to_iter_dataset(_IN_MEMORY)
+    rows = pack_rows(endless, rows=batch_size, seq_len=seq_len, pack=pack)
+    return iter(rows.batch(batch_size, drop_remainder=True))
+
+
+def eval_batches(
+    source: Iterable[Record],
+    tokenizer: Tokenizer,
+    *,
+    batch_size: int,
+    seq_len: int,
+    limit: int | None = None,
+    pack: bool = True,
+) -> list[Batch]:
+    """The first `limit` records (all by default) in their order, as batches of one shape.
+
+    The last batch is filled up with rows of padding. Raises `ValueError` as `encode_source`.
+    """
+    taken = itertools.islice(source, limit)
+    examples = encode_source(taken, tokenizer, seq_len=seq_len).examples
+    dataset = grain.MapDataset.source(examples).to_iter_dataset(_IN_MEMORY)
+    rows = pack_rows(dataset, rows=batch_size, seq_len=seq_len, pack=pack)
+    batches = list(rows.batch(batch_size))
+    batches[-1] = {name: _fill(array, batch_size) for name, array in batches[-1].items()}
+    return batches
+
+
+def _fill(array: np.ndarray, rows: int) -> np.ndarray:
+    return np.pad(array, ((0, rows - len(array)), (0, 0)))

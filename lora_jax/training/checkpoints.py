@@ -1,0 +1,102 @@
+"""Checkpoints of what trains, with a fingerprint of what does not."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from orbax.checkpoint import v1 as ocp
+
+from lora_jax import paths
+from lora_jax.weights import PyTree
+
+
+def fingerprint(base: PyTree) -> str:
+    """A name for a tree by its paths, shapes, dtypes and bits.
+
+    Each leaf's bits are summed as integers, weighted by their position, where the leaf lies, so
+    that nothing but a number leaves the device.
+    """
+    digest = hashlib.sha256()
+    for path, leaf in paths.flatten(base).items():
+        digest.update(f"{path} {leaf.shape} {leaf.dtype} {int(_checksum(leaf))}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+@jax.jit
+def _checksum(leaf: jax.Array) -> jax.Array:
+    width = leaf.dtype.itemsize * 8
+    bits = jax.lax.bitcast_convert_type(leaf, f"uint{width}").astype(jnp.uint32).reshape(-1)
+    index = jnp.arange(bits.size, dtype=jnp.uint32)
+    return jnp.sum((bits ^ (bits >> 15)) * (index * jnp.uint32(2654435761) + 1), dtype=jnp.uint32)
+
+
+def save(
+    folder: Path, step: int, states: PyTree, *, identity: Mapping[str, Any], position: Any
+) -> None:
+    """Writes a checkpoint, whole or not at all, and keeps the newest two.
+
+    Args:
+      folder: where a run's checkpoints lie.
+      step: its number.
+      states: the pytree of arrays that trains.
+      identity: what a later run must agree with to restore it, such as the base's fingerprint.
+      position: whatever JSON-like value is needed to go on, such as the data's position.
+    """
+    record = {"identity": dict(identity), "leaves": _leaves(states), "position": position}
+    with _checkpointer(folder) as checkpointer:
+        checkpointer.save(step, states, custom_metadata=record, overwrite=True)
+
+
+def restore(
+    folder: Path, like: PyTree, *, identity: Mapping[str, Any]
+) -> tuple[int, PyTree, Any] | None:
+    """The newest checkpoint as `(step, states, position)`, or None where there is none yet.
+
+    Raises:
+      ValueError: if it was made over another base, for other arms or another method, or is damaged.
+    """
+    with _checkpointer(folder) as checkpointer:
+        latest = checkpointer.latest
+        if latest is None:
+            return None
+        try:
+            record = checkpointer.metadata(latest.step).custom_metadata
+            ours = {**identity, **_leaves(like)}
+            theirs = {**record["identity"], **record["leaves"]}
+        except Exception as error:
+            raise _damaged(folder, latest.step, error) from error
+        for name in sorted({*ours, *theirs}, key=lambda name: (name not in identity, name)):
+            if ours.get(name) != theirs.get(name):
+                raise ValueError(
+                    f"the checkpoint in {folder} is of another run: {name} is {theirs.get(name)} "
+                    f"there and {ours.get(name)} here. Choose another --workdir, or go back to the "
+                    "base, arms and method that it was made with."
+                )
+        try:
+            states = checkpointer.load(latest.step, jax.tree.map(_abstract, like))
+        except Exception as error:
+            raise _damaged(folder, latest.step, error) from error
+    return latest.step, states, record["position"]
+
+
+def _checkpointer(folder: Path) -> ocp.training.Checkpointer:
+    newest = ocp.training.preservation_policies.LatestN(2)
+    return ocp.training.Checkpointer(folder.resolve(), preservation_policy=newest)
+
+
+def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def _leaves(tree: PyTree) -> dict[str, str]:
+    return {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in paths.flatten(tree).items()}
+
+
+def _damaged(folder: Path, step: int, error: Exception) -> ValueError:
+    return ValueError(
+        f"the checkpoint {folder / str(step)} is damaged ({type(error).__name__}). Delete that "
+        "folder to go on from the one before, or choose another --workdir."
+    )

@@ -1,0 +1,207 @@
+"""The loop: steps, validation, checkpoints, and what to do when an arm stops."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lora_jax.training import checkpoints
+from lora_jax.training.step import Batch, TrainState
+from lora_jax.training.sweep import Sweep
+from lora_jax.weights import PyTree
+
+RECENT = 10  # steps whose mean is an arm's training loss
+Log = Callable[[dict[str, Any]], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """When things happen, in steps.
+
+    Attributes:
+      steps: how many updates to make.
+      eval_every: validates after so many steps, and after the last.
+      checkpoint_every: saves after so many steps, and after the last.
+      log_every: waits for the device and logs after so many steps.
+      patience: stops an arm after so many validations without a new best; None never does.
+    """
+
+    steps: int
+    eval_every: int
+    checkpoint_every: int
+    log_every: int = 1
+    patience: int | None = None
+
+
+@dataclasses.dataclass
+class ArmProgress:
+    """What is known of an arm beside its state; travels in the checkpoint as JSON."""
+
+    recent: list[float] = dataclasses.field(default_factory=list)
+    val_loss: float | None = None
+    best: float | None = None
+    waited: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    stopped: str | None = None
+
+    @property
+    def train_loss(self) -> float | None:
+        return sum(self.recent) / len(self.recent) if self.recent else None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        return self.tokens / self.seconds if self.seconds else None
+
+
+def fit(
+    sweep: Sweep,
+    states: Sequence[TrainState],
+    base: PyTree,
+    *,
+    arms: Sequence[str],
+    batches: Any,
+    validation: Sequence[Batch],
+    schedule: Schedule,
+    folder: Path,
+    identity: Mapping[str, Any],
+    log: Log,
+) -> tuple[list[TrainState], list[ArmProgress]]:
+    """Trains all arms in step on the same batches, from the newest checkpoint if there is one.
+
+    Args:
+      sweep: how arms move, from `make_sweep`.
+      states: their first states, of equal shapes.
+      base: the frozen tree.
+      arms: their names.
+      batches: an endless iterator of batches with `get_state` and `set_state`.
+      validation: the batches of a validation.
+      schedule: when what happens.
+      folder: where checkpoints lie.
+      identity: what a checkpoint must agree with.
+      log: is given a JSON-like record of every logged step and validation of every arm, and of
+        every event: `{"event": "resumed" | "stopped" | ...}`.
+
+    Returns:
+      Each arm's last state and its progress.
+
+    Raises:
+      ValueError: when the loss of every arm has stopped being a number, naming the step.
+    """
+    packed, progress = sweep.pack(states), [ArmProgress() for _ in arms]
+    identity = {**identity, "arms": list(arms)}
+    start = 0
+    restored = checkpoints.restore(folder, packed, identity=identity)
+    if restored is not None:
+        start, packed, position = restored
+        batches.set_state(position["data"])
+        progress = [ArmProgress(**arm) for arm in position["arms"]]
+    log({"event": "started", "step": start, "arms": list(arms), "steps": schedule.steps})
+
+    window = _Window(arms, progress, log)
+    for step in range(start + 1, schedule.steps + 1):
+        batch = next(batches)
+        packed, metrics = sweep.step(packed, base, batch, [arm.stopped is None for arm in progress])
+        window.add(step, batch, metrics)
+        last = step == schedule.steps
+        evaluates = step % schedule.eval_every == 0 or last
+        saves = step % schedule.checkpoint_every == 0 or last
+        if step % schedule.log_every == 0 or evaluates or saves:
+            window.flush()
+            if all(arm.stopped for arm in progress):
+                _raise_if_all_diverged(arms, progress, step)
+                evaluates = saves = last = True
+        if evaluates:
+            _validate(sweep, packed, base, validation, arms, progress, step, schedule.patience, log)
+        if saves:
+            position = {
+                "data": batches.get_state(),
+                "arms": [dataclasses.asdict(arm) for arm in progress],
+            }
+            checkpoints.save(folder, step, packed, identity=identity, position=position)
+        window.restart()
+        if last:
+            break
+    return sweep.unpack(packed), progress
+
+
+class _Window:
+    """The steps since the device was last waited for."""
+
+    def __init__(self, arms: Sequence[str], progress: list[ArmProgress], log: Log):
+        self._arms, self._progress, self._log = arms, progress, log
+        self.restart()
+
+    def restart(self) -> None:
+        if not getattr(self, "_steps", None):
+            self._steps: list[tuple[int, int, Any]] = []
+            self._since = time.perf_counter()
+
+    def add(self, step: int, batch: Batch, metrics: Any) -> None:
+        self._steps.append((step, int((batch["segment_ids"] > 0).sum()), metrics))
+
+    def flush(self) -> None:
+        steps = [(step, tokens, jax.device_get(metrics)) for step, tokens, metrics in self._steps]
+        running = [index for index, arm in enumerate(self._progress) if arm.stopped is None]
+        seconds = (time.perf_counter() - self._since) / len(running)
+        for index in running:
+            self._log_arm(index, steps, seconds)
+        self._steps = []
+
+    def _log_arm(self, index: int, steps: list, seconds: float) -> None:
+        arm, name = self._progress[index], self._arms[index]
+        tokens = sum(tokens for _, tokens, _ in steps)
+        arm.tokens += tokens
+        arm.seconds += seconds
+        for step, _, metrics in steps:
+            loss, norm = float(metrics.loss[index]), float(metrics.grad_norm[index])
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                arm.stopped = "diverged"
+                self._log({"event": "diverged", "arm": name, "step": step})
+                return
+            arm.recent = [*arm.recent, loss][-RECENT:]
+            self._log(
+                {
+                    "step": step,
+                    "arm": name,
+                    "loss": loss,
+                    "grad_norm": norm,
+                    "tokens_per_second": tokens / seconds,
+                }
+            )
+
+
+def _validate(sweep, packed, base, validation, arms, progress, step, patience, log) -> None:
+    losses = mean_losses(sweep, packed, base, validation)
+    for name, arm, loss in zip(arms, progress, losses, strict=True):
+        if arm.stopped:
+            continue
+        arm.val_loss = loss
+        arm.waited = 0 if arm.best is None or loss < arm.best else arm.waited + 1
+        arm.best = loss if arm.waited == 0 else arm.best
+        log({"step": step, "arm": name, "val_loss": loss})
+        if patience is not None and arm.waited >= patience:
+            arm.stopped = "early"
+            log({"event": "stopped early", "arm": name, "step": step})
+
+
+def mean_losses(
+    sweep: Sweep, packed: PyTree, base: PyTree, validation: Sequence[Batch]
+) -> list[float]:
+    """Each arm's validation loss: nats a counted token, over all batches."""
+    sums = [jax.device_get(sweep.evaluate(packed, base, batch)) for batch in validation]
+    totals, counts = (np.sum(part, axis=0, dtype=np.float64) for part in zip(*sums, strict=True))
+    return [float(loss) for loss in totals / counts]
+
+
+def _raise_if_all_diverged(arms, progress, step: int) -> None:
+    if all(arm.stopped == "diverged" for arm in progress):
+        raise ValueError(
+            f"the loss of {', '.join(arms)} is not a number any more at step {step}. Lower the "
+            "learning rate, or warm up for longer; the checkpoint before is kept."
+        )

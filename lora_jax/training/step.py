@@ -1,0 +1,134 @@
+"""One step of training a delta over a frozen base, as pure functions."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from lora_jax.masks import mask_optimizer
+from lora_jax.models import llama
+from lora_jax.models.config import LlamaConfig
+from lora_jax.training.loss import token_losses
+from lora_jax.transform import Delta, bind
+from lora_jax.weights import PyTree
+
+Batch = Mapping[str, jax.Array]
+LossSum = Callable[[Delta, PyTree, Batch, jax.Array | None], tuple[jax.Array, jax.Array]]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that changes while one adapter trains; a sweep stacks several on a leading axis.
+
+    Attributes:
+      delta: the adapter.
+      opt_state: the optimizer's state of its trained leaves.
+      step: int32, updates made.
+      learning_rate: float32, the peak of the schedule.
+      seed: uint32, from which each step derives its dropout key.
+    """
+
+    delta: Delta
+    opt_state: PyTree
+    step: jax.Array
+    learning_rate: jax.Array
+    seed: jax.Array
+
+
+@flax.struct.dataclass
+class StepMetrics:
+    """Of one step: the mean loss before the update, in nats a token, and the gradient's norm."""
+
+    loss: jax.Array
+    grad_norm: jax.Array
+
+
+def init_state(
+    delta: Delta, tx: optax.GradientTransformation, *, learning_rate: float, seed: int
+) -> TrainState:
+    """The state before the first step. `tx` moves what `trainable_mask(delta)` allows."""
+    return TrainState(
+        delta=delta,
+        opt_state=mask_optimizer(tx, delta).init(delta),
+        step=jnp.int32(0),
+        learning_rate=jnp.float32(learning_rate),
+        seed=jnp.uint32(seed),
+    )
+
+
+def llama_loss(config: LlamaConfig, *, remat: llama.Remat = "elementwise") -> LossSum:
+    """The summed loss over a batch's counted tokens, and their number.
+
+    A batch holds `tokens`, `targets`, `loss_mask`, `segment_ids` and `positions`, each `[B, T]`.
+    """
+
+    def loss_sum(delta, base, batch, dropout_key):
+        weights = bind(base, delta, dropout_key=dropout_key)
+        hidden = llama.hidden_states(
+            weights,
+            batch["tokens"],
+            config,
+            positions=batch["positions"],
+            segment_ids=batch["segment_ids"],
+            remat=remat,
+        )
+        head = llama.output_head(weights)
+        return token_losses(hidden, head, batch["targets"], batch["loss_mask"])
+
+    return loss_sum
+
+
+def train_step(
+    loss_sum: LossSum, tx: optax.GradientTransformation, *, accumulate: int = 1
+) -> Callable[[TrainState, PyTree, Batch], tuple[TrainState, StepMetrics]]:
+    """A pure function `(state, base, batch) -> (state, metrics)`, to be jitted, vmapped or pmapped.
+
+    Args:
+      loss_sum: gives a batch's summed loss and its count, such as `llama_loss(config)`.
+      tx: the optimizer; if its update takes `learning_rate`, it gets the state's.
+      accumulate: into how many micro-batches the batch is cut. Their losses are summed before
+        they are divided, so that the result is the whole batch's, however tokens fall.
+    """
+
+    def step(state: TrainState, base: PyTree, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        key = jax.random.fold_in(jax.random.key(state.seed), state.step)
+        total, count, grads = _summed_gradients(loss_sum, state.delta, base, batch, key, accumulate)
+        grads = jax.tree.map(lambda g: g / count, grads)
+        masked = optax.with_extra_args_support(mask_optimizer(tx, state.delta))
+        updates, opt_state = masked.update(
+            grads, state.opt_state, state.delta, learning_rate=state.learning_rate
+        )
+        moved = state.replace(
+            delta=optax.apply_updates(state.delta, updates),
+            opt_state=opt_state,
+            step=state.step + 1,
+        )
+        return moved, StepMetrics(total / count, optax.global_norm(grads))
+
+    return step
+
+
+def _summed_gradients(loss_sum, delta, base, batch, key, accumulate):
+    def loss_and_count(delta, micro, key):
+        return loss_sum(delta, base, micro, key)
+
+    gradient = jax.value_and_grad(loss_and_count, has_aux=True)
+    if accumulate == 1:
+        (total, count), grads = gradient(delta, batch, key)
+        return total, count, grads
+    rows = jax.tree.leaves(batch)[0].shape[0]
+    if rows % accumulate:
+        raise ValueError(f"accumulate={accumulate} does not divide the batch of {rows} rows.")
+    micros = jax.tree.map(lambda x: x.reshape(accumulate, rows // accumulate, *x.shape[1:]), batch)
+
+    def add(sums, inputs):
+        micro, micro_key = inputs
+        (total, count), grads = gradient(delta, micro, micro_key)
+        return jax.tree.map(jnp.add, sums, (total, count, grads)), None
+
+    zeros = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, delta))
+    sums, _ = jax.lax.scan(add, zeros, (micros, jax.random.split(key, accumulate)))
+    return sums

@@ -1,0 +1,115 @@
+"""Many arms through one compiled step, over one copy of the base.
+
+Arms that differ in rank, alpha, targets, learning rate and seed have states of one shape once
+their deltas are padded (see `stack`), so that one executable serves them all: each in turn, or all
+at once by `vmap`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.stacking import stack, unstack
+from lora_jax.training.step import Batch, StepMetrics, TrainState
+from lora_jax.transform import Delta
+from lora_jax.weights import PyTree
+
+Mode = Literal["auto", "batched", "in_turn"]
+Step = Callable[[TrainState, PyTree, Batch], tuple[TrainState, StepMetrics]]
+Evaluate = Callable[[Delta, PyTree, Batch], tuple[jax.Array, jax.Array]]
+
+
+class Sweep(NamedTuple):
+    """How a list of arms is held and moved; both ways give every arm its solo run's numbers.
+
+    Attributes:
+      pack: a list of equally shaped states to what `step` carries.
+      unpack: the inverse.
+      step: `(packed, base, batch, running) -> (packed, metrics)`. `running` is a bool for each arm;
+        one that has stopped keeps its state. Metrics carry a leading axis of arms.
+      evaluate: `(packed, base, batch) -> (loss sums, counts)`, each `[arms]`.
+    """
+
+    pack: Callable[[Sequence[TrainState]], PyTree]
+    unpack: Callable[[PyTree], list[TrainState]]
+    step: Callable[[PyTree, PyTree, Batch, Sequence[bool]], tuple[PyTree, StepMetrics]]
+    evaluate: Callable[[PyTree, PyTree, Batch], tuple[jax.Array, jax.Array]]
+
+
+def same_shapes(deltas: Sequence[Delta]) -> list[Delta]:
+    """The deltas padded with zeros to common ranks and targets, so that one step serves all."""
+    return unstack(stack(deltas))
+
+
+def resolve_mode(mode: Mode) -> Literal["batched", "in_turn"]:
+    """What "auto" means here: on a CPU arms go in turn, since its cores are busy with one and
+    batched products gain nothing; elsewhere they go in one batch, which fills the machine.
+
+    Raises:
+      ValueError: for an unknown mode.
+    """
+    if mode not in ("auto", "batched", "in_turn"):
+        raise ValueError(f"sweep mode {mode!r}: expected one of auto, batched, in_turn.")
+    if mode != "auto":
+        return mode
+    return "in_turn" if jax.default_backend() == "cpu" else "batched"
+
+
+def make_sweep(step: Step, evaluate: Evaluate, mode: Mode = "auto") -> Sweep:
+    """Jits `step` and `evaluate` once for all arms, in the given mode."""
+    chosen = resolve_mode(mode)
+    return _in_turn(step, evaluate) if chosen == "in_turn" else _batched(step, evaluate)
+
+
+def _batched(step: Step, evaluate: Evaluate) -> Sweep:
+    def step_or_stay(state, base, batch, running):
+        moved, metrics = step(state, base, batch)
+        return jax.tree.map(lambda new, old: jnp.where(running, new, old), moved, state), metrics
+
+    step_all = jax.jit(jax.vmap(step_or_stay, in_axes=(0, None, None, 0)), donate_argnums=0)
+    evaluate_all = jax.jit(jax.vmap(evaluate, in_axes=(0, None, None)))
+
+    def unpack(states: PyTree) -> list[TrainState]:
+        arms = states.seed.shape[0]
+        return [jax.tree.map(lambda leaf: leaf[i], states) for i in range(arms)]  # noqa: B023
+
+    return Sweep(
+        pack=_stacked,
+        unpack=unpack,
+        step=lambda states, base, batch, running: step_all(
+            states, base, batch, jnp.asarray(running)
+        ),
+        evaluate=lambda states, base, batch: evaluate_all(states.delta, base, batch),
+    )
+
+
+def _in_turn(step: Step, evaluate: Evaluate) -> Sweep:
+    step_one = jax.jit(step, donate_argnums=0)
+    evaluate_one = jax.jit(evaluate)
+    stopped = StepMetrics(jnp.float32(jnp.nan), jnp.float32(jnp.nan))
+
+    def step_each(states, base, batch, running):
+        moved, metrics = zip(
+            *(
+                step_one(state, base, batch) if runs else (state, stopped)
+                for state, runs in zip(states, running, strict=True)
+            ),
+            strict=True,
+        )
+        return list(moved), _stacked(metrics)
+
+    def evaluate_each(states, base, batch):
+        return _stacked([evaluate_one(state.delta, base, batch) for state in states])
+
+    return Sweep(_copied, list, step_each, evaluate_each)
+
+
+def _copied(states: Sequence[TrainState]) -> list[TrainState]:
+    """The first step donates what it is given, and the caller's deltas are not ours to consume."""
+    return jax.tree.map(jnp.copy, list(states))
+
+
+def _stacked(trees: Sequence[PyTree]) -> PyTree:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)

@@ -1,0 +1,167 @@
+"""The trees, methods and small models that properties are tested over."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.core
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import lora_jax as lora
+from lora_jax.models import llama
+from lora_jax.models.config import LlamaConfig
+from lora_jax.weights import scan_layers
+
+METHODS = {
+    "kaiming": lora.LoRA(rank=2, alpha=4.0),
+    "gaussian": lora.LoRA(rank=3, init="gaussian"),
+    "rslora": lora.LoRA(rank=4, scaling="rslora"),
+    "dropout": lora.LoRA(rank=2, dropout=0.5),
+    "full": lora.Full(),
+}
+X = np.linspace(-1, 1, 18, dtype=np.float32).reshape(3, 6)
+
+
+@dataclasses.dataclass
+class Case:
+    """A params tree and the model that reads it, `apply(weights, x [B, 6]) -> [B, n]`."""
+
+    params: Any
+    apply: Callable[[Any, jax.Array], jax.Array]
+    path: str  # of a matrix in it
+
+
+@flax.struct.dataclass
+class Pair:
+    first: Any
+    second: Any
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def nested() -> Case:
+    params = {
+        "block": {"q_proj": normal(1, 6, 5), "bias": normal(2, 5)},
+        "out": {"down_proj": normal(3, 5, 4)},
+    }
+
+    def apply(w, x):
+        y = lora.linear(x, w["block"]["q_proj"]) + w["block"]["bias"][None]
+        return lora.linear(jnp.tanh(y), w["out"]["down_proj"])
+
+    return Case(params, apply, "block/q_proj")
+
+
+def layer_list() -> Case:
+    params = {"layers": [{"q_proj": normal(i, 6, 6)} for i in range(3)]}
+
+    def apply(w, x):
+        for layer in w["layers"]:
+            x = jnp.tanh(lora.linear(x, layer["q_proj"]))
+        return x
+
+    return Case(params, apply, "layers/1/q_proj")
+
+
+def stacked() -> Case:
+    params = {"layers": {"q_proj": normal(4, 3, 6, 6)}}
+
+    def apply(w, x):
+        def layer(x, weights):
+            return jnp.tanh(lora.linear(x, weights["q_proj"])), None
+
+        return scan_layers(layer, x, w["layers"])[0]
+
+    return Case(params, apply, "layers/q_proj")
+
+
+def struct() -> Case:
+    def apply(w, x):
+        return lora.linear(jnp.tanh(lora.linear(x, w.first)), w.second)
+
+    return Case(Pair(normal(5, 6, 5), normal(6, 5, 4)), apply, "first")
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(4)(jnp.tanh(nn.Dense(5)(x)))
+
+
+def linen() -> Case:
+    params = Net().init(jax.random.key(7), X)
+
+    def apply(w, x):
+        for i, name in enumerate(("Dense_0", "Dense_1")):
+            layer = w["params"][name]
+            x = lora.linear(jnp.tanh(x) if i else x, layer["kernel"]) + layer["bias"][None]
+        return x
+
+    return Case(params, apply, "params/Dense_0/kernel")
+
+
+def frozen_linen() -> Case:
+    case = linen()
+    return dataclasses.replace(case, params=flax.core.freeze(case.params))
+
+
+TREES = {
+    "nested": nested,
+    "list": layer_list,
+    "stacked": stacked,
+    "struct": struct,
+    "linen": linen,
+    "frozen_linen": frozen_linen,
+}
+
+
+def transform(case: Case, method, **kwargs):
+    return lora.lora_transform(case.params, method, key=jax.random.key(0), **kwargs)
+
+
+def moved(delta, seed: int = 1, size: float = 0.3):
+    """The delta after some training: every trained leaf redrawn, so that nothing is zero."""
+    leaves, treedef = jax.tree.flatten(delta)
+    flags = jax.tree.leaves(lora.trainable_mask(delta))
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return treedef.unflatten(
+        [
+            size * jax.random.normal(key, leaf.shape, leaf.dtype) if trains else leaf
+            for key, leaf, trains in zip(keys, leaves, flags, strict=True)
+        ]
+    )
+
+
+def tiny_llama(**changes) -> LlamaConfig:
+    values = dict(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=3, num_heads=4,
+        num_kv_heads=2, head_dim=4, context_length=64,
+    )  # fmt: skip
+    return LlamaConfig(**(values | changes))
+
+
+def llama_case(**changes):
+    """A tiny random Llama: config, params, tokens `[2, 7]`."""
+    config = tiny_llama(**changes)
+    tokens = jax.random.randint(jax.random.key(3), (2, 7), 0, config.vocab_size)
+    return config, llama.init(config, key=jax.random.key(2)), tokens
+
+
+def assert_close(actual, expected, rtol=1e-5, atol=1e-6):
+    """Leaf by leaf, `atol` relative to each leaf's largest entry."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for ours, theirs in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+        largest = max(np.abs(theirs).max(initial=0), 1e-30)
+        np.testing.assert_allclose(ours, theirs, rtol=rtol, atol=atol * max(largest, 1e-3))
+
+
+def assert_equal(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)

@@ -1,0 +1,61 @@
+"""Parity with the transformers installed here, without golden files in between."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_checkpoints
+import small_llamas
+
+from lora_jax.interop import load_huggingface
+from lora_jax.interop.tokenizers import tokenizer_from_huggingface
+from lora_jax.models import llama
+
+torch = pytest.importorskip("torch", reason="requirements-parity.txt is not installed")
+transformers = pytest.importorskip("transformers", reason="requirements-parity.txt")
+
+
+def relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("name", small_llamas.VARIANTS)
+def test_folders_saved_by_transformers(tmp_path, name):
+    """Its own config.json, shards and index."""
+    config = transformers.LlamaConfig(**small_llamas.VARIANTS[name], eos_token_id=1)
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).eval()
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    small_checkpoints.byte_tokenizer().core.save(str(tmp_path / "tokenizer.json"))
+    ours = load_huggingface(tmp_path)
+    tokens = small_llamas.TOKENS
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(tokens)).logits.numpy()
+    logits = llama.forward(ours.params, jnp.asarray(tokens), ours.config)
+    assert relative_error(np.asarray(logits), theirs) <= 1e-4
+
+
+def test_tokenizer_saved_by_transformers(tmp_path):
+    core = small_checkpoints.byte_tokenizer().core
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|pad|>"
+    )
+    theirs.chat_template = "{{ messages }}"
+    theirs.save_pretrained(tmp_path)
+    ours = tokenizer_from_huggingface(tmp_path)
+    assert (ours.eos_id, ours.pad_id) == (theirs.eos_token_id, theirs.pad_token_id)
+    assert ours.bos_id is None and ours.chat_template == "{{ messages }}"
+    text = "Grüße <|im_start|> 42"
+    assert ours.encode(text) == theirs(text).input_ids
+
+
+@pytest.mark.network
+def test_smollm2(smollm2):
+    path = smollm2.source.rpartition("/")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        path[0], gguf_file=path[2], dtype=torch.float32
+    )
+    tokens = np.array([smollm2.tokenizer.encode("The keeper of the lighthouse had a cat.")])
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(tokens)).logits.numpy()
+    logits = llama.forward(smollm2.params, jnp.asarray(tokens), smollm2.config)
+    assert relative_error(np.asarray(logits), expected) <= 1e-4

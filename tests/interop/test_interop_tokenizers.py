@@ -1,0 +1,138 @@
+"""Tokenizers out of checkpoints."""
+
+import json
+from pathlib import Path
+
+import pytest
+import small_checkpoints
+import tokenizers
+
+from lora_jax.data.tokenizer import byte_tokenizer
+from lora_jax.interop.tokenizers import tokenizer_from_gguf, tokenizer_from_huggingface
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "smollm2_tokens.json").read_text())
+ALPHABET = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+
+
+def metadata(pre: str, /, **changes) -> dict:
+    entries = {
+        "model": "gpt2",
+        "pre": pre,
+        "tokens": [*ALPHABET, "12", "<s>", "</s>", "<tool>"],
+        "token_type": [1] * 257 + [3, 3, 4],
+        "merges": ["1 2"],
+        "bos_token_id": 257,
+        "eos_token_id": 258,
+    }
+    return {f"tokenizer.ggml.{key}": value for key, value in (entries | changes).items()}
+
+
+def pieces(pre: str, text: str) -> list[str]:
+    core = tokenizer_from_gguf(Path("x.gguf"), metadata(pre)).core
+    return [piece for piece, _ in core.pre_tokenizer.pre_tokenize_str(text)]
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("case", GOLDEN["strings"], ids=lambda case: repr(case["text"][:12]))
+def test_ids_agree_with_transformers(smollm2, case):
+    ids = smollm2.tokenizer.encode(case["text"])
+    assert ids == case["ids"]
+    assert smollm2.tokenizer.decode(ids) == case["text"]
+
+
+@pytest.mark.network
+def test_what_the_gguf_says_beside_the_vocabulary(smollm2):
+    tokenizer = smollm2.tokenizer
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 2)
+    assert tokenizer.vocab_size == smollm2.config.vocab_size == 49_152
+    assert "<|im_start|>" in tokenizer.chat_template
+    assert tokenizer.decode([1, 19556, 2], skip_special_tokens=True) == "Hello"
+
+
+def test_pre_tokenizers_split_digits_in_their_own_way():
+    assert pieces("gpt-2", "a 1234") == ["a", "Ġ1234"]
+    assert pieces("smollm", "a 1234") == ["a", "Ġ", "1", "2", "3", "4"]
+    assert pieces("llama-bpe", "a 1234") == ["a", "Ġ", "123", "4"]
+    assert pieces("qwen2", "a 1234") == ["a", "Ġ", "1", "2", "3", "4"]
+
+
+def test_control_tokens_are_special_and_user_tokens_are_not():
+    tokenizer = tokenizer_from_gguf(Path("x.gguf"), metadata("gpt-2"))
+    ids = tokenizer.encode("<s>12<tool>")
+    assert ids == [257, 256, 259]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "12<tool>"
+
+
+@pytest.mark.parametrize(("pre", "added"), [("llama-bpe", True), ("gpt-2", False)])
+def test_beginning_token_where_the_file_or_its_kind_says_so(pre, added):
+    core = tokenizer_from_gguf(Path("x.gguf"), metadata(pre)).core
+    assert (core.encode("12").ids[0] == 257) is added
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "llama"}, r"x\.gguf: the tokenizer 'llama' .* supported: 'gpt2'"),
+        ({"pre": "tekken"}, r"pre-tokenizer 'tekken' is not supported"),
+        ({"merges": ["1 zzz"]}, r"x\.gguf is corrupt: its tokenizer's merges fail"),
+        ({"merges": ["12"]}, r"x\.gguf is corrupt"),
+        ({"token_type": [1]}, r"x\.gguf is corrupt: 260 tokens but 1 token types"),
+        ({"bos_token_id": 999}, r"x\.gguf is corrupt: bos_token_id is 999"),
+    ],
+)
+def test_unsupported_or_corrupt_metadata(changes, message):
+    with pytest.raises(ValueError, match=message):
+        tokenizer_from_gguf(Path("x.gguf"), metadata("gpt-2", **changes))
+
+
+def test_incomplete_metadata():
+    entries = metadata("gpt-2")
+    del entries["tokenizer.ggml.eos_token_id"]
+    with pytest.raises(ValueError, match=r"lacks tokenizer\.ggml\.eos_token_id"):
+        tokenizer_from_gguf(Path("x.gguf"), entries)
+
+
+def huggingface(folder: Path, settings: dict) -> Path:
+    byte_tokenizer().core.save(str(folder / "tokenizer.json"))
+    small_checkpoints.write_json(folder / "tokenizer_config.json", settings)
+    return folder
+
+
+def test_huggingface_special_tokens_and_template(tmp_path):
+    settings = {
+        "bos_token": {"content": "<|im_start|>", "lstrip": False},
+        "eos_token": "<|im_end|>",
+        "pad_token": None,
+        "chat_template": [
+            {"name": "tools", "template": "t"},
+            {"name": "default", "template": "d"},
+        ],
+    }
+    tokenizer = tokenizer_from_huggingface(huggingface(tmp_path, settings))
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (256, 257, None)
+    assert tokenizer.chat_template == "d"
+    (tmp_path / "chat_template.jinja").write_text("own file")
+    assert tokenizer_from_huggingface(tmp_path).chat_template == "own file"
+
+
+@pytest.mark.parametrize("eos", [258, [258, 1]])
+def test_huggingface_end_token_of_the_generation_config(tmp_path, eos):
+    huggingface(tmp_path, {})
+    small_checkpoints.write_json(tmp_path / "generation_config.json", {"eos_token_id": eos})
+    assert tokenizer_from_huggingface(tmp_path).eos_id == 258
+
+
+def test_huggingface_without_end_token(tmp_path):
+    with pytest.raises(ValueError, match=r"names no end token"):
+        tokenizer_from_huggingface(huggingface(tmp_path, {}))
+
+
+def test_huggingface_without_tokenizer(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has no tokenizer\.json"):
+        tokenizer_from_huggingface(tmp_path)
+
+
+def test_huggingface_corrupt_tokenizer(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer"):
+        tokenizer_from_huggingface(tmp_path)
