@@ -1,5 +1,6 @@
 """LoRA as a JAX transform: a frozen base, a small delta, and pure functions between them."""
 
+from lora_jax.describe import Description as Description
 from lora_jax.describe import describe as describe
 from lora_jax.masks import mask_optimizer as mask_optimizer
 from lora_jax.masks import trainable_mask as trainable_mask

@@ -18,8 +18,8 @@ from lora_jax.weights import scan_layers
 
 METHODS = {
     "kaiming": lora.LoRA(rank=2, alpha=4.0),
-    "gaussian": lora.LoRA(rank=3, init="gaussian"),
-    "rslora": lora.LoRA(rank=4, scaling="rslora"),
+    "gaussian": lora.LoRA(rank=2, init="gaussian"),
+    "rslora": lora.LoRA(rank=2, scaling="rslora"),
     "dropout": lora.LoRA(rank=2, dropout=0.5),
     "full": lora.Full(),
 }
@@ -91,7 +91,8 @@ def struct() -> Case:
 class Net(nn.Module):
     @nn.compact
     def __call__(self, x):
-        return nn.Dense(4)(jnp.tanh(nn.Dense(5)(x)))
+        x = jnp.tanh(nn.Dense(5)(x))
+        return nn.Dense(4)(x)
 
 
 def linen() -> Case:

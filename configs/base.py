@@ -1,0 +1,81 @@
+"""Every setting with its meaning; a model's config changes what it must.
+
+Any of them can be given on the command line: `--config.train.steps=20`.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+
+    config.name = ""
+    config.model = ConfigDict(
+        {
+            # "smollm2-135m", a .gguf file, a Hugging Face folder, a cached hub name, or "random".
+            "source": "smollm2-135m",
+            # What --plan and random weights go by: a name in lora_jax/models/shapes.py.
+            "shape": "smollm2-135m",
+            "dtype": "float32",  # of the base and of all compute; deltas are float32
+            "remat": "elementwise",  # none, elementwise, full
+        }
+    )
+    config.data = ConfigDict(
+        {
+            "source": "restaurants",  # restaurants, e2e, jsonl, tfds:NAME
+            "path": "",  # the folder or file of e2e and jsonl
+            "prompt_field": "",  # of a TFDS data set
+            "response_field": "",
+            "batch_size": 2,  # rows a step
+            "seq_len": 256,  # tokens a row
+            "pack": True,  # several examples a row
+            "seed": 0,  # of the order, which all arms share
+            "validation_examples": 48,
+        }
+    )
+    config.lora = ConfigDict(
+        {
+            "targets": "all-linear",
+            "method": ConfigDict(  # what LoRA takes beside the rank
+                {
+                    "alpha": 16.0,
+                    "scaling": "lora",  # alpha / r; "rslora": alpha / sqrt(r)
+                    "dropout": 0.0,
+                    "init": "kaiming",
+                }
+            ),
+        }
+    )
+    config.train = ConfigDict(
+        {
+            "steps": 24,
+            "warmup_steps": 3,
+            "schedule": "cosine",  # cosine, linear, constant
+            "learning_rate": 2e-3,  # its peak
+            "weight_decay": 0.0,
+            "clip_norm": 1.0,  # of the trained part's gradient
+            "accumulate": 1,  # micro-batches a step
+            "eval_every": 12,
+            "checkpoint_every": 12,
+            "log_every": 1,
+            "patience": 0,  # validations without a new best before an arm stops; 0 never stops
+        }
+    )
+    config.sweep = ConfigDict(
+        {
+            "ranks": (1, 4, 16, 64),
+            "learning_rates": (),  # several make an arm each; empty: train.learning_rate
+            "seeds": (0,),  # of the initialisation and of dropout
+            "mode": "auto",  # batched, in_turn; auto: in_turn on a CPU, batched elsewhere
+            "full": False,  # adds full fine-tuning as an arm
+            "full_learning_rate": 2e-4,
+        }
+    )
+    config.ablation = ConfigDict(
+        {
+            "targets": ("qv", "attention", "mlp", "all-linear"),
+            "rank": 8,  # of every arm at equal rank; of all-linear at equal parameters
+        }
+    )
+    config.samples = ConfigDict({"prompts": 2, "max_new_tokens": 48})
+    return config

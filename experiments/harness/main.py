@@ -1,0 +1,74 @@
+"""The command line that the experiments share."""
+
+import hashlib
+import json
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+from experiments.harness import plan, report, setup
+from experiments.harness.arms import Arm
+from experiments.harness.progress import console, reporting
+from experiments.harness.run import run
+from lora_jax.data import default_cache_dir
+from lora_jax.training import records
+
+ROOT = Path(__file__).parents[2]
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", str(ROOT / "configs" / "smollm2_135m.py"), "The model's configuration file."
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where records go; by default runs/EXPERIMENT-CONFIG-HASH."
+)
+_PLAN = flags.DEFINE_bool(
+    "plan", False, "Print parameters and memory of each arm without loading weights, and end."
+)
+
+
+def main(
+    experiment: str,
+    title: str,
+    arms_of: Callable[[ConfigDict], Sequence[Arm]],
+    draw: Callable[[Path, dict], None],
+) -> None:
+    """Runs an experiment: `arms_of(config)` says what differs, `draw` makes its picture."""
+
+    def start(argv: Sequence[str]) -> None:
+        if len(argv) > 1:
+            sys.exit(f"{experiment}: unexpected argument {argv[1]!r}; flags start with --.")
+        try:
+            _start(experiment, title, arms_of, draw)
+        except (ValueError, FileNotFoundError) as error:
+            sys.exit(f"{experiment}: {error}")
+        except KeyboardInterrupt:
+            sys.exit(f"\n{experiment}: interrupted; the same command continues.")
+
+    app.run(start)
+
+
+def _start(experiment, title, arms_of, draw) -> None:
+    config = _CONFIG.value
+    arms = arms_of(config)
+    if _PLAN.value:
+        return console.print(plan.plan(config, arms), markup=False)
+    setup.quiet_logs()
+    jax.config.update("jax_compilation_cache_dir", str(default_cache_dir() / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    workdir = Path(_WORKDIR.value or f"runs/{experiment}-{config.name}-{_short_hash(config)}")
+    records.claim(workdir, {"experiment": experiment, **config.to_dict()})
+    console.print(f"[bold]{title}[/bold] with {config.name}: {len(arms)} arms, records in {workdir}")
+    with reporting(workdir / "metrics.jsonl") as log:
+        results = run(config, arms, workdir, log)
+    report.write(workdir, f"{title}, {config.name}", shlex.join(["python", *sys.argv]), results)
+    draw(workdir / f"{experiment}.png", results)
+    console.print(f"\nresults.json, results.md, metrics.jsonl and {experiment}.png are in {workdir}")
+
+
+def _short_hash(config: ConfigDict) -> str:
+    text = json.dumps(config.to_dict(), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:6]

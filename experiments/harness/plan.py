@@ -1,0 +1,78 @@
+"""What a sweep will cost, from shapes alone."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+import lora_jax as lora
+from experiments.harness.arms import Arm
+from experiments.harness.setup import shape_of
+from lora_jax.models import llama
+from lora_jax.weights import PyTree
+
+GB = 1e9
+
+
+def abstract_params(config: ConfigDict) -> PyTree:
+    """The shapes of the configured model's params; nothing is allocated."""
+    shape, dtype = shape_of(config), jnp.dtype(config.model.dtype)
+    return jax.eval_shape(lambda key: llama.init(shape, key=key, dtype=dtype), jax.random.key(0))
+
+
+def describe_arm(params: PyTree, method: lora.LoRA | lora.Full, targets: str) -> lora.Description:
+    """The counts of one arm over abstract params."""
+
+    def transform(params, key):
+        return lora.lora_transform(params, method, targets=targets, key=key)
+
+    base, delta = jax.eval_shape(transform, params, jax.random.key(0))
+    return lora.describe(base, delta, method, targets=targets)
+
+
+def params_per_rank(config: ConfigDict) -> dict[str, int]:
+    """What each target preset of the ablation trains at rank 1."""
+    params = abstract_params(config)
+    return {
+        targets: describe_arm(params, lora.LoRA(rank=1), targets).trainable_params
+        for targets in config.ablation.targets
+    }
+
+
+def plan(config: ConfigDict, arms: Sequence[Arm]) -> str:
+    """A table of parameters and memory, an arm a line.
+
+    Memory is what stands for the whole run: the base, and float32 deltas with their gradient and
+    two moments of Adam. Activations come on top.
+    """
+    params = abstract_params(config)
+    base = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+    rows = [("arm", "trainable", "%", "delta GB", "with Adam GB", "with the base GB")]
+    for arm in arms:
+        counts = describe_arm(params, arm.method, arm.targets)
+        delta = counts.trainable_params * 4
+        sizes = (delta, 4 * delta, 4 * delta + base)
+        rows.append(
+            (
+                arm.name,
+                f"{counts.trainable_params:,}",
+                f"{counts.trainable_percent:.3f}",
+                *(f"{size / GB:.2f}" for size in sizes),
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if number else cell.ljust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    total = sum(leaf.size for leaf in jax.tree.leaves(params))
+    head = (
+        f"{config.name} ({config.model.shape}): {total:,} parameters, {base / GB:.2f} GB in "
+        f"{config.model.dtype}; full fine-tuning in float32 with Adam would take "
+        f"{total * 16 / GB:.0f} GB. Activations come on top."
+    )
+    return "\n".join([head, "", *lines])

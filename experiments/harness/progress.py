@@ -1,0 +1,80 @@
+"""What a person sees while a sweep runs, and what `metrics.jsonl` keeps of it."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lora_jax.training import records
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def reporting(metrics: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Yields the function that a run logs to: it shows a record, and writes it if it is a metric."""
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[tokens]} tokens/s"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+    started = time.perf_counter()
+    losses: dict[str, float] = {}
+    rates: dict[str, float] = {}
+    task = None
+
+    def say(text: str) -> None:
+        console.print(f"[dim]{time.perf_counter() - started:6.1f} s[/dim]  {text}")
+
+    def show(record: dict[str, Any]) -> None:
+        nonlocal task
+        event = record.get("event")
+        if event == "started":
+            records.rewind(metrics, record["arms"], record["step"])
+            losses.clear()
+            rates.clear()
+            if record["step"]:
+                say(f"continuing after step {record['step']} of {record['steps']}")
+            task = bar.add_task("training", total=record["steps"], completed=record["step"], tokens="")
+        elif event is not None:
+            say(_sentence(record))
+        elif "val_loss" in record:
+            say(f"step {record['step']}: {record['arm']} validation loss {record['val_loss']:.4f}")
+        else:
+            losses[record["arm"]] = record["loss"]
+            rates[record["arm"]] = record["tokens_per_second"]
+            mean_rate = sum(rates.values()) / len(rates)
+            low, high = min(losses.values()), max(losses.values())
+            bar.update(
+                task,
+                description=f"loss {low:.3f} to {high:.3f}" if high > low else f"loss {low:.3f}",
+                completed=record["step"],
+                tokens=f"{mean_rate:.0f}",
+            )
+        if event is None:
+            records.append(metrics, record)
+
+    with bar:
+        yield show
+
+
+def _sentence(record: dict[str, Any]) -> str:
+    event, arm = record["event"], record.get("arm", "")
+    sentences = {
+        "loading": f"loading {record.get('what')}",
+        "compiling": f"compiling one step for {len(record.get('arms', ()))} arms",
+        "base": f"the untuned base: validation loss {record.get('val_loss', 0):.4f}",
+        "diverged": f"[red]{arm} diverged at step {record.get('step')}: its loss is not a number. "
+        "It stops here; lower its learning rate, or warm up for longer.[/red]",
+        "stopped early": f"{arm} stops at step {record.get('step')}: no better validation for a while",
+        "sampling": f"sampling from the base and from {arm}",
+    }
+    return sentences[event]

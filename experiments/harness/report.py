@@ -1,0 +1,113 @@
+"""Results as JSON, as a table for people, and the machine that made them."""
+
+import datetime
+import importlib.metadata
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.table import Table
+
+from experiments.harness.progress import console
+from lora_jax.training import records
+
+HEADER = ("arm", "rank", "targets", "trainable", "%", "train", "val", "perplexity", "tokens/s")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, hardware and commit."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "cpus": os.cpu_count(),
+        "machine": platform.machine(),
+        "commit": commit or None,
+    }
+
+
+def write(workdir: Path, title: str, command: str, results: Mapping[str, Any]) -> None:
+    """Writes `results.json` and `results.md`, and prints the table."""
+    results = {"title": title, "command": command, **results, "environment": environment()}
+    records.write_json(workdir / "results.json", results)
+    cells = rows(results)
+    (workdir / "results.md").write_text(markdown(title, command, results, cells))
+    table = Table(*HEADER, title=title)
+    for column in table.columns[3:]:
+        column.justify = "right"
+    for row in cells:
+        table.add_row(*row)
+    console.print(table)
+    for sample in results["samples"]:
+        console.print(f"\n[bold]{sample['prompt']}[/bold]", markup=True)
+        for name in ("reference", "base", "adapted"):
+            console.print(f"  {name:>9}: {_one_line(sample[name])}", markup=False)
+
+
+def rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The table's cells: the untuned base first."""
+    base = results["base"]
+    table = [(f"{base['name']}, untuned", "", "", "0", "", "", *_losses(base["val_loss"]), "")]
+    for arm in results["arms"]:
+        table.append(
+            (
+                arm["name"],
+                "" if arm["rank"] is None else str(arm["rank"]),
+                arm["targets"],
+                f"{arm['trainable_params']:,}",
+                f"{arm['trainable_percent']:.3f}",
+                _number(arm["train_loss"]),
+                *_losses(arm["val_loss"]),
+                _number(arm["tokens_per_second"], 0),
+            )
+        )
+    return table
+
+
+def markdown(
+    title: str, command: str, results: Mapping[str, Any], cells: Sequence[tuple[str, ...]]
+) -> str:
+    """`results.md`: the table, the samples, the command and the machine."""
+    machine = results["environment"]
+    lines = [f"# {title}", "", f"`{command}`", ""]
+    lines += ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
+    lines += ["| " + " | ".join(row) + " |" for row in cells]
+    lines += ["", "Losses are nats a response token; train is the mean of the last ten steps."]
+    for sample in results["samples"]:
+        lines += ["", f"**{_one_line(sample['prompt'])}**", ""]
+        lines += [f"- {name}: {_one_line(sample[name])}" for name in ("reference", "base")]
+        lines += [f"- {sample['arm']}: {_one_line(sample['adapted'])}"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    lines += [
+        "",
+        f"{machine['date']}, {results['seconds']:.0f} s on {machine['device']} ({machine['cpus']} "
+        f"CPU cores), Python {machine['python']}, {versions}, commit {machine['commit']}.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _losses(loss: float | None) -> tuple[str, str]:
+    return _number(loss), _number(None if loss is None else math.exp(loss), 2)
+
+
+def _number(value: float | None, digits: int = 4) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,70 @@
+"""What the model says before and after."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+import lora_jax as lora
+from experiments.harness import setup
+from lora_jax import data
+from lora_jax.interop import Pretrained
+from lora_jax.models.generate import generate
+
+if TYPE_CHECKING:
+    from experiments.harness.run import Outcome
+
+
+def sample(
+    config: ConfigDict,
+    model: Pretrained,
+    best: "Outcome | None",
+    log: Callable[[dict[str, Any]], None],
+) -> list[dict[str, str]]:
+    """Greedy answers to the first validation prompts, by the base and by the best arm."""
+    count = config.samples.prompts
+    if best is None or not count:
+        return []
+    log({"event": "sampling", "arm": best.arm.name})
+    held_out = setup.records(config, "validation")
+    conversations = [held_out[i]["messages"] for i in range(min(count, len(held_out)))]
+    prompts = [
+        data.render_messages(messages[:-1], model.tokenizer, add_generation_prompt=True)
+        for messages in conversations
+    ]
+    before = _answers(config, model, model.params, prompts)
+    after = _answers(config, model, lora.merge(model.params, best.delta), prompts)
+    return [
+        {
+            "prompt": messages[-2]["content"],
+            "reference": messages[-1]["content"],
+            "base": plain,
+            "adapted": adapted,
+            "arm": best.arm.name,
+        }
+        for messages, plain, adapted in zip(conversations, before, after, strict=True)
+    ]
+
+
+def _answers(config: ConfigDict, model: Pretrained, params: Any, prompts: list[str]) -> list[str]:
+    tokenizer = model.tokenizer
+    encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    width = max(map(len, encoded))
+    rows = np.array([row + [tokenizer.eos_id] * (width - len(row)) for row in encoded], np.int32)
+    lengths = jnp.array([len(row) for row in encoded], jnp.int32)
+
+    def answer(params, rows, lengths):
+        return generate(
+            params,
+            rows,
+            lengths,
+            model.config,
+            max_new_tokens=config.samples.max_new_tokens,
+            eos_id=tokenizer.eos_id,
+        )
+
+    tokens = jax.jit(answer)(params, jnp.asarray(rows), lengths)
+    return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in tokens.tolist()]

@@ -1,0 +1,87 @@
+"""Model and data as a config names them."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from lora_jax import data
+from lora_jax.interop import Pretrained, load
+from lora_jax.models import llama
+from lora_jax.models.config import LlamaConfig
+from lora_jax.models.shapes import SHAPES
+
+
+def shape_of(config: ConfigDict) -> LlamaConfig:
+    """The model's shape, by name, without its weights."""
+    name = config.model.shape
+    if name not in SHAPES:
+        raise ValueError(f"config.model.shape={name!r}: expected one of {', '.join(SHAPES)}.")
+    return SHAPES[name]
+
+
+def load_model(config: ConfigDict) -> Pretrained:
+    """The pretrained model, or random weights of the named shape with a byte tokenizer."""
+    dtype = jnp.dtype(config.model.dtype)
+    if config.model.source != "random":
+        return load(config.model.source, dtype=dtype)
+    shape = shape_of(config)
+    return Pretrained(
+        params=llama.init(shape, key=jax.random.key(0), dtype=dtype),
+        config=shape,
+        tokenizer=data.byte_tokenizer(),
+        name=config.model.shape,
+        source="random weights",
+    )
+
+
+def records(config: ConfigDict, split: str) -> Sequence[data.Record]:
+    """One split of the configured source."""
+    settings = config.data
+    return data.load_source(
+        settings.source,
+        split=split,
+        path=settings.path or None,
+        prompt_field=settings.prompt_field or None,
+        response_field=settings.response_field or None,
+    )
+
+
+def training_batches(config: ConfigDict, model: Pretrained) -> Any:
+    """A fresh endless iterator over the training split; the same config gives the same batches."""
+    settings = config.data
+    if settings.seq_len > model.config.context_length:
+        raise ValueError(
+            f"config.data.seq_len={settings.seq_len} exceeds the model's context of "
+            f"{model.config.context_length} tokens."
+        )
+    return data.train_batches(
+        records(config, "train"),
+        model.tokenizer,
+        batch_size=settings.batch_size,
+        seq_len=settings.seq_len,
+        seed=settings.seed,
+        pack=settings.pack,
+    )
+
+
+def validation_batches(config: ConfigDict, model: Pretrained) -> list[data.Batch]:
+    """The first `validation_examples` of the validation split."""
+    settings = config.data
+    return data.eval_batches(
+        records(config, "validation"),
+        model.tokenizer,
+        batch_size=settings.batch_size,
+        seq_len=settings.seq_len,
+        limit=settings.validation_examples,
+        pack=settings.pack,
+    )
+
+
+def quiet_logs() -> None:
+    """Keeps the chatter of checkpoint and data libraries out of a run's output."""
+    for name in ("absl", "orbax", "grain", "jax"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,18 @@
+"""How much rank does a task need? The rank sweep of the LoRA paper (Hu et al. 2021, section 7.2).
+
+    python experiments/rank_sweep.py
+    python experiments/rank_sweep.py --config=configs/llama8b.py --plan
+    python experiments/rank_sweep.py --config.sweep.ranks="(1, 8)" --config.train.steps=40
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a checkout, installed or not
+
+from experiments.harness import pictures
+from experiments.harness.arms import rank_arms
+from experiments.harness.main import main
+
+if __name__ == "__main__":
+    main("rank_sweep", "Rank sweep", rank_arms, pictures.loss_by_rank)

@@ -1,0 +1,358 @@
+"""What holds for every method on every kind of tree."""
+
+import cases
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import X, assert_close, assert_equal, moved, transform
+
+import lora_jax as lora
+
+
+def test_fresh_adapter_is_the_identity(case, method):
+    base, delta = transform(case, method)
+    assert_close(case.apply(lora.bind(base, delta), X), case.apply(case.params, X), atol=1e-6)
+    assert_equal(lora.merge(base, delta), case.params)
+
+
+def test_base_is_the_params_tree(case, method):
+    base, _ = transform(case, method)
+    assert_equal(base, case.params)
+
+
+def test_moved_adapter_is_not_the_identity(case, method):
+    base, delta = transform(case, method)
+    adapted = case.apply(lora.bind(base, moved(delta)), X)
+    assert np.abs(adapted - case.apply(base, X)).max() > 1e-2
+
+
+def test_merged_equals_bound(case, method):
+    base, delta = transform(case, method)
+    delta = moved(delta)
+    merged = lora.merge(base, delta)
+    assert jax.tree.structure(merged) == jax.tree.structure(case.params)
+    assert_close(case.apply(merged, X), case.apply(lora.bind(base, delta), X), atol=5e-6)
+
+
+def test_unmerge_inverts_merge(case, method):
+    base, delta = transform(case, method)
+    delta = moved(delta)
+    assert_close(lora.unmerge(lora.merge(base, delta), delta), base, atol=1e-6)
+
+
+def test_base_gets_no_gradient(case, method):
+    base, delta = transform(case, method)
+
+    def loss(base):
+        return case.apply(lora.bind(base, moved(delta)), X).sum()
+
+    for gradient in jax.tree.leaves(jax.grad(loss)(base)):
+        assert not np.any(gradient)
+
+
+def test_only_trained_leaves_get_a_gradient(case, method):
+    base, delta = transform(case, method)
+
+    def loss(delta):
+        return (case.apply(lora.bind(base, delta), X) ** 2).sum()
+
+    gradients = jax.grad(loss)(moved(delta))
+    received = jax.tree.map(lambda gradient: bool(np.any(gradient)), gradients)
+    assert received == lora.trainable_mask(delta)
+
+
+def test_gradient_is_that_of_the_merged_model(case, method):
+    base, delta = transform(case, method)
+
+    def bound(delta):
+        return jnp.sin(case.apply(lora.bind(base, delta), X)).sum()
+
+    def merged(delta):
+        return jnp.sin(case.apply(lora.merge(base, delta), X)).sum()
+
+    ours, theirs = jax.grad(bound)(moved(delta)), jax.grad(merged)(moved(delta))
+    mask = lora.trainable_mask(delta)
+    kept = [jax.tree.map(lambda m, g: g * m, mask, tree) for tree in (ours, theirs)]
+    assert_close(*kept, rtol=1e-4, atol=1e-5)
+
+
+def test_init_is_the_same_under_jit(case, method):
+    eager = transform(case, method)[1]
+    jitted = jax.jit(lambda p: lora.lora_transform(p, method, key=jax.random.key(0))[1])
+    assert_equal(jitted(case.params), eager)
+
+
+def test_eval_shape(case, method):
+    base, delta = transform(case, method)
+    shapes = jax.eval_shape(lambda p: lora.lora_transform(p, method, key=jax.random.key(0)),
+                            case.params)  # fmt: skip
+    assert jax.tree.map(lambda s: (s.shape, s.dtype), shapes) == jax.tree.map(
+        lambda a: (a.shape, a.dtype), (base, delta)
+    )
+
+
+def test_jit_agrees_and_traces_once(case, method):
+    base, delta = transform(case, method)
+    traces = []
+
+    @jax.jit
+    def forward(base, delta, x):
+        traces.append(x)
+        return case.apply(lora.bind(base, delta), x)
+
+    other = moved(delta)
+    assert_close(forward(base, delta, X), case.apply(base, X))
+    assert_close(forward(base, other, X), case.apply(lora.bind(base, other), X), atol=5e-6)
+    assert len(traces) == 1
+
+
+def test_vmap_over_deltas(case, method):
+    base, delta = transform(case, method)
+    deltas = [delta, moved(delta, 1), moved(delta, 2)]
+    outputs = jax.vmap(lambda d: case.apply(lora.bind(base, d), X))(lora.stack(deltas))
+    for output, member in zip(outputs, deltas, strict=True):
+        assert_close(output, case.apply(lora.bind(base, member), X), atol=5e-6)
+
+
+def test_remat_changes_nothing(case, method):
+    base, delta = transform(case, method)
+
+    def loss(delta):
+        return jnp.sin(case.apply(lora.bind(base, delta), X)).sum()
+
+    delta = moved(delta)
+    assert_close(jax.grad(jax.checkpoint(loss))(delta), jax.grad(loss)(delta), atol=5e-6)
+
+
+@pytest.mark.parametrize("kind", ["nested", "stacked"])
+def test_pmap(kind, method):
+    case = cases.TREES[kind]()
+    base, delta = transform(case, method)
+    delta, count = moved(delta), jax.local_device_count()
+    assert count > 1
+    x = jnp.stack([X * i for i in range(count)])
+    outputs = jax.pmap(
+        lambda base, delta, x: case.apply(lora.bind(base, delta), x), in_axes=(None, None, 0)
+    )(base, delta, x)
+    expected = jnp.stack([case.apply(lora.bind(base, delta), row) for row in x])
+    assert_close(np.asarray(outputs), np.asarray(expected), atol=5e-6)
+
+
+def test_delta_passes_through_a_scan_over_steps(case, method):
+    base, delta = transform(case, method)
+
+    def step(delta, x):
+        loss, gradients = jax.value_and_grad(
+            lambda d: (case.apply(lora.bind(base, d), x) ** 2).mean()
+        )(delta)
+        return jax.tree.map(lambda d, g: d - 0.01 * g, delta, gradients), loss
+
+    _, losses = jax.lax.scan(step, moved(delta), jnp.stack([X] * 5))
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("name", ["kaiming", "gaussian"])
+def test_adding_a_target_changes_no_other_numbers(name):
+    case, method = cases.nested(), cases.METHODS[name]
+    few = transform(case, method, targets="q_proj")[1]
+    many = transform(case, method, targets=["down_proj", "q_proj"])[1]
+    assert_equal(few["block"]["q_proj"], many["block"]["q_proj"])
+    assert "out" not in few
+
+
+@pytest.mark.parametrize("name", ["kaiming", "gaussian"])
+def test_stacked_layers_draw_what_unstacked_ones_draw(name):
+    method, key = cases.METHODS[name], jax.random.key(5)
+    stacked = lora.lora_transform({"layers": {"q_proj": jnp.ones((4, 6, 5))}}, method, key=key)[1]
+    flat = lora.lora_transform(
+        {"layers": [{"q_proj": jnp.ones((6, 5))} for _ in range(4)]}, method, key=key
+    )[1]
+    for i in range(4):
+        layer = jax.tree.map(lambda leaf: leaf[i], stacked["layers"]["q_proj"])  # noqa: B023
+        assert_equal(layer, flat["layers"][str(i)]["q_proj"])
+
+
+def test_layers_and_paths_draw_different_numbers():
+    params = {"layers": {"q_proj": jnp.ones((2, 6, 6)), "k_proj": jnp.ones((2, 6, 6))}}
+    delta = lora.lora_transform(params, lora.LoRA(rank=2), key=jax.random.key(0))[1]
+    draws = jnp.concatenate([node.a for node in delta["layers"].values()])
+    for i in range(4):
+        for j in range(i):
+            assert np.abs(draws[i] - draws[j]).max() > 1e-3
+
+
+def test_another_key_draws_other_numbers():
+    case = cases.nested()
+    one, two = (
+        lora.lora_transform(case.params, lora.LoRA(rank=2), key=jax.random.key(seed))[1]
+        for seed in (0, 1)
+    )
+    assert np.abs(one["block"]["q_proj"].a - two["block"]["q_proj"].a).max() > 1e-3
+
+
+def test_float32_deltas_over_a_bf16_base(case, method):
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), case.params)
+    base, delta = lora.lora_transform(params, method, key=jax.random.key(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves(delta)} == {jnp.dtype("float32")}
+    x = X.astype(jnp.bfloat16)
+    output = case.apply(lora.bind(base, delta), x)
+    assert output.dtype == jnp.bfloat16
+    assert_equal(output, case.apply(params, x))
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(lora.merge(base, delta)))
+
+
+def test_bf16_merge_rounds_once():
+    params = {"q_proj": jnp.full((4, 4), 1.0, jnp.bfloat16)}
+    base, delta = lora.lora_transform(params, lora.Full(), key=jax.random.key(0))
+    delta["q_proj"] = delta["q_proj"].replace(delta=jnp.full((4, 4), 2.0**-8 + 2.0**-12))
+    # In bf16 the update alone rounds to 2^-8, and 1 + 2^-8 then ties to even: 1.
+    np.testing.assert_array_equal(lora.merge(base, delta)["q_proj"], jnp.bfloat16(1 + 2**-7))
+
+
+class Attention(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=8)(x, x)
+
+
+def attention_params():
+    x = cases.normal(0, 2, 5, 6)
+    params = Attention().init(jax.random.key(1), x)
+    root = "params/MultiHeadDotProductAttention_0"
+    into, out = lora.Layout(contracted=(-3,), output=(-2, -1)), lora.Layout(
+        contracted=(-3, -2), output=(-1,)
+    )
+    layouts = {f"{root}/{name}/kernel": into for name in ("query", "key", "value")}
+    return params, layouts | {f"{root}/out/kernel": out}, x
+
+
+def test_layouts_make_one_matrix_of_a_flax_attention_kernel():
+    params, layouts, x = attention_params()
+    base, delta = lora.lora_transform(
+        params, lora.LoRA(rank=2), key=jax.random.key(0), layouts=layouts
+    )
+    merged = lora.merge(base, moved(delta))
+    for path, layout in layouts.items():
+        before, after = params, merged
+        for part in path.split("/"):
+            before, after = before[part], after[part]
+        rows = np.prod(before.shape[: len(layout.contracted)])
+        update = np.asarray(after - before).reshape(rows, -1)
+        assert np.linalg.matrix_rank(update, tol=1e-4) == 2
+    assert Attention().apply(merged, x).shape == x.shape
+    assert_close(lora.unmerge(merged, moved(delta)), params)
+
+
+def test_layout_of_a_kernel_with_two_output_axes():
+    """The update, entry by entry, from its definition."""
+    params, layouts, _ = attention_params()
+    base, delta = lora.lora_transform(
+        params, lora.LoRA(rank=2, alpha=6.0), key=jax.random.key(0), layouts=layouts
+    )
+    delta = moved(delta)
+    name = "MultiHeadDotProductAttention_0"
+    node = delta["params"][name]["query"]["kernel"]
+    assert node.a.shape == (6, 2) and node.b.shape == (2, 2, 4)
+    update = lora.merge(base, delta)["params"][name]["query"]["kernel"]
+    update = update - params["params"][name]["query"]["kernel"]
+    assert_close(update, 3 * jnp.einsum("dr,rnh->dnh", node.a, node.b), atol=1e-5)
+    node = delta["params"][name]["out"]["kernel"]
+    assert node.a.shape == (2, 4, 2) and node.b.shape == (2, 6)
+
+
+def test_expert_kernels_draw_and_merge_expert_by_expert():
+    params = {"experts": {"up_proj": cases.normal(0, 3, 2, 6, 5)}}
+    base, delta = lora.lora_transform(params, lora.LoRA(rank=2), key=jax.random.key(0))
+    delta = moved(delta)
+    node = delta["experts"]["up_proj"]
+    assert node.a.shape == (3, 2, 6, 2) and node.scale.shape == (3, 2)
+    one = jax.tree.map(lambda leaf: leaf[1, 0], node)
+    merged = lora.merge(base, delta)["experts"]["up_proj"]
+    assert_close(merged[1, 0], one.merge(params["experts"]["up_proj"][1, 0]))
+
+
+def test_mapping_first_match_wins_and_none_excludes():
+    params = {"layers": {n: jnp.ones((2, 6, 6)) for n in ("q_proj", "k_proj", "v_proj", "up_proj")}}
+    rules = {"v_proj": None, "q_proj": lora.LoRA(rank=3), "attention": lora.LoRA(rank=1),
+             "all-linear": lora.Full()}  # fmt: skip
+    delta = lora.lora_transform(params, rules, key=jax.random.key(0))[1]["layers"]
+    assert set(delta) == {"q_proj", "k_proj", "up_proj"}
+    assert delta["q_proj"].rank == 3 and delta["k_proj"].rank == 1
+    assert delta["up_proj"].delta.shape == (2, 6, 6)
+
+
+def test_mapping_of_one_method_is_that_method(case):
+    method = lora.LoRA(rank=2)
+    assert_equal(transform(case, {"all-linear": method}), transform(case, method))
+
+
+def bad(params, method, match, **kwargs):
+    with pytest.raises(ValueError, match=match):
+        lora.lora_transform(params, method, key=jax.random.key(0), **kwargs)
+
+
+TREE = {"attn": {"q_proj": np.ones((6, 5), np.float32)}, "codes": np.ones((4, 4), np.int32)}
+
+
+def test_integer_leaf():
+    bad(TREE, lora.LoRA(rank=2), "codes holds int32.*Leave it out", targets="codes")
+
+
+@pytest.mark.parametrize("method", ["LoRA", 8, lora.LoRA, object()])
+def test_something_that_is_no_method(method):
+    bad(TREE, method, "expected a method such as", targets="q_proj")
+
+
+def test_rank_above_the_smaller_side():
+    bad(TREE, lora.LoRA(rank=6), "attn/q_proj: .*rank=6.* 6 x 5 matrix", targets="q_proj")
+
+
+def test_layout_of_an_unknown_path():
+    bad(TREE, lora.LoRA(rank=2), "layouts names 'attn/q_prj'.*attn/q_proj", targets="q_proj",
+        layouts={"attn/q_prj": lora.Layout()})  # fmt: skip
+
+
+def test_layout_that_does_not_fit():
+    bad(TREE, lora.LoRA(rank=2), "attn/q_proj: .*does not fit shape", targets="q_proj",
+        layouts={"attn/q_proj": lora.Layout(contracted=(-3,), output=(-2, -1))})  # fmt: skip
+
+
+@pytest.mark.parametrize("call", [lora.bind, lora.merge, lora.unmerge])
+def test_tree_without_an_adapted_path(call):
+    base, delta = transform(cases.nested(), lora.LoRA(rank=2))
+    renamed = {"block": {"wq": base["block"]["q_proj"]}, "out": base["out"]}
+    with pytest.raises(ValueError, match="adapts 'block/q_proj', which the tree does not have"):
+        call(renamed, delta)
+
+
+@pytest.mark.parametrize("method", [lora.LoRA(rank=2), lora.Full()], ids=["LoRA", "Full"])
+@pytest.mark.parametrize("call", [lora.bind, lora.merge, lora.unmerge])
+def test_tree_whose_shapes_changed(call, method):
+    base, delta = transform(cases.nested(), method)
+    base["block"]["q_proj"] = jnp.ones((7, 5))
+    message = r"block/q_proj: .*shape \(6, 5\), the base has \(7, 5\)"
+    with pytest.raises(ValueError, match=message):
+        call(base, delta)
+
+
+def test_other_base_under_adapter_ids():
+    base, delta = transform(cases.nested(), lora.LoRA(rank=2))
+    base["block"]["q_proj"] = jnp.ones((7, 5))
+    with pytest.raises(ValueError, match=r"block/q_proj: .*\(6, 5\), the base has \(7, 5\)"):
+        lora.bind(base, lora.stack([delta, delta]), adapter_ids=jnp.array([0, 1, 0]))
+
+
+@pytest.mark.parametrize("call", [lora.bind, lora.merge, lora.describe])
+def test_delta_with_a_leaf_that_is_no_node(call):
+    base, delta = transform(cases.nested(), lora.LoRA(rank=2))
+    delta["block"]["note"] = jnp.ones(3)
+    with pytest.raises(ValueError, match="block/note: expected a delta node, found"):
+        call(base, delta)
+
+
+def test_full_with_adapter_ids():
+    base, delta = transform(cases.nested(), lora.Full())
+    with pytest.raises(ValueError, match="Full deltas cannot be chosen by row"):
+        lora.bind(base, lora.stack([delta, delta]), adapter_ids=jnp.array([0, 1, 0]))
