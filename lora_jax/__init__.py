@@ -13,9 +13,8 @@ from lora_jax.transform import bind as bind
 from lora_jax.transform import lora_transform as lora_transform
 from lora_jax.transform import merge as merge
 from lora_jax.transform import unmerge as unmerge
+from lora_jax.version import __version__ as __version__
 from lora_jax.weights import Adapted as Adapted
 from lora_jax.weights import Weight as Weight
 from lora_jax.weights import embed as embed
 from lora_jax.weights import linear as linear
-
-__version__ = "0.1.0"

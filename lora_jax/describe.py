@@ -9,6 +9,7 @@ import jax
 from lora_jax import paths
 from lora_jax.masks import trainable_mask
 from lora_jax.methods import Method
+from lora_jax.tables import aligned
 from lora_jax.targets import Targets, as_rules, match_rules
 from lora_jax.transform import Delta, delta_nodes
 from lora_jax.weights import PyTree, is_weight
@@ -57,15 +58,7 @@ class Description:
             )
             for row in self.rows
         ]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = [
-            "  ".join(
-                cell.rjust(width) if i >= 4 else cell.ljust(width)
-                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in cells
-        ]
-        return "\n".join([*lines, self.summary()])
+        return f"{aligned(cells, left=4)}\n{self.summary()}"
 
 
 def describe(

@@ -114,6 +114,7 @@ def bind(
             node.check(path, weight)
         else:
             layers -= 1
+            jax.tree.map(lambda leaf: leaf[0], node).check(path, weight)
             node, ids = _rows_behind_layers(node, layers), Shared(adapter_ids)
         keys = dropout_key
         if keys is not None:

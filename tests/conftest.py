@@ -10,6 +10,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "optax: runs an optimizer, whose own code mixes dtypes")
+    config.addinivalue_line("markers", "optimized: reads the program that XLA makes")
 
 
 @pytest.fixture(autouse=True)
@@ -21,6 +22,19 @@ def strict_dtypes(request):
         return
     with jax.numpy_dtype_promotion("strict"):
         yield
+
+
+@pytest.fixture(autouse=True)
+def quick_compilation(request):
+    """Small models compile for longer than they run; a test that reads what XLA made of them, or
+    runs a model of real size, wants the optimized program."""
+    wants_optimized = {"interop", "experiments"} & set(request.path.parts)
+    if wants_optimized or request.node.get_closest_marker("optimized"):
+        yield
+        return
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(params=cases.METHODS)

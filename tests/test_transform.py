@@ -1,6 +1,9 @@
 """What holds for every method on every kind of tree."""
 
+import dataclasses
+
 import cases
+import flax.core
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,6 +12,17 @@ import pytest
 from cases import X, assert_close, assert_equal, moved, transform
 
 import lora_jax as lora
+
+
+def test_frozen_dicts():
+    """Older Flax code keeps its variables in them."""
+    case = cases.linen()
+    frozen = dataclasses.replace(case, params=flax.core.freeze(case.params))
+    base, delta = transform(frozen, lora.LoRA(rank=2))
+    assert isinstance(base, flax.core.FrozenDict)
+    assert_equal(delta, transform(case, lora.LoRA(rank=2))[1])
+    merged = lora.merge(base, moved(delta))
+    assert_close(cases.Net().apply(merged, X), case.apply(lora.bind(base, moved(delta)), X))
 
 
 def test_fresh_adapter_is_the_identity(case, method):
@@ -74,8 +88,9 @@ def test_gradient_is_that_of_the_merged_model(case, method):
 
     ours, theirs = jax.grad(bound)(moved(delta)), jax.grad(merged)(moved(delta))
     mask = lora.trainable_mask(delta)
-    kept = [jax.tree.map(lambda m, g: g * m, mask, tree) for tree in (ours, theirs)]
-    assert_close(*kept, rtol=1e-4, atol=1e-5)
+    for trains, one, other in zip(*map(jax.tree.leaves, (mask, ours, theirs)), strict=True):
+        if trains:
+            assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_init_is_the_same_under_jit(case, method):
@@ -126,9 +141,8 @@ def test_remat_changes_nothing(case, method):
     assert_close(jax.grad(jax.checkpoint(loss))(delta), jax.grad(loss)(delta), atol=5e-6)
 
 
-@pytest.mark.parametrize("kind", ["nested", "stacked"])
-def test_pmap(kind, method):
-    case = cases.TREES[kind]()
+def test_pmap(method):
+    case = cases.stacked()
     base, delta = transform(case, method)
     delta, count = moved(delta), jax.local_device_count()
     assert count > 1
@@ -153,7 +167,7 @@ def test_delta_passes_through_a_scan_over_steps(case, method):
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("name", ["kaiming", "gaussian"])
+@pytest.mark.parametrize("name", ["lora", "lora_variant"])
 def test_adding_a_target_changes_no_other_numbers(name):
     case, method = cases.nested(), cases.METHODS[name]
     few = transform(case, method, targets="q_proj")[1]
@@ -162,7 +176,7 @@ def test_adding_a_target_changes_no_other_numbers(name):
     assert "out" not in few
 
 
-@pytest.mark.parametrize("name", ["kaiming", "gaussian"])
+@pytest.mark.parametrize("name", ["lora", "lora_variant"])
 def test_stacked_layers_draw_what_unstacked_ones_draw(name):
     method, key = cases.METHODS[name], jax.random.key(5)
     stacked = lora.lora_transform({"layers": {"q_proj": jnp.ones((4, 6, 5))}}, method, key=key)[1]

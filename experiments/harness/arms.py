@@ -37,7 +37,7 @@ def rank_arms(config: ConfigDict) -> list[Arm]:
         for rate, seed in _rates_and_seeds(config)
     ]
     if config.sweep.full:
-        arms += [_full_arm(config.sweep.full_learning_rate, seed) for seed in config.sweep.seeds]
+        arms += [_full_arm(config, seed) for seed in config.sweep.seeds]
     return arms
 
 
@@ -51,23 +51,15 @@ def target_arms(config: ConfigDict, per_rank: Mapping[str, int]) -> list[Arm]:
     """
     rank = config.ablation.rank
     budget = max(per_rank.values()) * rank
-    presets = list(itertools.product(per_rank, _rates_and_seeds(config)))
-    at_rank = [
-        _lora_arm(config, rank, targets, rate, seed, group="equal rank")
-        for targets, (rate, seed) in presets
-    ]
-    at_budget = [
-        _lora_arm(
-            config,
-            max(1, round(budget / per_rank[targets])),
-            targets,
-            rate,
-            seed,
-            group="equal parameters",
-        )
-        for targets, (rate, seed) in presets
-    ]
-    return at_rank + at_budget
+    arms = []
+    for targets, (rate, seed) in itertools.product(per_rank, _rates_and_seeds(config)):
+        equal = max(1, round(budget / per_rank[targets]))
+        both = equal == rank
+        group = "equal rank and parameters" if both else "equal rank"
+        arms.append(_lora_arm(config, rank, targets, rate, seed, group))
+        if not both:
+            arms.append(_lora_arm(config, equal, targets, rate, seed, "equal parameters"))
+    return sorted(arms, key=lambda arm: arm.group == "equal parameters")
 
 
 def same_kind(arms: Sequence[Arm]) -> list[list[Arm]]:
@@ -84,9 +76,8 @@ def _rates_and_seeds(config: ConfigDict) -> list[tuple[float, int]]:
 def _lora_arm(
     config: ConfigDict, rank: int, targets: str, rate: float, seed: int, group: str = ""
 ) -> Arm:
-    parts = [group, targets, f"r{rank}", f"lr{rate:g}", f"seed{seed}"]
     return Arm(
-        name=" ".join(part for part in parts if part),
+        name=f"{targets} r{rank}{_suffix(config, rate, seed)}",
         rank=rank,
         targets=targets,
         method=lora.LoRA(rank=rank, **config.lora.method),
@@ -96,12 +87,19 @@ def _lora_arm(
     )
 
 
-def _full_arm(rate: float, seed: int) -> Arm:
+def _suffix(config: ConfigDict, rate: float, seed: int) -> str:
+    """What tells arms of one rank apart, where there are several."""
+    rate_part = f" lr {rate:g}" if len(config.sweep.learning_rates) > 1 else ""
+    seed_part = f" seed {seed}" if len(config.sweep.seeds) > 1 else ""
+    return rate_part + seed_part
+
+
+def _full_arm(config: ConfigDict, seed: int) -> Arm:
     return Arm(
-        name=f"full lr{rate:g} seed{seed}",
+        name=f"full seed {seed}" if len(config.sweep.seeds) > 1 else "full",
         rank=None,
         targets=".*",
         method=lora.Full(),
-        learning_rate=rate,
+        learning_rate=config.sweep.full_learning_rate,
         seed=seed,
     )

@@ -58,14 +58,15 @@ def loss_by_targets(path: Path, results: dict[str, Any]) -> None:
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
         arms = _finished(results)
-        groups = list(dict.fromkeys(arm["group"] for arm in arms))
+        groups = ("equal rank", "equal parameters")
         targets = list(dict.fromkeys(arm["targets"] for arm in arms))
         for number, group in enumerate(groups):
             for place, target in enumerate(targets):
                 losses = [
                     arm["val_loss"]
                     for arm in arms
-                    if arm["group"] == group and arm["targets"] == target
+                    if arm["targets"] == target
+                    and arm["group"] in (group, "equal rank and parameters")
                 ]
                 if not losses:
                     continue

@@ -10,6 +10,7 @@ import lora_jax as lora
 from experiments.harness.arms import Arm
 from experiments.harness.setup import shape_of
 from lora_jax.models import llama
+from lora_jax.tables import aligned
 from lora_jax.weights import PyTree
 
 GB = 1e9
@@ -61,18 +62,10 @@ def plan(config: ConfigDict, arms: Sequence[Arm]) -> str:
                 *(f"{size / GB:.2f}" for size in sizes),
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if number else cell.ljust(width)
-            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
     total = sum(leaf.size for leaf in jax.tree.leaves(params))
     head = (
         f"{config.name} ({config.model.shape}): {total:,} parameters, {base / GB:.2f} GB in "
         f"{config.model.dtype}; full fine-tuning in float32 with Adam would take "
         f"{total * 16 / GB:.0f} GB. Activations come on top."
     )
-    return "\n".join([head, "", *lines])
+    return f"{head}\n\n{aligned(rows)}"

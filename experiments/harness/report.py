@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from rich.table import Table
 
 from experiments.harness.progress import console
+from lora_jax.tables import aligned
 from lora_jax.training import records
 
 HEADER = ("arm", "rank", "targets", "trainable", "%", "train", "val", "perplexity", "tokens/s")
@@ -46,14 +46,10 @@ def write(workdir: Path, title: str, command: str, results: Mapping[str, Any]) -
     records.write_json(workdir / "results.json", results)
     cells = rows(results)
     (workdir / "results.md").write_text(markdown(title, command, results, cells))
-    table = Table(*HEADER, title=title)
-    for column in table.columns[3:]:
-        column.justify = "right"
-    for row in cells:
-        table.add_row(*row)
-    console.print(table)
+    console.print(f"\n[bold]{title}[/bold]")
+    console.print(aligned([HEADER, *cells], left=3), markup=False)
     for sample in results["samples"]:
-        console.print(f"\n[bold]{sample['prompt']}[/bold]", markup=True)
+        console.print(f"\n{sample['prompt']}", markup=False, style="bold")
         for name in ("reference", "base", "adapted"):
             console.print(f"  {name:>9}: {_one_line(sample[name])}", markup=False)
 

@@ -1,5 +1,6 @@
 """The parts of a training run, each usable by itself."""
 
+from lora_jax.training import optimizers as optimizers
 from lora_jax.training.loss import token_losses as token_losses
 from lora_jax.training.optimizers import adamw as adamw
 from lora_jax.training.step import LossSum as LossSum

@@ -95,57 +95,89 @@ def fit(
     """
     packed, progress = sweep.pack(states), [ArmProgress() for _ in arms]
     identity = {**identity, "arms": list(arms)}
-    start = 0
+    step = 0
     restored = checkpoints.restore(folder, packed, identity=identity)
     if restored is not None:
-        start, packed, position = restored
+        step, packed, position = restored
         batches.set_state(position["data"])
         progress = [ArmProgress(**arm) for arm in position["arms"]]
-    log({"event": "started", "step": start, "arms": list(arms), "steps": schedule.steps})
+    log({"event": "started", "step": step, "arms": list(arms), "steps": schedule.steps})
 
     window = _Window(arms, progress, log)
-    for step in range(start + 1, schedule.steps + 1):
+    while step < schedule.steps and _any_running(progress):
+        step += 1
         batch = next(batches)
-        packed, metrics = sweep.step(packed, base, batch, [arm.stopped is None for arm in progress])
+        window.open()
+        packed, metrics = sweep.step(packed, base, batch, [not arm.stopped for arm in progress])
         window.add(step, batch, metrics)
         last = step == schedule.steps
-        evaluates = step % schedule.eval_every == 0 or last
-        saves = step % schedule.checkpoint_every == 0 or last
-        if step % schedule.log_every == 0 or evaluates or saves:
-            window.flush()
-            if all(arm.stopped for arm in progress):
-                _raise_if_all_diverged(arms, progress, step)
-                evaluates = saves = last = True
+        evaluates = last or step % schedule.eval_every == 0
+        saves = last or step % schedule.checkpoint_every == 0
+        if evaluates or saves or step % schedule.log_every == 0:
+            window.close()
+            _raise_if_all_diverged(arms, progress, step)
         if evaluates:
-            _validate(sweep, packed, base, validation, arms, progress, step, schedule.patience, log)
-        if saves:
-            position = {
-                "data": batches.get_state(),
-                "arms": [dataclasses.asdict(arm) for arm in progress],
-            }
+            losses = mean_losses(sweep, packed, base, validation)
+            _judge(losses, arms, progress, step, schedule.patience, log)
+        if saves or not _any_running(progress):
+            arm_records = [dataclasses.asdict(arm) for arm in progress]
+            position = {"data": batches.get_state(), "arms": arm_records}
             checkpoints.save(folder, step, packed, identity=identity, position=position)
-        window.restart()
-        if last:
-            break
     return sweep.unpack(packed), progress
+
+
+def mean_losses(
+    sweep: Sweep, packed: PyTree, base: PyTree, validation: Sequence[Batch]
+) -> list[float]:
+    """Each arm's validation loss: nats a counted token, over all batches."""
+    sums = [jax.device_get(sweep.evaluate(packed, base, batch)) for batch in validation]
+    totals, counts = (np.sum(part, axis=0, dtype=np.float64) for part in zip(*sums, strict=True))
+    return [float(loss) for loss in totals / counts]
+
+
+def _any_running(progress: Sequence[ArmProgress]) -> bool:
+    return any(arm.stopped is None for arm in progress)
+
+
+def _judge(losses, arms, progress, step: int, patience: int | None, log: Log) -> None:
+    """Notes each running arm's validation loss, and stops those that improve no more."""
+    for name, arm, loss in zip(arms, progress, losses, strict=True):
+        if arm.stopped:
+            continue
+        arm.val_loss = loss
+        arm.waited = 0 if arm.best is None or loss < arm.best else arm.waited + 1
+        arm.best = loss if arm.waited == 0 else arm.best
+        log({"step": step, "arm": name, "val_loss": loss})
+        if patience is not None and arm.waited >= patience:
+            arm.stopped = "early"
+            log({"event": "stopped early", "arm": name, "step": step})
+
+
+def _raise_if_all_diverged(arms, progress, step: int) -> None:
+    if all(arm.stopped == "diverged" for arm in progress):
+        raise ValueError(
+            f"the loss of {', '.join(arms)} is not a number any more at step {step}. Lower the "
+            "learning rate, or warm up for longer; the checkpoint before is kept."
+        )
 
 
 class _Window:
     """The steps since the device was last waited for."""
 
-    def __init__(self, arms: Sequence[str], progress: list[ArmProgress], log: Log):
+    def __init__(self, arms: Sequence[str], progress: Sequence[ArmProgress], log: Log):
         self._arms, self._progress, self._log = arms, progress, log
-        self.restart()
+        self._steps: list[tuple[int, int, Any]] = []
+        self._since = 0.0
 
-    def restart(self) -> None:
-        if not getattr(self, "_steps", None):
-            self._steps: list[tuple[int, int, Any]] = []
+    def open(self) -> None:
+        if not self._steps:
             self._since = time.perf_counter()
 
     def add(self, step: int, batch: Batch, metrics: Any) -> None:
         self._steps.append((step, int((batch["segment_ids"] > 0).sum()), metrics))
 
-    def flush(self) -> None:
+    def close(self) -> None:
+        """Waits for the device, and logs what each running arm did."""
         steps = [(step, tokens, jax.device_get(metrics)) for step, tokens, metrics in self._steps]
         running = [index for index, arm in enumerate(self._progress) if arm.stopped is None]
         seconds = (time.perf_counter() - self._since) / len(running)
@@ -165,43 +197,5 @@ class _Window:
                 self._log({"event": "diverged", "arm": name, "step": step})
                 return
             arm.recent = [*arm.recent, loss][-RECENT:]
-            self._log(
-                {
-                    "step": step,
-                    "arm": name,
-                    "loss": loss,
-                    "grad_norm": norm,
-                    "tokens_per_second": tokens / seconds,
-                }
-            )
-
-
-def _validate(sweep, packed, base, validation, arms, progress, step, patience, log) -> None:
-    losses = mean_losses(sweep, packed, base, validation)
-    for name, arm, loss in zip(arms, progress, losses, strict=True):
-        if arm.stopped:
-            continue
-        arm.val_loss = loss
-        arm.waited = 0 if arm.best is None or loss < arm.best else arm.waited + 1
-        arm.best = loss if arm.waited == 0 else arm.best
-        log({"step": step, "arm": name, "val_loss": loss})
-        if patience is not None and arm.waited >= patience:
-            arm.stopped = "early"
-            log({"event": "stopped early", "arm": name, "step": step})
-
-
-def mean_losses(
-    sweep: Sweep, packed: PyTree, base: PyTree, validation: Sequence[Batch]
-) -> list[float]:
-    """Each arm's validation loss: nats a counted token, over all batches."""
-    sums = [jax.device_get(sweep.evaluate(packed, base, batch)) for batch in validation]
-    totals, counts = (np.sum(part, axis=0, dtype=np.float64) for part in zip(*sums, strict=True))
-    return [float(loss) for loss in totals / counts]
-
-
-def _raise_if_all_diverged(arms, progress, step: int) -> None:
-    if all(arm.stopped == "diverged" for arm in progress):
-        raise ValueError(
-            f"the loss of {', '.join(arms)} is not a number any more at step {step}. Lower the "
-            "learning rate, or warm up for longer; the checkpoint before is kept."
-        )
+            record = {"step": step, "arm": name, "loss": loss, "grad_norm": norm}
+            self._log({**record, "tokens_per_second": tokens / seconds})

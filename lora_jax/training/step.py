@@ -106,7 +106,7 @@ def train_step(
             opt_state=opt_state,
             step=state.step + 1,
         )
-        return moved, StepMetrics(total / count, optax.global_norm(grads))
+        return moved, StepMetrics(total / count, optax.tree.norm(grads))
 
     return step
 

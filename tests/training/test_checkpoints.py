@@ -1,0 +1,48 @@
+"""Fingerprints, and the folder that a run claims."""
+
+import json
+
+import jax.numpy as jnp
+import pytest
+import small
+
+from lora_jax.training import records
+from lora_jax.training.checkpoints import fingerprint
+
+
+def test_a_fingerprint_depends_on_every_bit_name_and_type():
+    base = small.params()
+    nudged = {**base, "norm": base["norm"].at[3].add(1e-6)}
+    swapped = {**base, "norm": base["norm"].at[0].set(2.0)}
+    swapped_elsewhere = {**base, "norm": base["norm"].at[1].set(2.0)}
+    renamed = {**{k: v for k, v in base.items() if k != "norm"}, "final": base["norm"]}
+    halved = {**base, "norm": base["norm"].astype(jnp.bfloat16)}
+    trees = [base, nudged, swapped, swapped_elsewhere, renamed, halved]
+    assert len({fingerprint(tree) for tree in trees}) == len(trees)
+    assert fingerprint(base) == fingerprint(small.params())
+
+
+def test_a_workdir_holds_one_run(tmp_path):
+    config = {"train": {"steps": 3, "rates": (1, 2)}, "name": "a"}
+    records.claim(tmp_path / "run", config)
+    records.claim(tmp_path / "run", config)
+    with pytest.raises(ValueError, match=r"train\.steps \(3 there, 4 here\).*another --workdir"):
+        records.claim(tmp_path / "run", {**config, "train": {"steps": 4, "rates": (1, 2)}})
+
+
+def test_metrics_rewind_to_a_checkpoint(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for step in (1, 2, 3):
+        for arm in ("a", "b"):
+            records.append(path, {"step": step, "arm": arm, "loss": 0.5})
+    with path.open("a") as file:
+        file.write('{"step": 4, "arm": "a", "lo')
+    records.rewind(path, ["a"], 2)
+    kept = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(r["step"], r["arm"]) for r in kept] == [
+        (1, "a"),
+        (1, "b"),
+        (2, "a"),
+        (2, "b"),
+        (3, "b"),
+    ]
