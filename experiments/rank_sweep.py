@@ -1,8 +1,8 @@
 """How much rank does a task need? The rank sweep of the LoRA paper (Hu et al. 2021, section 7.2).
 
-    python experiments/rank_sweep.py
-    python experiments/rank_sweep.py --config=configs/llama8b.py --plan
-    python experiments/rank_sweep.py --config.sweep.ranks="(1, 8)" --config.train.steps=40
+python experiments/rank_sweep.py
+python experiments/rank_sweep.py --config=configs/llama8b.py --plan
+python experiments/rank_sweep.py --config.sweep.ranks="(1, 8)" --config.train.steps=40
 """
 
 import sys

@@ -83,9 +83,7 @@ def describe(
     nodes = delta_nodes(delta)
     rules: dict[str, str] = {}
     if method is not None:
-        matches = match_rules(
-            list(flat), as_rules(method, targets), lambda path, _: path in nodes
-        )
+        matches = match_rules(list(flat), as_rules(method, targets), lambda path, _: path in nodes)
         rules = {match.path: match.rule for match in matches}
     rows = []
     for path, node in nodes.items():

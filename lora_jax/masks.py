@@ -1,5 +1,6 @@
 """What an optimizer may move: the factors of a delta, never the base, a scale or a key."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -21,8 +22,8 @@ def trainable_mask(tree: PyTree) -> PyTree:
         if isinstance(node, DeltaNode):
             return node.trainable()
         if isinstance(node, Adapted):
-            frozen = jax.tree.map(lambda _: False, node.replace(node=None))
-            return frozen.replace(node=node.node.trainable())
+            frozen = jax.tree.map(lambda _: False, dataclasses.replace(node, node=None))
+            return dataclasses.replace(frozen, node=node.node.trainable())
         return False
 
     return jax.tree.map(mask, tree, is_leaf=lambda x: isinstance(x, DeltaNode | Adapted))

@@ -1,6 +1,8 @@
 """Several deltas as one, along a leading axis: for sweeps by `vmap`, and for serving many."""
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +64,8 @@ def _trimmed(member: Delta, like: Delta) -> Delta:
 
 
 def _wider(path: str, one: DeltaNode, other: DeltaNode) -> DeltaNode:
-    if jax.tree.structure(one) != jax.tree.structure(other):
+    structures: Any = jax.tree.structure(one), jax.tree.structure(other)
+    if structures[0] != structures[1]:
         raise ValueError(
             f"{path}: cannot stack {_kind(one)} with {_kind(other)}: one path takes one method, "
             "with one dropout rate."
@@ -76,5 +79,9 @@ def _stack_nodes(path: str, like: DeltaNode, members: list[dict[str, DeltaNode]]
 
 
 def _kind(node: DeltaNode) -> str:
-    static = str(jax.tree.structure(node)).removeprefix("PyTreeDef(").removesuffix(")")
-    return static
+    static = [
+        f"{field.name}={getattr(node, field.name)!r}"
+        for field in dataclasses.fields(cast(Any, node))
+        if not field.metadata.get("pytree_node", True)
+    ]
+    return f"{type(node).__name__}({', '.join(static)})"

@@ -130,6 +130,6 @@ def _explain(rule, method, paths, named, fitting, taken) -> str:
     else:
         hint = f"Presets are {', '.join(PRESETS)}; a regular expression must match whole components"
     return (
-        f"target {rule!r} matches nothing. The nearest paths are: {', '.join(nearest(rule, paths))}."
-        f" {hint}."
+        f"target {rule!r} matches nothing. The nearest paths are: "
+        f"{', '.join(nearest(rule, paths))}. {hint}."
     )

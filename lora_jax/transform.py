@@ -70,7 +70,7 @@ def lora_transform(
         flat[match.path] = match.method.corrected(weight, node)
     for method, made in by_method.items():
         nodes.update(method.extras(made, key=key))
-    base = jax.tree.structure(params, is_leaf=is_weight).unflatten(flat.values())
+    base = _rebuilt(params, flat)
     return base, paths.nest(nodes)
 
 
@@ -96,10 +96,8 @@ def bind(
     Raises:
       ValueError: where the delta has a path that the base lacks, or a node for another shape.
     """
-    nodes = delta_nodes(delta)
-    extras = {
-        path: _only_trainable(node) for path, node in nodes.items() if isinstance(node, Extra)
-    }
+    nodes = {path: _only_trainable(node) for path, node in delta_nodes(delta).items()}
+    extras = _extras(nodes)
     flat = {
         path: jax.lax.stop_gradient(leaf)
         for path, leaf in paths.flatten(base, is_leaf=is_weight).items()
@@ -108,7 +106,7 @@ def bind(
         if path in extras:
             continue
         _known(path, flat, "the delta adapts")
-        weight, node, ids = flat[path], _only_trainable(node).resolve(extras), None
+        weight, node, ids = flat[path], node.resolve(extras), None
         layers = node.stack_ndim
         if adapter_ids is None:
             node.check(path, weight)
@@ -120,7 +118,7 @@ def bind(
         if keys is not None:
             keys = paths.keys_for(keys, path, tuple(weight.shape[:layers]))
         flat[path] = node.bind(weight, keys, ids)
-    weights = jax.tree.structure(base, is_leaf=is_weight).unflatten(flat.values())
+    weights = _rebuilt(base, flat)
     for path, extra in extras.items():
         if extra.in_weights:
             weights = _inserted(weights, path.split("/"), extra)
@@ -174,7 +172,7 @@ def _fresh(path: str, weight, method: Method, layout: Layout, key: jax.Array) ->
 
 def _map_adapted(tree: PyTree, delta: Delta, change) -> PyTree:
     nodes = delta_nodes(delta)
-    extras = {path: node for path, node in nodes.items() if isinstance(node, Extra)}
+    extras = _extras(nodes)
     flat = paths.flatten(tree, is_leaf=is_weight)
     for path, node in nodes.items():
         if isinstance(node, Extra) and not node.in_weights:
@@ -186,7 +184,16 @@ def _map_adapted(tree: PyTree, delta: Delta, change) -> PyTree:
             flat[path] = change(node.resolve(extras), flat.get(path))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-    return jax.tree.structure(tree, is_leaf=is_weight).unflatten(flat.values())
+    return _rebuilt(tree, flat)
+
+
+def _rebuilt(tree: PyTree, flat: Mapping[str, Any]) -> PyTree:
+    """A tree of `tree`'s structure with the leaves that `flat` lists in its order."""
+    return jax.tree.unflatten(jax.tree.structure(tree, is_leaf=is_weight), flat.values())
+
+
+def _extras(nodes: Mapping[str, DeltaNode]) -> dict[str, Extra]:
+    return {path: node for path, node in nodes.items() if isinstance(node, Extra)}
 
 
 def _only_trainable(node: DeltaNode) -> DeltaNode:
@@ -233,4 +240,3 @@ def _require_float(path: str, weight: jax.Array | Weight) -> None:
             f"{path} holds {weight.dtype}: only floating-point (or quantised) weights can be "
             f"adapted. Leave it out with {{{path!r}: None, ...}}."
         )
-

@@ -4,7 +4,7 @@
 
 Both sides train LoRA (r = 16, all-linear) on SmolLM2-135M's shape with random float32 weights, on
 8 rows of 64 tokens whose every next token counts, with AdamW. Each lives in a process of its own
-and moves only when told to; blocks of steps alternate, so that a machine that slows down slows both.
+and moves only when told to; blocks of steps alternate, so that a slower machine slows both.
 `--ours=/path/to/python` runs our side on another interpreter, and so on another jax.
 """
 
@@ -115,6 +115,7 @@ def serve(side: str) -> None:
 def ask(process: subprocess.Popen, line: str | None = None):
     if line is not None:
         print(line, file=process.stdin, flush=True)
+    assert process.stdout
     answer = process.stdout.readline()
     if not answer:
         sys.exit("bench_train: a side ended early; its error stands above.")
@@ -128,8 +129,7 @@ def compare(interpreters: dict[str, str], blocks: int, steps: int) -> dict:
             [interpreter, __file__, f"--serve={side}"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            # Threads of an idle side must sleep, not spin on the other's cores.
-            env={**os.environ, "OMP_WAIT_POLICY": "passive", "PYTHONWARNINGS": "ignore"},
+            env={**os.environ, "PYTHONWARNINGS": "ignore"},
             text=True,
         )
         for side, interpreter in interpreters.items()
@@ -140,8 +140,7 @@ def compare(interpreters: dict[str, str], blocks: int, steps: int) -> dict:
         for side, process in processes.items():
             seconds[side].append(ask(process, str(steps)))
     for process in processes.values():
-        process.stdin.close()
-        process.wait()
+        process.communicate()
     rates = {
         side: ROWS * LENGTH / statistics.median(step for block in of_side for step in block)
         for side, of_side in seconds.items()

@@ -23,9 +23,9 @@ from tokenizers import pre_tokenizers
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "interop")]
 
-import small_llamas  # noqa: E402
+import small_llamas
 
-from lora_jax.interop.fetch import fetch, model_cache  # noqa: E402
+from lora_jax.interop.fetch import fetch, model_cache
 
 GOLDEN = ROOT / "tests" / "golden"
 SENTENCE = (

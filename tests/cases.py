@@ -24,7 +24,7 @@ METHODS = {
 X = np.linspace(-1, 1, 18, dtype=np.float32).reshape(3, 6)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Case:
     """A params tree and the model that reads it, `apply(weights, x [B, 6]) -> [B, n]`."""
 
@@ -119,8 +119,17 @@ TREES = {
 }
 
 
-def transform(case: Case, method, **kwargs):
-    return lora.lora_transform(case.params, method, key=jax.random.key(0), **kwargs)
+@functools.cache
+def _transform(case: Case, rules: tuple, targets):
+    method = dict(rules) if isinstance(rules, tuple) else rules
+    return lora.lora_transform(case.params, method, targets=targets, key=jax.random.key(0))
+
+
+def transform(case: Case, method, targets="all-linear"):
+    """What `lora_transform` gives, computed once for all tests."""
+    rules = tuple(method.items()) if isinstance(method, dict) else method
+    made = _transform(case, rules, targets if isinstance(targets, str) else tuple(targets))
+    return jax.tree.map(lambda leaf: leaf, made)  # containers of the caller's own
 
 
 def moved(delta, seed: int = 1, size: float = 0.3):
@@ -141,11 +150,34 @@ def tiny_llama(**changes) -> LlamaConfig:
     return LlamaConfig(**(values | changes))
 
 
+@functools.cache
+def llama_params(config: LlamaConfig):
+    shapes = jax.eval_shape(lambda: llama.init(config, key=jax.random.key(0)))
+    seeds = iter(range(100))
+
+    def draw(path, leaf):
+        if "norm" in jax.tree_util.keystr(path):
+            return 1 + 0.1 * normal(next(seeds), *leaf.shape)
+        return normal(next(seeds), *leaf.shape) / np.float32(np.sqrt(leaf.shape[-2]))
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
 def llama_case(**changes):
     """A tiny random Llama: config, params, tokens `[2, 7]`."""
     config = tiny_llama(**changes)
-    tokens = jax.random.randint(jax.random.key(3), (2, 7), 0, config.vocab_size)
-    return config, llama.init(config, key=jax.random.key(2)), tokens
+    tokens = np.random.default_rng(3).integers(0, config.vocab_size, (2, 7), dtype=np.int32)
+    return config, dict(llama_params(config)), jnp.asarray(tokens)
+
+
+def llama_delta(params, method, seed: int = 0, size: float = 0.3, **kwargs):
+    """A delta after some training; in one compilation."""
+
+    @jax.jit
+    def make(params):
+        return lora.lora_transform(params, method, key=jax.random.key(0), **kwargs)[1]
+
+    return moved(make(params), seed, size)
 
 
 def assert_close(actual, expected, rtol=1e-5, atol=1e-6):

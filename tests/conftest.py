@@ -9,15 +9,15 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "optax: runs an optimizer, whose own code mixes dtypes")
+    config.addinivalue_line("markers", "mixed_dtypes: runs code of jax or optax that promotes")
     config.addinivalue_line("markers", "optimized: reads the program that XLA makes")
 
 
 @pytest.fixture(autouse=True)
 def strict_dtypes(request):
-    """No implicit promotion of dtypes, but where optax's Adam divides floats by integers."""
+    """No implicit promotion of dtypes, but in optax's Adam and jax's bf16 attention."""
     trains = {"training", "experiments"} & set(request.path.parts)
-    if trains or request.node.get_closest_marker("optax"):
+    if trains or request.node.get_closest_marker("mixed_dtypes"):
         yield
         return
     with jax.numpy_dtype_promotion("strict"):

@@ -10,7 +10,7 @@ from cases import X, assert_close, assert_equal, moved
 
 import lora_jax as lora
 
-pytestmark = pytest.mark.optax
+pytestmark = pytest.mark.mixed_dtypes
 
 
 def names_of(tree, flags):

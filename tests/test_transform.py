@@ -235,8 +235,9 @@ def attention_params():
     x = cases.normal(0, 2, 5, 6)
     params = Attention().init(jax.random.key(1), x)
     root = "params/MultiHeadDotProductAttention_0"
-    into, out = lora.Layout(contracted=(-3,), output=(-2, -1)), lora.Layout(
-        contracted=(-3, -2), output=(-1,)
+    into, out = (
+        lora.Layout(contracted=(-3,), output=(-2, -1)),
+        lora.Layout(contracted=(-3, -2), output=(-1,)),
     )
     layouts = {f"{root}/{name}/kernel": into for name in ("query", "key", "value")}
     return params, layouts | {f"{root}/out/kernel": out}, x

@@ -66,9 +66,7 @@ def test_a_weight_looks_like_its_array(weight):
 def test_binding_computes_nothing():
     case = cases.nested()
     base, delta = cases.transform(case, lora.LoRA(rank=2))
-    primitives = {
-        eqn.primitive.name for eqn in jax.make_jaxpr(lora.bind)(base, delta).jaxpr.eqns
-    }
+    primitives = {eqn.primitive.name for eqn in jax.make_jaxpr(lora.bind)(base, delta).jaxpr.eqns}
     assert not primitives & {"dot_general", "add", "mul"}
 
 

@@ -1,1 +1,1 @@
-"""What the experiments share: from a config and a list of arms to records, a table and a picture."""
+"""What the experiments share: from a config and its arms to records, a table and a picture."""

@@ -41,8 +41,15 @@ def main(
     def start(argv: Sequence[str]) -> None:
         if len(argv) > 1:
             sys.exit(f"{experiment}: unexpected argument {argv[1]!r}; flags start with --.")
+        config = _CONFIG.value
         try:
-            _start(experiment, title, arms_of, draw)
+            arms = arms_of(config)
+            if _PLAN.value:
+                console.print(plan.plan(config, arms), markup=False)
+                return
+            name = f"{experiment}-{config.name}-{_short_hash(config)}"
+            workdir = Path(_WORKDIR.value or f"runs/{name}")
+            conduct(experiment, title, config, arms, workdir, draw)
         except (ValueError, FileNotFoundError) as error:
             sys.exit(f"{experiment}: {error}")
         except KeyboardInterrupt:
@@ -51,22 +58,29 @@ def main(
     app.run(start)
 
 
-def _start(experiment, title, arms_of, draw) -> None:
-    config = _CONFIG.value
-    arms = arms_of(config)
-    if _PLAN.value:
-        return console.print(plan.plan(config, arms), markup=False)
+def conduct(
+    experiment: str,
+    title: str,
+    config: ConfigDict,
+    arms: Sequence[Arm],
+    workdir: Path,
+    draw: Callable[[Path, dict], None],
+) -> None:
+    """Runs all arms, and leaves records, results, a table and a picture in `workdir`."""
     setup.quiet_logs()
     jax.config.update("jax_compilation_cache_dir", str(default_cache_dir() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    workdir = Path(_WORKDIR.value or f"runs/{experiment}-{config.name}-{_short_hash(config)}")
     records.claim(workdir, {"experiment": experiment, **config.to_dict()})
-    console.print(f"[bold]{title}[/bold] with {config.name}: {len(arms)} arms, records in {workdir}")
+    console.print(
+        f"[bold]{title}[/bold] with {config.name}: {len(arms)} arms, records in {workdir}"
+    )
     with reporting(workdir / "metrics.jsonl") as log:
         results = run(config, arms, workdir, log)
     report.write(workdir, f"{title}, {config.name}", shlex.join(["python", *sys.argv]), results)
     draw(workdir / f"{experiment}.png", results)
-    console.print(f"\nresults.json, results.md, metrics.jsonl and {experiment}.png are in {workdir}")
+    console.print(
+        f"\nresults.json, results.md, metrics.jsonl and {experiment}.png are in {workdir}"
+    )
 
 
 def _short_hash(config: ConfigDict) -> str:

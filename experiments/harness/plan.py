@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 import lora_jax as lora
 from experiments.harness.arms import Arm
 from experiments.harness.setup import shape_of
+from lora_jax.methods import Method
 from lora_jax.models import llama
 from lora_jax.tables import aligned
 from lora_jax.weights import PyTree
@@ -22,7 +23,7 @@ def abstract_params(config: ConfigDict) -> PyTree:
     return jax.eval_shape(lambda key: llama.init(shape, key=key, dtype=dtype), jax.random.key(0))
 
 
-def describe_arm(params: PyTree, method: lora.LoRA | lora.Full, targets: str) -> lora.Description:
+def describe_arm(params: PyTree, method: Method, targets: str) -> lora.Description:
     """The counts of one arm over abstract params."""
 
     def transform(params, key):
@@ -49,7 +50,9 @@ def plan(config: ConfigDict, arms: Sequence[Arm]) -> str:
     """
     params = abstract_params(config)
     base = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
-    rows = [("arm", "trainable", "%", "delta GB", "with Adam GB", "with the base GB")]
+    rows: list[tuple[str, ...]] = [
+        ("arm", "trainable", "%", "delta GB", "with Adam GB", "with the base GB")
+    ]
     for arm in arms:
         counts = describe_arm(params, arm.method, arm.targets)
         delta = counts.trainable_params * 4

@@ -16,7 +16,7 @@ console = Console(highlight=False, soft_wrap=True)
 
 @contextlib.contextmanager
 def reporting(metrics: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Yields the function that a run logs to: it shows a record, and writes it if it is a metric."""
+    """Yields what a run logs to: it shows each record, and keeps those that are metrics."""
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),
@@ -29,13 +29,12 @@ def reporting(metrics: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
     started = time.perf_counter()
     losses: dict[str, float] = {}
     rates: dict[str, float] = {}
-    task = None
+    task = bar.add_task("training", visible=False, tokens="")
 
     def say(text: str) -> None:
         console.print(f"[dim]{time.perf_counter() - started:6.1f} s[/dim]  {text}")
 
     def show(record: dict[str, Any]) -> None:
-        nonlocal task
         event = record.get("event")
         if event == "started":
             records.rewind(metrics, record["arms"], record["step"])
@@ -43,7 +42,7 @@ def reporting(metrics: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
             rates.clear()
             if record["step"]:
                 say(f"continuing after step {record['step']} of {record['steps']}")
-            task = bar.add_task("training", total=record["steps"], completed=record["step"], tokens="")
+            bar.update(task, total=record["steps"], completed=record["step"], visible=True)
         elif event is not None:
             say(_sentence(record))
         elif "val_loss" in record:
@@ -74,7 +73,7 @@ def _sentence(record: dict[str, Any]) -> str:
         "base": f"the untuned base: validation loss {record.get('val_loss', 0):.4f}",
         "diverged": f"[red]{arm} diverged at step {record.get('step')}: its loss is not a number. "
         "It stops here; lower its learning rate, or warm up for longer.[/red]",
-        "stopped early": f"{arm} stops at step {record.get('step')}: no better validation for a while",
+        "stopped early": f"{arm} stops at step {record.get('step')}: validation improves no more",
         "sampling": f"sampling from the base and from {arm}",
     }
     return sentences[event]

@@ -57,7 +57,9 @@ def write(workdir: Path, title: str, command: str, results: Mapping[str, Any]) -
 def rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """The table's cells: the untuned base first."""
     base = results["base"]
-    table = [(f"{base['name']}, untuned", "", "", "0", "", "", *_losses(base["val_loss"]), "")]
+    table: list[tuple[str, ...]] = [
+        (f"{base['name']}, untuned", "", "", "0", "", "", *_losses(base["val_loss"]), "")
+    ]
     for arm in results["arms"]:
         table.append(
             (

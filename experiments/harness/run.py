@@ -35,7 +35,7 @@ class Outcome:
 
 
 def run(config: ConfigDict, arms: Sequence[Arm], workdir: Path, log: Log) -> dict[str, Any]:
-    """Trains all arms and returns what `results.json` holds. Goes on where an earlier call ended."""
+    """Trains all arms, on from where an earlier call ended; returns what `results.json` holds."""
     started = time.time()
     log({"event": "loading", "what": f"model {config.model.source}"})
     model = setup.load_model(config)
@@ -143,5 +143,10 @@ def _row(outcome: Outcome, model: Pretrained) -> dict[str, Any]:
 
 
 def _best(outcomes: Sequence[Outcome]) -> Outcome | None:
-    done = [o for o in outcomes if o.progress.stopped != "diverged" and o.progress.val_loss]
-    return min(done, key=lambda o: o.progress.val_loss, default=None)
+    """The arm of the lowest validation loss."""
+    best, lowest = None, math.inf
+    for outcome in outcomes:
+        loss = outcome.progress.val_loss
+        if outcome.progress.stopped != "diverged" and loss is not None and loss < lowest:
+            best, lowest = outcome, loss
+    return best

@@ -87,8 +87,9 @@ def _tls() -> ssl.SSLContext:
     named = [os.environ[name] for name in _CERTIFICATES if os.environ.get(name)]
     if not named:
         return ssl.create_default_context()
-    is_folder = Path(named[0]).is_dir()
-    return ssl.create_default_context(**{"capath" if is_folder else "cafile": named[0]})
+    if Path(named[0]).is_dir():
+        return ssl.create_default_context(capath=named[0])
+    return ssl.create_default_context(cafile=named[0])
 
 
 def _progress() -> Progress:

@@ -17,6 +17,7 @@ from lora_jax.models.config import LlamaConfig, RopeScaling
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_SUFFIX = ".safetensors"
 
 
 def load_huggingface(folder: str | os.PathLike, *, dtype: DTypeLike = jnp.float32) -> Pretrained:
@@ -164,8 +165,7 @@ def _open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, safe_o
 
 
 def _open_shard(folder: Path, shard: object) -> safe_open:
-    is_name = isinstance(shard, str) and Path(shard).name == shard
-    if not is_name or not shard.endswith(".safetensors"):
+    if not isinstance(shard, str) or Path(shard).name != shard or Path(shard).suffix != _SUFFIX:
         raise ValueError(
             f"{folder / _INDEX} names the shard {shard!r}, expected a .safetensors file in the "
             "folder itself."

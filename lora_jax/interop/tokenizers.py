@@ -67,7 +67,7 @@ def _check(path: Path, entries: Mapping[str, Any]) -> None:
 
 
 def _byte_level_bpe(path: Path, pre: str, tokens: list[str], merges: list[str]) -> Core:
-    pairs = [tuple(merge.split(" ")) for merge in merges]
+    pairs: Any = [tuple(merge.split(" ")) for merge in merges]
     vocab = {token: i for i, token in enumerate(tokens)}
     try:
         core = Core(models.BPE(vocab=vocab, merges=pairs, ignore_merges=pre == "llama-bpe"))
@@ -87,8 +87,8 @@ def _pre_tokenizer(pre: str) -> pre_tokenizers.PreTokenizer:
         digits = pre_tokenizers.Digits(individual_digits=True)
         gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
         return pre_tokenizers.Sequence([digits, gpt2])
-    digits = r"\p{N}{1,3}" if pre == "llama-bpe" else r"\p{N}"
-    pattern = Regex(_LLAMA3_SPLIT.replace(r"\p{N}{1,3}", digits))
+    number = r"\p{N}{1,3}" if pre == "llama-bpe" else r"\p{N}"
+    pattern = Regex(_LLAMA3_SPLIT.replace(r"\p{N}{1,3}", number))
     split = pre_tokenizers.Split(pattern, behavior="isolated")
     bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     return pre_tokenizers.Sequence([split, bytes_only])

@@ -7,7 +7,7 @@ node, a pytree that applies, merges and says what it trains. Nothing else in the
 import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -77,6 +77,7 @@ class DeltaNode(abc.ABC):
 
     def check(self, path: str, base: AnyWeight) -> None:
         """Raises ValueError if this node was not made for a weight of this shape."""
+        del path, base
 
     def embed(self, tokens: jax.Array, base: AnyWeight) -> jax.Array:
         """The adapted table's rows. Raises ValueError where the method cannot adapt a table."""

@@ -1,7 +1,7 @@
 """Full fine-tuning, as just another method: a dense delta for every targeted leaf."""
 
 import dataclasses
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import flax.struct
 import jax
@@ -55,7 +55,7 @@ class DenseDelta(Additive):
         return jnp.matmul(x, self.merge(base))
 
     def trainable(self) -> Self:
-        return self.replace(delta=True)
+        return dataclasses.replace(cast(Any, self), delta=True)
 
     def check(self, path: str, base: AnyWeight) -> None:
         if self.delta.shape != tuple(base.shape):
@@ -65,4 +65,4 @@ class DenseDelta(Additive):
             )
 
     def absent(self) -> Self:
-        return self.replace(delta=jnp.zeros_like(self.delta))
+        return dataclasses.replace(self, delta=jnp.zeros_like(self.delta))

@@ -2,14 +2,15 @@
 
 import dataclasses
 import math
-from typing import Literal, Self
+from typing import Any, Literal, Self, cast
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.methods.base import Additive, AnyWeight, Layout, Method
-from lora_jax.weights import embed, linear
+from lora_jax.weights import NARROW, embed, linear
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,7 @@ class LoRA(Method):
 
 @flax.struct.dataclass
 class LowRank(Additive):
-    """`scale * a @ b`, with `a [stack..., contracted..., r]`, `b [stack..., r, output...]`, float32.
+    """`scale * a @ b`: `a [stack..., contracted..., r]`, `b [stack..., r, output...]`, float32.
 
     Padding both factors with zeros to a larger rank changes nothing, then or later: the gradient
     of each padded factor is a product with the other's zeros.
@@ -104,6 +105,7 @@ class LowRank(Additive):
     def linear(self, x: jax.Array, base: AnyWeight, dropout_key: jax.Array | None) -> jax.Array:
         x_drop = x if dropout_key is None else drop(x, self.dropout, dropout_key)
         inner = linear(x_drop, self.a.astype(x.dtype)) * self.scale.astype(x.dtype)
+        inner = checkpoint_name(inner, NARROW)
         return linear(x, base) + widen(inner, self.b.astype(x.dtype))
 
     def embed(self, tokens: jax.Array, base: AnyWeight) -> jax.Array:
@@ -112,7 +114,9 @@ class LowRank(Additive):
         return rows + linear(inner, self.b.astype(rows.dtype))
 
     def transposed(self) -> "LowRank":
-        return self.replace(a=jnp.swapaxes(self.b, -1, -2), b=jnp.swapaxes(self.a, -1, -2))
+        return dataclasses.replace(
+            self, a=jnp.swapaxes(self.b, -1, -2), b=jnp.swapaxes(self.a, -1, -2)
+        )
 
     def update(self, shape: tuple[int, ...]) -> jax.Array:
         stack = shape[: self.stack_ndim]
@@ -123,7 +127,7 @@ class LowRank(Additive):
         return product.reshape(shape)
 
     def trainable(self) -> Self:
-        return self.replace(a=True, b=True, scale=False)
+        return dataclasses.replace(cast(Any, self), a=True, b=True, scale=False)
 
     def check(self, path: str, base: AnyWeight) -> None:
         stack = self.stack_ndim
@@ -138,7 +142,8 @@ class LowRank(Additive):
         missing = like.rank - self.rank
         grow_b = [(0, 0)] * self.b.ndim
         grow_b[self.stack_ndim] = (0, missing)
-        return self.replace(
+        return dataclasses.replace(
+            self,
             a=jnp.pad(self.a, [(0, 0)] * (self.a.ndim - 1) + [(0, missing)]),
             b=jnp.pad(self.b, grow_b),
         )

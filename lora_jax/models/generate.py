@@ -1,5 +1,6 @@
 """Greedy and sampled generation with a KV cache."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -62,7 +63,7 @@ def generate(
     hidden_BTD, cache = llama.extend(params, prompts, cache, config)
     last_BD = jnp.take_along_axis(hidden_BTD, (lengths - 1)[:, None, None], axis=1)[:, 0]
     # What padding wrote behind a row's end lies ahead of its positions until it is overwritten.
-    cache = cache.replace(lengths=lengths)
+    cache = dataclasses.replace(cache, lengths=lengths)
 
     def step(carry: Any, key: jax.Array):
         cache, hidden_BD, done_B = carry

@@ -27,11 +27,11 @@ from jax.ad_checkpoint import checkpoint_name
 from lora_jax.models.attention import attend, causal_mask
 from lora_jax.models.config import LlamaConfig
 from lora_jax.models.rope import rotate
-from lora_jax.weights import embed, linear, scan_layers, transpose
+from lora_jax.weights import NARROW, embed, linear, scan_layers, transpose
 
 Params = dict[str, Any]
 Remat = Literal["none", "elementwise", "full"]
-SAVED = ("query", "key", "value", "attended", "residual", "gate", "up")
+SAVED = ("query", "key", "value", "attended", "residual", "gate", "up", NARROW)
 
 
 @flax.struct.dataclass
@@ -50,7 +50,7 @@ class Cache:
 
 def init(config: LlamaConfig, *, key: jax.Array, dtype: Any = jnp.float32) -> Params:
     """Random params: normal weights of deviation `1 / sqrt(d_in)`, unit norm scales."""
-    D, F, L = config.hidden_size, config.intermediate_size, config.num_layers  # noqa: N806
+    D, F, L = config.hidden_size, config.intermediate_size, config.num_layers
     q_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     keys = iter(jax.random.split(key, 9))
 
@@ -118,7 +118,10 @@ def hidden_states(
     remat: Remat = "none",
     unroll: int = 1,
 ) -> jax.Array:
-    """What the output head reads, `[B, T, D]`: `forward` without the product with the vocabulary."""
+    """What the output head reads, `[B, T, D]`: `forward` short of its product with the vocabulary.
+
+    `unroll` layers of the scan are laid out one after another in the program.
+    """
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     mask = causal_mask(positions, segment_ids)
@@ -128,9 +131,7 @@ def hidden_states(
         return finish_layer(x_BTD, attend(q, k, v, mask), weights, config), None
 
     x_BTD = embed(tokens, params["embed"])
-    x_BTD, _ = scan_layers(
-        checkpointed(layer, remat), x_BTD, params["layers"], unroll=unroll
-    )
+    x_BTD, _ = scan_layers(checkpointed(layer, remat), x_BTD, params["layers"], unroll=unroll)
     return rms_norm(x_BTD, params["norm"], config.norm_eps)
 
 
@@ -142,8 +143,8 @@ def extend(
     Returns:
       What the output head reads, `[B, T, D]`, and the cache with T more positions in every row.
     """
-    B, T = tokens.shape  # noqa: N806
-    positions = cache.lengths[:, None] + jnp.arange(T)
+    B, T = tokens.shape
+    positions = cache.lengths[:, None] + jnp.arange(T)[None]
     slots = jnp.arange(cache.k.shape[2])
     mask = (slots[None, None, :] <= positions[:, :, None])[:, None]
     rows = jnp.arange(B)[:, None]

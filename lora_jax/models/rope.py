@@ -13,8 +13,8 @@ def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
     """Radians per position of each rotated pair, `[head_dim / 2]`, float32."""
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim
     frequencies = (1.0 / config.rope_theta**exponents).astype(np.float32)
-    return frequencies if config.rope_scaling is None else _stretch(
-        frequencies, config.rope_scaling
+    return (
+        frequencies if config.rope_scaling is None else _stretch(frequencies, config.rope_scaling)
     )
 
 

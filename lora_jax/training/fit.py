@@ -131,8 +131,8 @@ def mean_losses(
 ) -> list[float]:
     """Each arm's validation loss: nats a counted token, over all batches."""
     sums = [jax.device_get(sweep.evaluate(packed, base, batch)) for batch in validation]
-    totals, counts = (np.sum(part, axis=0, dtype=np.float64) for part in zip(*sums, strict=True))
-    return [float(loss) for loss in totals / counts]
+    totals, counts = np.sum(np.asarray(sums, np.float64), axis=0)
+    return (totals / counts).tolist()
 
 
 def _any_running(progress: Sequence[ArmProgress]) -> bool:

@@ -46,9 +46,7 @@ def token_losses(
     order = jnp.pad(order, (0, padding), mode="edge")
     counted = jnp.arange(order.size) < counts.sum()
     leaves, treedef = jax.tree.flatten(head)
-    total = _summed(
-        size, treedef, rows[order], targets.reshape(-1)[order], counted, leaves
-    )
+    total = _summed(size, treedef, rows[order], targets.reshape(-1)[order], counted, leaves)
     return total, counts.sum().astype(jnp.float32)
 
 
@@ -118,7 +116,7 @@ def _summed_forward(size: int, treedef, rows, targets, counted, leaves):
 def _summed_backward(size: int, treedef, gradients, cotangent):
     del size, treedef
     row_gradient, leaf_gradients = jax.tree.map(
-        lambda gradient: (cotangent * gradient).astype(gradient.dtype), gradients
+        lambda gradient: gradient * cotangent.astype(gradient.dtype), gradients
     )
     return row_gradient, None, None, leaf_gradients
 

@@ -47,7 +47,7 @@ def append(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of such a file; a last line that was cut off while it was written is no record."""
+    """The records of such a file; a last line that was cut off in writing is no record."""
     if not path.exists():
         return
     for line in path.read_text().splitlines():

@@ -1,5 +1,6 @@
 """One step of training a delta over a frozen base, as pure functions."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from lora_jax.training.loss import token_losses
 from lora_jax.transform import Delta, bind
 from lora_jax.weights import PyTree
 
-Batch = Mapping[str, jax.Array]
+Batch = Mapping[str, Any]
 LossSum = Callable[[Delta, PyTree, Batch, jax.Array | None], tuple[jax.Array, jax.Array]]
 
 
@@ -101,7 +102,8 @@ def train_step(
         updates, opt_state = masked.update(
             grads, state.opt_state, state.delta, learning_rate=state.learning_rate
         )
-        moved = state.replace(
+        moved = dataclasses.replace(
+            state,
             delta=optax.apply_updates(state.delta, updates),
             opt_state=opt_state,
             step=state.step + 1,

@@ -46,7 +46,7 @@ def without_dropout(delta, base, batch):
 
 
 def states(base, arms, tx):
-    """States of `arms`, a list of (method, targets, learning rate, seed), in shapes of their own."""
+    """States of `arms`, (method, targets, learning rate, seed) each, in shapes of their own."""
     return [
         training.init_state(
             lora.lora_transform(base, method, targets=targets, key=jax.random.key(seed))[1],

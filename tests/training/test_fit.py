@@ -15,7 +15,7 @@ SCHEDULE = Schedule(steps=6, eval_every=2, checkpoint_every=2)
 ARMS = {"small": (lora.LoRA(rank=1), "qv", 1e-2, 0), "large": (lora.LoRA(rank=4), "qv", 1e-2, 1)}
 
 
-class Killed(Exception):
+class Killed(Exception):  # noqa: N818
     """Stands for `kill -9`: nothing after it runs."""
 
 

@@ -91,7 +91,7 @@ def test_bad_schedules_are_refused():
 
 
 def test_a_step_runs_under_pmap():
-    """The batch split over devices, the base on each: the mean over devices is one device's step."""
+    """The batch split over devices, the base on each: their sum is one device's gradient."""
     base = small.params()
     _, delta = lora.lora_transform(base, lora.LoRA(rank=2), key=jax.random.key(0))
     delta = jax.tree.map(lambda leaf: leaf + 0.01, delta)
@@ -106,9 +106,9 @@ def test_a_step_runs_under_pmap():
 
     split = jax.tree.map(lambda x: x.reshape(2, 2, *x.shape[1:]), batch)
     devices = jax.devices()[:2]
-    per_device = jax.pmap(
-        gradient, axis_name="devices", in_axes=(None, None, 0), devices=devices
-    )(delta, base, split)
+    per_device = jax.pmap(gradient, axis_name="devices", in_axes=(None, None, 0), devices=devices)(
+        delta, base, split
+    )
 
     def whole(delta):
         total, count = small.LOSS(delta, base, batch, None)

@@ -1,0 +1,99 @@
+"""The rank sweep as a user runs it."""
+
+import json
+
+import command
+import pytest
+
+SWEEP = (*command.QUICK, "--config.sweep.ranks=(1, 3)", "--config.sweep.seeds=(0, 1)")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    command.write_talk(folder)
+    flags = (*SWEEP, "--config.sweep.full=True", "--workdir=run")
+    code, output = command.run(folder, "rank_sweep", *flags)
+    assert code == 0, output
+    return folder, output
+
+
+def test_records(finished):
+    folder, output = finished
+    names = {path.name for path in (folder / "run").iterdir()}
+    assert names >= {
+        "config.json",
+        "metrics.jsonl",
+        "results.json",
+        "results.md",
+        "rank_sweep.png",
+    }
+    results = json.loads((folder / "run/results.json").read_text())
+    assert results["base"]["val_loss"] > 0
+    arms = results["arms"]
+    assert [(arm["rank"], arm["seed"]) for arm in arms] == [
+        (1, 0),
+        (1, 1),
+        (3, 0),
+        (3, 1),
+        (None, 0),
+        (None, 1),
+    ]
+    fields = ("name", "targets", "trainable_params", "train_loss", "val_loss", "tokens_per_second")
+    for arm in arms:
+        assert all(arm[field] is not None for field in fields)
+        assert arm["val_loss"] < results["base"]["val_loss"]
+    assert 3 * arms[0]["trainable_params"] == arms[2]["trainable_params"]
+    assert len(results["samples"]) == 1  # the file has one validation example
+    table = (folder / "run/results.md").read_text()
+    for arm in arms:
+        assert arm["name"] in table and arm["name"] in output
+    assert (folder / "run/rank_sweep.png").read_bytes()[:4] == b"\x89PNG"
+    records = command.metrics(folder / "run")
+    losses = [r for r in records if r["arm"] == arms[0]["name"] and "loss" in r]
+    assert [r["step"] for r in losses] == [1, 2, 3, 4]
+
+
+def test_another_config_in_the_same_workdir_is_refused(finished):
+    folder, _ = finished
+    flags = (*SWEEP, "--config.sweep.full=True", "--workdir=run", "--config.train.steps=5")
+    code, output = command.run(folder, "rank_sweep", *flags)
+    assert code != 0 and "train.steps (4 there, 5 here)" in output and "Traceback" not in output
+
+
+def test_kill_at_any_moment_and_again(tmp_path):
+    command.write_talk(tmp_path)
+    flags = (*command.QUICK, "--config.sweep.ranks=(2,)", "--config.lora.method.dropout=0.1")
+    code, output = command.run(tmp_path, "rank_sweep", *flags, "--workdir=whole")
+    assert code == 0, output
+    metrics = tmp_path / "killed/metrics.jsonl"
+    process = command.start(tmp_path, "rank_sweep", *flags, "--workdir=killed")
+    command.kill_after_lines(process, metrics, 2)
+    assert not (tmp_path / "killed/results.json").exists()
+    code, output = command.run(tmp_path, "rank_sweep", *flags, "--workdir=killed")
+    assert code == 0, output
+
+    def outcome(workdir):
+        [arm] = json.loads((tmp_path / workdir / "results.json").read_text())["arms"]
+        return {name: arm[name] for name in ("train_loss", "val_loss", "stopped")}
+
+    def steps(workdir):
+        records = command.metrics(tmp_path / workdir)
+        return [(r["step"], r.get("loss"), r.get("val_loss")) for r in records]
+
+    assert outcome("killed") == outcome("whole")
+    assert steps("killed") == steps("whole")
+
+
+def test_the_batched_mode_agrees(finished, tmp_path):
+    folder, _ = finished
+    command.write_talk(tmp_path)
+    flags = (*SWEEP, "--config.sweep.mode=batched", "--workdir=run")
+    code, output = command.run(tmp_path, "rank_sweep", *flags)
+    assert code == 0, output
+
+    def losses(path):
+        arms = json.loads((path / "run/results.json").read_text())["arms"]
+        return [arm["val_loss"] for arm in arms if arm["rank"] is not None]
+
+    assert losses(tmp_path) == pytest.approx(losses(folder), rel=1e-4)

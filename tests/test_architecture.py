@@ -1,0 +1,88 @@
+"""Imports run one way, and what is public is documented."""
+
+import ast
+import inspect
+from pathlib import Path
+
+import pytest
+
+import lora_jax
+
+ROOT = Path(lora_jax.__file__).parent
+# From the bottom up: a module imports from its own line and the lines above it.
+LAYERS = [
+    ["paths", "version", "tables"],
+    ["targets", "kernels"],
+    ["weights"],
+    ["quant"],
+    ["methods"],
+    ["transform", "adapt"],
+    ["masks", "stacking"],
+    ["describe"],
+    ["models"],
+    ["data"],
+    ["evaluation", "training", "interop", "parallel", "serving"],
+]
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+FORBIDDEN = {
+    "experiments", "configs", "torch", "transformers", "peft", "bitsandbytes", "tensorflow"
+}  # fmt: skip
+MODULES = sorted(ROOT.rglob("*.py"))
+
+
+def imported(module: Path) -> set[str]:
+    """Dotted names, also of imports inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(module.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: import absolutely"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def part(dotted: str) -> str | None:
+    """`lora_jax.models.llama` belongs to `models`; None for other packages."""
+    first, _, rest = dotted.partition(".")
+    return rest.partition(".")[0] if first == "lora_jax" and rest else None
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_one_way(module):
+    names = imported(module)
+    assert not FORBIDDEN & {name.partition(".")[0] for name in names}
+    own = module.relative_to(ROOT).with_suffix("").parts[0]
+    if own == "__init__":
+        return
+    assert own in RANK, f"{own} has no place in LAYERS"
+    above = {name for name in names if (p := part(name)) in RANK and RANK[p] > RANK[own]}
+    assert not above, f"{own} imports {above}, which stand above it"
+
+
+def test_every_part_that_exists_is_ranked():
+    parts = {path.relative_to(ROOT).with_suffix("").parts[0] for path in MODULES} - {"__init__"}
+    assert parts <= RANK.keys()
+
+
+@pytest.mark.parametrize(
+    "dotted", ["lora_jax.models.llama", "lora_jax.weights.linear", "jax.numpy"]
+)
+def test_part(dotted):
+    assert part(dotted) == {"lora_jax.models.llama": "models", "lora_jax.weights.linear": "weights"}.get(dotted)  # fmt: skip
+
+
+PUBLIC = [name for name in vars(lora_jax) if not name.startswith("_")]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_names_have_docstrings(name):
+    thing = getattr(lora_jax, name)
+    if inspect.ismodule(thing):
+        return
+    assert thing.__doc__ and not thing.__doc__.startswith(f"{name}(")
+
+
+def test_the_designs_names_are_public():
+    names = "lora_transform bind merge unmerge trainable_mask mask_optimizer stack unstack describe"
+    assert {*names.split(), "linear", "embed", "LoRA", "Full"} <= set(PUBLIC)

@@ -1,0 +1,179 @@
+"""What else the protocol has to hold: quantised weights under an adapter, and prompts."""
+
+import cases
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import assert_close, assert_equal, moved
+
+import lora_jax as lora
+from lora_jax.methods import Extra
+from lora_jax.models import llama
+
+CONFIG, PARAMS, TOKENS = cases.llama_case()
+FORWARD = jax.jit(llama.forward, static_argnums=2)
+
+
+@flax.struct.dataclass
+class Int8(lora.Weight):
+    """`codes * scale`, with one scale for each output column."""
+
+    codes: jax.Array
+    scale: jax.Array
+
+    shape = property(lambda self: self.codes.shape)
+    dtype = property(lambda self: self.scale.dtype)
+    T = property(lambda self: jnp.swapaxes(self.dense(), -1, -2))
+
+    def dense(self):
+        return self.codes.astype(self.dtype) * self.scale
+
+    def linear(self, x):
+        return x @ self.dense()
+
+    def embed(self, tokens):
+        return self.dense()[tokens]
+
+
+def quantized(leaf):
+    scale = jnp.abs(leaf).max(axis=-2, keepdims=True) / 127
+    return Int8(jnp.round(leaf / scale).astype(jnp.int8), scale)
+
+
+def quantize(params):
+    layers = {
+        **params["layers"],
+        "attn": jax.tree.map(quantized, params["layers"]["attn"]),
+        "mlp": jax.tree.map(quantized, params["layers"]["mlp"]),
+    }
+    return {**params, "layers": layers, "embed": quantized(params["embed"])}
+
+
+BASE = quantize(PARAMS)
+DENSE = jax.tree.map(
+    lambda w: w.dense() if isinstance(w, Int8) else w, BASE, is_leaf=lambda w: isinstance(w, Int8)
+)
+
+
+def delta_over(base, method=None, **kwargs):
+    return cases.llama_delta(base, method or lora.LoRA(rank=2), **kwargs)
+
+
+def test_quantised_llama_runs_unadapted():
+    ours, theirs = FORWARD(BASE, TOKENS, CONFIG), FORWARD(DENSE, TOKENS, CONFIG)
+    assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_draws_do_not_depend_on_quantisation():
+    assert_equal(delta_over(BASE), delta_over(PARAMS))
+
+
+def test_lora_over_a_quantised_llama_is_lora_over_its_dense_form():
+    delta = delta_over(BASE)
+    ours = FORWARD(lora.bind(BASE, delta), TOKENS, CONFIG)
+    theirs = FORWARD(lora.bind(DENSE, delta), TOKENS, CONFIG)
+    assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_merging_dequantises_the_adapted_weights_alone():
+    delta = delta_over(BASE, targets="qv")
+    merged = lora.merge(BASE, delta)
+    assert isinstance(merged["layers"]["attn"]["k_proj"], Int8)
+    assert isinstance(merged["layers"]["attn"]["q_proj"], jax.Array)
+    ours = FORWARD(merged, TOKENS, CONFIG)
+    assert_close(ours, FORWARD(lora.bind(BASE, delta), TOKENS, CONFIG), rtol=1e-3, atol=1e-5)
+
+
+def test_gradients_through_a_quantised_base():
+    delta = delta_over(BASE)
+
+    def loss(delta, base):
+        return (FORWARD(lora.bind(base, delta), TOKENS, CONFIG) ** 2).mean()
+
+    ours, theirs = (jax.grad(loss)(delta, base) for base in (BASE, DENSE))
+    assert_close(ours, theirs, rtol=1e-3, atol=2e-5)
+
+
+def test_rows_use_their_own_adapter_over_a_quantised_base():
+    deltas = [delta_over(BASE, seed=i) for i in range(2)]
+    weights = lora.bind(BASE, lora.stack(deltas), adapter_ids=jnp.array([1, 0]))
+    together = FORWARD(weights, TOKENS, CONFIG)
+    solo = [FORWARD(lora.bind(BASE, d), TOKENS, CONFIG) for d in deltas]
+    assert_close(together, jnp.stack([solo[1][0], solo[0][1]]), rtol=1e-3, atol=1e-5)
+
+
+def test_lora_on_a_quantised_tied_embedding():
+    tied, _, _ = cases.llama_case(tie_embeddings=True)
+    base = {name: leaf for name, leaf in BASE.items() if name != "lm_head"}
+    delta = delta_over(base, targets="embed")
+    ours = FORWARD(lora.bind(base, delta), TOKENS, tied)
+    assert_close(ours, FORWARD(lora.merge(base, delta), TOKENS, tied), rtol=1e-3, atol=1e-5)
+
+
+def test_full_over_a_quantised_base():
+    delta = delta_over(BASE, lora.Full(), targets="q_proj")
+    ours = FORWARD(lora.bind(BASE, delta), TOKENS, CONFIG)
+    assert_close(ours, FORWARD(lora.merge(BASE, delta), TOKENS, CONFIG), rtol=1e-3, atol=1e-5)
+
+
+def test_counts_are_logical():
+    found = lora.describe(BASE, delta_over(BASE))
+    plain = lora.describe(PARAMS, delta_over(PARAMS))
+    assert found == plain
+
+
+@flax.struct.dataclass
+class Prompt(Extra):
+    """Rows that a model reads in front of the embedded tokens."""
+
+    rows: jax.Array
+
+    def trainable(self):
+        return self.replace(rows=True)
+
+
+def read(weights, tokens):
+    """A toy model that puts the prompt, if there is one, in front."""
+    x = lora.embed(tokens, weights["embed"])
+    if "prompt" in weights:
+        x = jnp.concatenate([weights["prompt"].rows, x])
+    return lora.linear(jnp.cumsum(x, axis=0), weights["out"])
+
+
+TREE = {"embed": cases.normal(0, 9, 6), "out": cases.normal(1, 6, 4)}
+PROMPT = {"prompt": Prompt(cases.normal(2, 3, 6))}
+IDS = jnp.array([1, 7, 2])
+
+
+def test_a_prompt_enters_the_weights():
+    weights = lora.bind(TREE, PROMPT)
+    assert set(weights) == {"embed", "out", "prompt"} and set(TREE) == {"embed", "out"}
+    x = jnp.concatenate([PROMPT["prompt"].rows, TREE["embed"][IDS]])
+    assert_close(read(weights, IDS), jnp.cumsum(x, axis=0) @ TREE["out"], atol=5e-6)
+
+
+def test_a_prompt_trains_beside_lora():
+    base, delta = lora.lora_transform(TREE, lora.LoRA(rank=2), targets="out", key=jax.random.key(0))
+    delta = {**moved(delta), **PROMPT}
+    gradient = jax.grad(lambda d: (read(lora.bind(base, d), IDS) ** 2).sum())(delta)
+    assert np.all(gradient["prompt"].rows) and np.any(gradient["out"].b)
+    assert jax.tree.leaves(lora.trainable_mask(delta["prompt"])) == [True]
+    assert lora.describe(base, delta).trainable_params == 2 * (6 + 4) + 18
+
+
+def test_prompts_stack_through_vmap():
+    other = {"prompt": Prompt(cases.normal(3, 3, 6))}
+    outputs = jax.vmap(lambda d: read(lora.bind(TREE, d), IDS))(lora.stack([PROMPT, other]))
+    assert_close(outputs[1], read(lora.bind(TREE, other), IDS))
+
+
+def test_a_prompt_has_no_merged_form():
+    with pytest.raises(ValueError, match="prompt: Prompt has no merged form"):
+        lora.merge(TREE, PROMPT)
+
+
+def test_a_prompt_wants_a_tree_of_dicts():
+    with pytest.raises(ValueError, match="prompt is a parameter that the model reads by itself"):
+        lora.bind([TREE["out"]], PROMPT)

@@ -1,0 +1,19 @@
+"""The README's Python is run as it stands there, block after block."""
+
+import re
+from pathlib import Path
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_blocks_run_in_order(capsys):
+    blocks = re.findall(r"<!-- test: (.+?) -->\n```python\n(.*?)```", README.read_text(), re.S)
+    assert [name for name, _ in blocks] == ["custom step", "targets", "sweep", "rows"]
+    assert README.read_text().count("```python") == len(blocks)
+    scope: dict = {}
+    for name, code in blocks:
+        exec(compile(code, f"README.md, {name}", "exec"), scope)
+    assert "trainable params: 19,968" in capsys.readouterr().out
+    assert scope["value"] < 5.0
+    assert scope["losses"].shape == (3,)
+    assert scope["logits"].shape == (4, 33, 320)

@@ -1,0 +1,133 @@
+"""The chunked loss against the cross-entropy of all logits at once."""
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import assert_close
+
+import lora_jax as lora
+from lora_jax.training.loss import token_losses
+from lora_jax.weights import linear, transpose
+
+HIDDEN = cases.normal(0, 2, 7, 6)
+TARGETS = jnp.asarray(np.random.default_rng(1).integers(0, 11, (2, 7)), jnp.int32)
+MASK = jnp.asarray(np.random.default_rng(2).random((2, 7)) < 0.6)
+TABLE = cases.normal(3, 11, 6)
+
+
+def naive(hidden, head, targets=TARGETS, mask=MASK):
+    losses = -jax.nn.log_softmax(linear(hidden, head).astype(jnp.float32))
+    picked = jnp.take_along_axis(losses, targets[..., None], axis=-1)[..., 0]
+    return jnp.where(mask, picked, 0).sum()
+
+
+def chunked(hidden, head, chunk=4, targets=TARGETS, mask=MASK):
+    return token_losses(hidden, head, targets, mask, chunk=chunk)[0]
+
+
+def lora_of(name, tree):
+    base, delta = lora.lora_transform(tree, lora.LoRA(rank=2), targets=name, key=jax.random.key(0))
+    return base, cases.moved(delta)
+
+
+HEAD_BASE, HEAD_DELTA = lora_of("lm_head", {"lm_head": TABLE.T})
+TIED_BASE, TIED_DELTA = lora_of("embed", {"embed": TABLE})
+HEADS = {
+    "array": (TABLE.T, lambda head: head),
+    "tied": (TABLE, transpose),
+    "lora": (HEAD_DELTA, lambda delta: lora.bind(HEAD_BASE, delta)["lm_head"]),
+    "lora_tied": (TIED_DELTA, lambda delta: transpose(lora.bind(TIED_BASE, delta)["embed"])),
+}
+
+
+@pytest.fixture(params=HEADS)
+def head(request):
+    """What is trained of a head, and the head made of it."""
+    return HEADS[request.param]
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 14, 100])
+def test_value_at_any_chunk(chunk):
+    total, count = token_losses(HIDDEN, TABLE.T, TARGETS, MASK, chunk=chunk)
+    assert np.isclose(total, naive(HIDDEN, TABLE.T), rtol=1e-5)
+    assert int(count) == int(MASK.sum()) and total.dtype == count.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("chunk", [3, 14])
+def test_gradients(head, chunk):
+    trained, make = head
+    ours = jax.value_and_grad(lambda h, t: chunked(h, make(t), chunk), argnums=(0, 1))
+    theirs = jax.value_and_grad(lambda h, t: naive(h, make(t)), argnums=(0, 1))
+    assert_close(ours(HIDDEN, trained), theirs(HIDDEN, trained), rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_of_hidden_alone(head):
+    trained, make = head
+    ours = jax.grad(lambda h: 3 * chunked(h, make(trained)))(HIDDEN)
+    assert_close(
+        ours, 3 * jax.grad(lambda h: naive(h, make(trained)))(HIDDEN), rtol=1e-4, atol=1e-5
+    )
+    assert not np.any(np.asarray(ours)[~np.asarray(MASK)])
+
+
+def test_gradient_of_the_head_alone(head):
+    trained, make = head
+    ours = jax.grad(lambda t: chunked(HIDDEN, make(t)))(trained)
+    assert_close(ours, jax.grad(lambda t: naive(HIDDEN, make(t)))(trained), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_hardly_any_position_counts(count):
+    mask = jnp.zeros((2, 7), bool).at[1, 3].set(bool(count))
+    ours = jax.value_and_grad(lambda h: chunked(h, TABLE.T, 3, mask=mask))(HIDDEN)
+    theirs = jax.value_and_grad(lambda h: naive(h, TABLE.T, mask=mask))(HIDDEN)
+    assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_position_that_does_not_count_may_hold_anything():
+    """Not even a value that overflows reaches the sum or its gradients."""
+    hidden = HIDDEN.at[0, 0].set(jnp.inf)
+    mask = MASK.at[0, 0].set(False)
+    loss, gradient = jax.value_and_grad(lambda t: chunked(hidden, t, 4, mask=mask))(TABLE.T)
+    expected = jax.grad(lambda t: naive(HIDDEN, t, mask=mask))(TABLE.T)
+    assert np.isfinite(loss)
+    assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_under_vmap():
+    deltas = lora.stack([HEAD_DELTA, cases.moved(HEAD_DELTA, 5)])
+    make = HEADS["lora"][1]
+
+    def gradients(loss):
+        return jax.vmap(jax.value_and_grad(lambda d: loss(HIDDEN, make(d))))(deltas)
+
+    assert_close(gradients(chunked), gradients(naive), rtol=1e-4, atol=1e-5)
+
+
+def test_under_vmap_of_every_input():
+    masks, hidden = jnp.stack([MASK, ~MASK]), jnp.stack([HIDDEN, -HIDDEN])
+
+    def gradients(loss):
+        def each(h, m):
+            return jax.value_and_grad(lambda h: loss(h, TABLE.T, mask=m))(h)
+
+        return jax.vmap(each)(hidden, masks)
+
+    assert_close(gradients(chunked), gradients(naive), rtol=1e-4, atol=1e-5)
+
+
+def test_bf16_hidden_and_head():
+    hidden, table = HIDDEN.astype(jnp.bfloat16), TABLE.T.astype(jnp.bfloat16)
+    ours = jax.value_and_grad(chunked, argnums=(0, 1))(hidden, table)
+    theirs = jax.value_and_grad(naive, argnums=(0, 1))(hidden, table)
+    assert ours[0].dtype == jnp.float32
+    assert {leaf.dtype for leaf in ours[1]} == {jnp.dtype("bfloat16")}
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        one, other = (np.asarray(x, np.float32) for x in (one, other))
+        assert np.abs(one - other).max() <= 0.02 * np.abs(other).max()
+
+
+def test_large_logits_do_not_overflow():
+    assert np.isclose(chunked(1e3 * HIDDEN, TABLE.T), naive(1e3 * HIDDEN, TABLE.T), rtol=1e-5)
