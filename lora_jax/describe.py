@@ -58,7 +58,9 @@ class Description:
             )
             for row in self.rows
         ]
-        return f"{aligned(cells, left=4)}\n{self.summary()}"
+        if not any(row.rule for row in self.rows):
+            cells = [(path, *rest) for path, _, *rest in cells]
+        return f"{aligned(cells, left=3)}\n{self.summary()}"
 
 
 def describe(

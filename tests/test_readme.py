@@ -3,9 +3,12 @@
 import re
 from pathlib import Path
 
+import pytest
+
 README = Path(__file__).parents[1] / "README.md"
 
 
+@pytest.mark.mixed_dtypes
 def test_blocks_run_in_order(capsys):
     blocks = re.findall(r"<!-- test: (.+?) -->\n```python\n(.*?)```", README.read_text(), re.S)
     assert [name for name, _ in blocks] == ["custom step", "targets", "sweep", "rows"]
@@ -13,7 +16,7 @@ def test_blocks_run_in_order(capsys):
     scope: dict = {}
     for name, code in blocks:
         exec(compile(code, f"README.md, {name}", "exec"), scope)
-    assert "trainable params: 19,968" in capsys.readouterr().out
+    assert "trainable params: 16,384" in capsys.readouterr().out
     assert scope["value"] < 5.0
     assert scope["losses"].shape == (3,)
     assert scope["logits"].shape == (4, 33, 320)

@@ -19,7 +19,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
-    """The shape of a Llama 2, Llama 3.x or SmolLM2 model; hashable, so a static argument of `jit`."""
+    """The shape of a Llama 2, Llama 3.x or SmolLM2 model; a static argument of `jit`."""
 
     vocab_size: int
     hidden_size: int
