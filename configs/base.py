@@ -26,11 +26,11 @@ def get_config() -> ConfigDict:
             "path": "",  # the folder or file of e2e and jsonl
             "prompt_field": "",  # of a TFDS data set
             "response_field": "",
-            "batch_size": 2,  # rows a step
+            "batch_size": 1,  # rows a step
             "seq_len": 256,  # tokens a row
             "pack": True,  # several examples a row
             "seed": 0,  # of the order, which all arms share
-            "validation_examples": 48,
+            "validation_examples": 32,
         }
     )
     config.lora = ConfigDict(
@@ -48,15 +48,15 @@ def get_config() -> ConfigDict:
     )
     config.train = ConfigDict(
         {
-            "steps": 24,
-            "warmup_steps": 3,
+            "steps": 16,
+            "warmup_steps": 2,
             "schedule": "cosine",  # cosine, linear, constant
-            "learning_rate": 2e-3,  # its peak
+            "learning_rate": 3e-3,  # its peak
             "weight_decay": 0.0,
             "clip_norm": 1.0,  # of the trained part's gradient
             "accumulate": 1,  # micro-batches a step
-            "eval_every": 12,
-            "checkpoint_every": 12,
+            "eval_every": 16,
+            "checkpoint_every": 8,
             "log_every": 1,
             "patience": 0,  # validations without a new best before an arm stops; 0 never stops
         }
@@ -77,5 +77,5 @@ def get_config() -> ConfigDict:
             "rank": 8,  # of every arm at equal rank; of all-linear at equal parameters
         }
     )
-    config.samples = ConfigDict({"prompts": 2, "max_new_tokens": 48})
+    config.samples = ConfigDict({"prompts": 2, "max_new_tokens": 40})
     return config
