@@ -192,3 +192,8 @@ def assert_close(actual, expected, rtol=1e-5, atol=1e-6):
 def assert_equal(actual, expected):
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def assert_same_draws(actual, expected):
+    """Equal but for the last bit, which a fused multiply and add may round differently."""
+    assert_close(actual, expected, rtol=2e-7, atol=1e-7)

@@ -1,4 +1,6 @@
-"""Strict promotion and eight host devices for every test below."""
+"""Strict promotion, eight host devices and quick compilation for every test below."""
+
+from pathlib import Path
 
 import cases
 import jax
@@ -6,11 +8,18 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_disable_most_optimizations", True)  # also while tests are collected
+
+# Compiling is most of the time: xdist's workers share what they compile, and later runs find it.
+jax.config.update(
+    "jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".pytest_cache" / "xla")
+)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "mixed_dtypes: runs code of jax or optax that promotes")
-    config.addinivalue_line("markers", "optimized: reads the program that XLA makes")
 
 
 @pytest.fixture(autouse=True)
@@ -26,15 +35,9 @@ def strict_dtypes(request):
 
 @pytest.fixture(autouse=True)
 def quick_compilation(request):
-    """Small models compile for longer than they run; a test that reads what XLA made of them, or
-    runs a model of real size, wants the optimized program."""
-    wants_optimized = {"interop", "experiments"} & set(request.path.parts)
-    if wants_optimized or request.node.get_closest_marker("optimized"):
-        yield
-        return
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    """Small models compile for longer than they run; a model of real size is worth optimizing."""
+    of_real_size = bool({"interop", "experiments"} & set(request.path.parts))
+    jax.config.update("jax_disable_most_optimizations", not of_real_size)
 
 
 @pytest.fixture(params=cases.METHODS)

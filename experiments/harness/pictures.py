@@ -46,7 +46,7 @@ def loss_by_rank(path: Path, results: dict[str, Any]) -> None:
         left.set_xticks(ranks, [str(rank) for rank in ranks])
         left.minorticks_off()
         left.set(xlabel="rank", ylabel="validation loss (nats a token)")
-        left.set_title(f"the untuned base: {results['base']['val_loss']:.3f}", fontsize=10)
+        _base_line(left, results)
         _legend(left)
         _curves(right, path.parent / "metrics.jsonl", results)
         figure.savefig(path, dpi=150)
@@ -76,17 +76,28 @@ def loss_by_targets(path: Path, results: dict[str, Any]) -> None:
                 left.hlines(statistics.mean(losses), x - 0.11, x + 0.11, color=f"C{number}")
         left.set_xticks(range(len(targets)), targets)
         left.set(ylabel="validation loss (nats a token)")
-        left.set_title(f"the untuned base: {results['base']['val_loss']:.3f}", fontsize=10)
+        _base_line(left, results)
         _legend(left)
         _curves(right, path.parent / "metrics.jsonl", results)
         figure.savefig(path, dpi=150)
         plt.close(figure)
 
 
+def _base_line(axes, results: dict[str, Any]) -> None:
+    """The untuned base, so that differences between arms are seen at their true size."""
+    loss = results["base"]["val_loss"]
+    axes.axhline(loss, color=INK, linestyle="--", linewidth=1, label=f"untuned base, {loss:.3f}")
+    axes.margins(y=0.12)
+
+
 def _spread(axes, xs: list[int], groups: list[list[float]], number: int, rate: float) -> None:
     color = f"C{number}"
     means = [statistics.mean(group) for group in groups]
     axes.plot(xs, means, marker="o", color=color, label=f"learning rate {rate:g}")
+    for x, mean in zip(xs, means, strict=True):
+        axes.annotate(
+            f"{mean:.3f}", (x, mean), xytext=(0, 7), textcoords="offset points", ha="center"
+        )
     if any(len(group) > 1 for group in groups):
         lows, highs = [min(group) for group in groups], [max(group) for group in groups]
         axes.fill_between(xs, lows, highs, color=color, alpha=0.18, linewidth=0)

@@ -70,6 +70,4 @@ def test_what_cannot_be_generated_is_said():
     with pytest.raises(ValueError, match="exceed the model's context of 32"):
         generate(weights, PROMPTS, LENGTHS, CONFIG, max_new_tokens=28, eos_id=NEVER)
     with pytest.raises(ValueError, match="samples, which needs a key"):
-        generate(
-            weights, PROMPTS, LENGTHS, CONFIG, max_new_tokens=2, eos_id=NEVER, temperature=0.5
-        )
+        generate(weights, PROMPTS, LENGTHS, CONFIG, max_new_tokens=2, eos_id=NEVER, temperature=0.5)

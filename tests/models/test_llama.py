@@ -26,7 +26,7 @@ STATES = jax.jit(llama.hidden_states, static_argnums=2, static_argnames=("remat"
 EXTEND = jax.jit(llama.extend, static_argnums=3)
 
 
-@pytest.mark.parametrize("chunks", [(1,) * 7, (4, 3), (7,)], ids=str)
+@pytest.mark.parametrize("chunks", [(1,) * 7, (4, 3)], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_reading_on_from_a_cache(variant, chunks):
     config, params, tokens = cases.llama_case(**VARIANTS[variant])
@@ -104,12 +104,13 @@ def test_positions_count_only_by_their_distance():
 @pytest.mark.parametrize("remat", ["elementwise", "full"])
 def test_remat_changes_neither_values_nor_gradients(remat):
     config, params, tokens = cases.llama_case()
-    delta = cases.llama_delta(params, lora.LoRA(rank=2))
+    delta = cases.llama_delta(params, lora.LoRA(rank=2), targets="qv")
 
     def loss(delta, remat):
         return (STATES(lora.bind(params, delta), tokens, config, remat=remat) ** 2).sum()
 
-    ours, theirs = (jax.value_and_grad(loss)(delta, name) for name in (remat, "none"))
+    gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    ours, theirs = (gradient(delta, name) for name in (remat, "none"))
     assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
