@@ -85,7 +85,7 @@ def describe(
     nodes = delta_nodes(delta)
     rules: dict[str, str] = {}
     if method is not None:
-        matches = match_rules(list(flat), as_rules(method, targets), lambda path, _: path in nodes)
+        matches = match_rules(flat, as_rules(method, targets))
         rules = {match.path: match.rule for match in matches}
     rows = []
     for path, node in nodes.items():

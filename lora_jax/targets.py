@@ -65,17 +65,13 @@ def rule_matcher(rule: str) -> Callable[[str], bool]:
     return lambda path: bool(pattern.fullmatch(path))
 
 
-def match_rules(
-    paths: Sequence[str],
-    rules: Mapping[str, Any],
-    accepts: Callable[[str, Any], bool] = lambda path, method: True,
-) -> list[Match]:
+def match_rules(leaves: Mapping[str, Any], rules: Mapping[str, Any]) -> list[Match]:
     """The paths that `rules` pick, in tree order; the first rule that matches a path wins.
 
     Args:
-      paths: every leaf's path.
-      rules: `{target: method}`; the method None leaves what it matches frozen.
-      accepts: whether a method can adapt the leaf of a path at all (LoRA needs a matrix).
+      leaves: `{path: leaf}`.
+      rules: `{target: method}`; a method passes over leaves that it does not accept, and the
+        method None leaves what it matches frozen.
 
     Raises:
       ValueError: for a rule that matches nothing, naming the nearest paths that exist.
@@ -83,13 +79,13 @@ def match_rules(
     taken: dict[str, Match] = {}
     for rule, method in rules.items():
         matches = rule_matcher(rule)
-        named = [path for path in paths if matches(path)]
-        fitting = [path for path in named if method is None or accepts(path, method)]
+        named = [path for path in leaves if matches(path)]
+        fitting = [p for p in named if method is None or method.accepts(p, leaves[p])]
         fresh = [path for path in fitting if path not in taken]
         if not fresh:
-            raise ValueError(_explain(rule, method, paths, named, fitting, taken))
+            raise ValueError(_explain(rule, method, list(leaves), named, fitting, taken))
         taken.update({path: Match(path, rule, method) for path in fresh})
-    return [taken[path] for path in paths if path in taken and taken[path].method is not None]
+    return [taken[path] for path in leaves if path in taken and taken[path].method is not None]
 
 
 def as_rules(method: Any, targets: Targets) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from lora_jax import paths
 from lora_jax.methods import DeltaNode, Extra, Layout, Method
-from lora_jax.targets import Targets, as_rules, is_matrix_name, match_rules
+from lora_jax.targets import Targets, as_rules, match_rules
 from lora_jax.weights import PyTree, Shared, Weight, is_shared, is_weight
 
 Delta = dict[str, Any]
@@ -56,22 +56,19 @@ def lora_transform(
                 "LoRA(rank=8), or None to leave the target frozen."
             )
 
-    def accepts(path: str, method: Method) -> bool:
-        return not method.needs_matrix or (flat[path].ndim >= 2 and is_matrix_name(path))
-
     nodes: dict[str, DeltaNode] = {}
-    by_method: dict[Method, dict[str, DeltaNode]] = {}
-    for match in match_rules(list(flat), rules, accepts):
+    by_method: dict[Method, dict[str, Any]] = {}
+    for match in match_rules(flat, rules):
         weight, layout = flat[match.path], layouts.get(match.path, Layout())
         _require_float(match.path, weight)
+        by_method.setdefault(match.method, {})[match.path] = weight
         node = _fresh(match.path, weight, match.method, layout, key)
-        nodes[match.path] = node
-        by_method.setdefault(match.method, {})[match.path] = node
-        flat[match.path] = match.method.corrected(weight, node)
-    for method, made in by_method.items():
-        nodes.update(method.extras(made, key=key))
-    base = _rebuilt(params, flat)
-    return base, paths.nest(nodes)
+        if node is not None:
+            nodes[match.path] = node
+            flat[match.path] = match.method.corrected(weight, node)
+    for chosen, weights in by_method.items():
+        nodes.update(chosen.extras(weights, key=key))
+    return _rebuilt(params, flat), paths.nest(nodes)
 
 
 def bind(
@@ -162,7 +159,9 @@ def delta_nodes(delta: Delta) -> dict[str, DeltaNode]:
     return flat
 
 
-def _fresh(path: str, weight, method: Method, layout: Layout, key: jax.Array) -> DeltaNode:
+def _fresh(
+    path: str, weight: Any, method: Method, layout: Layout, key: jax.Array
+) -> DeltaNode | None:
     try:
         stack, _, _ = layout.split(weight.shape) if method.needs_matrix else ((), (), ())
         return method.fresh(weight, layout=layout, key=paths.keys_for(key, path, stack))

@@ -83,8 +83,9 @@ class ToyVeRA(Method):
         return Vectors(d=jnp.full((*stack, self.rank), 0.1), b=jnp.zeros((*stack, *d_out)),
                        d_in=d_in[0])  # fmt: skip
 
-    def extras(self, nodes, *, key):
-        widest = max(n.d_in for n in nodes.values()), max(n.b.shape[-1] for n in nodes.values())
+    def extras(self, weights, *, key):
+        shapes = [weight.shape for weight in weights.values()]
+        widest = max(shape[-2] for shape in shapes), max(shape[-1] for shape in shapes)
         a, b = jax.random.split(key)
         pair = Pair(a=jax.random.normal(a, (widest[0], self.rank)),
                     b=jax.random.normal(b, (self.rank, widest[1])))  # fmt: skip

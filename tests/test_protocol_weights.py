@@ -1,5 +1,7 @@
 """What else the protocol has to hold: quantised weights under an adapter, and prompts."""
 
+import dataclasses
+
 import cases
 import flax.struct
 import jax
@@ -9,7 +11,7 @@ import pytest
 from cases import assert_close, assert_same_draws, moved
 
 import lora_jax as lora
-from lora_jax.methods import Extra
+from lora_jax.methods import Extra, Method
 from lora_jax.models import llama
 
 CONFIG, PARAMS, TOKENS = cases.llama_case()
@@ -145,6 +147,30 @@ def read(weights, tokens):
 
 TREE = {"embed": cases.normal(0, 9, 6), "out": cases.normal(1, 6, 4)}
 PROMPT = {"prompt": Prompt(cases.normal(2, 3, 6))}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ToyPrompt(Method):
+    """Adapts no weight: its rows are as wide as the table that it targets."""
+
+    rows: int
+
+    def fresh(self, weight, *, layout, key):
+        return None
+
+    def extras(self, weights, *, key):
+        [table] = weights.values()
+        return {"prompt": Prompt(jax.random.normal(key, (self.rows, table.shape[-1])))}
+
+
+def test_a_prompt_alone_is_a_method():
+    method = ToyPrompt(rows=3)
+    base, delta = lora.lora_transform(TREE, method, targets="embed", key=jax.random.key(0))
+    assert base is not None and set(delta) == {"prompt"}
+    assert lora.describe(base, delta).trainable_params == delta["prompt"].rows.size
+    assert set(lora.bind(base, delta)) == {"embed", "out", "prompt"}
+
+
 IDS = jnp.array([1, 7, 2])
 
 

@@ -107,7 +107,8 @@ def test_full_adapts_leaves_of_any_shape():
 
 
 def test_matches_keep_tree_order():
-    matches = match_rules(["c", "a", "b"], {"[ab]": 1, "c": 2})
+    leaves = dict.fromkeys("cab", np.ones((4, 4), np.float32))
+    matches = match_rules(leaves, {"[ab]": lora.LoRA(rank=1), "c": lora.LoRA(rank=2)})
     assert [match.path for match in matches] == ["c", "a", "b"]
 
 

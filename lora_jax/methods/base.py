@@ -12,6 +12,7 @@ from typing import ClassVar, Self
 import jax
 import jax.numpy as jnp
 
+from lora_jax.targets import is_matrix_name
 from lora_jax.weights import Adapted, Shared, Weight, dense
 
 AnyWeight = jax.Array | Weight
@@ -69,7 +70,8 @@ class DeltaNode(abc.ABC):
 
     @abc.abstractmethod
     def unmerge(self, merged: jax.Array) -> jax.Array:
-        """The base that `merge` made `merged` of, up to the rounding of its dtype."""
+        """The base that `merge` made `merged` of, up to the rounding of its dtype. Raises
+        ValueError where the merged form does not tell it."""
 
     @abc.abstractmethod
     def trainable(self) -> Self:
@@ -159,9 +161,14 @@ class Method(abc.ABC):
 
     needs_matrix: ClassVar[bool] = True  # whether only leaves of two axes or more are adapted
 
+    def accepts(self, path: str, weight: AnyWeight) -> bool:
+        """Whether the leaf at `path` is one that this method can adapt."""
+        return not self.needs_matrix or (weight.ndim >= 2 and is_matrix_name(path))
+
     @abc.abstractmethod
-    def fresh(self, weight: AnyWeight, *, layout: Layout, key: jax.Array) -> DeltaNode:
-        """A fresh node for `weight`, which leaves the layer's output unchanged.
+    def fresh(self, weight: AnyWeight, *, layout: Layout, key: jax.Array) -> DeltaNode | None:
+        """A fresh node for `weight`, which leaves the layer's output unchanged; None for a method
+        that leaves all weights alone and has `extras` only.
 
         Args:
           weight: the frozen weight, possibly abstract, `[stack..., contracted..., output...]`.
@@ -174,7 +181,13 @@ class Method(abc.ABC):
         del node
         return weight
 
-    def extras(self, nodes: Mapping[str, DeltaNode], *, key: jax.Array) -> dict[str, Extra]:
-        """Further entries `{path: Extra}` of the delta, beside the nodes of this method."""
-        del nodes, key
+    def extras(self, weights: Mapping[str, AnyWeight], *, key: jax.Array) -> dict[str, Extra]:
+        """Further entries `{path: Extra}` of the delta: what the nodes of this method share, or
+        parameters that a model reads by itself.
+
+        Args:
+          weights: `{path: weight}` of all that this method was targeted at.
+          key: the key that `lora_transform` was given.
+        """
+        del weights, key
         return {}

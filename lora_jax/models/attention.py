@@ -17,5 +17,5 @@ def causal_mask(positions_BT: jax.Array, segment_ids_BT: jax.Array | None) -> ja
 
 
 def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: jax.Array) -> jax.Array:
-    """Attention `[B, T, N, H]`, scores scaled by `1 / sqrt(H)`, under a `mask [B or 1, 1, T, S]`."""
+    """Attention `[B, T, N, H]`, scores scaled by `1 / sqrt(H)`; `mask [B or 1, 1, T, S]`."""
     return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask)

@@ -88,7 +88,7 @@ def _summed_forward(size: int, treedef, rows, targets, counted, leaves):
         return _chunk_loss(treedef, chunk_rows, chunk_targets, chunk_counted, mixed)
 
     train_leaves = [leaf for trains, leaf in zip(trained, leaves, strict=True) if trains]
-    zero = jax.tree.map(jnp.zeros_like, train_leaves)
+    zero = [jnp.zeros(leaf.shape, jnp.float32) for leaf in train_leaves]
 
     def step(carry, chunk):
         total, head_gradient = carry
@@ -98,7 +98,7 @@ def _summed_forward(size: int, treedef, rows, targets, counted, leaves):
             value, (row_gradient, more) = jax.value_and_grad(loss, argnums=(0, 1))(
                 chunk_rows, train_leaves, chunk_targets, chunk_counted
             )
-            return value, row_gradient, more
+            return value, row_gradient, [leaf.astype(jnp.float32) for leaf in more]
 
         def skipped():
             return jnp.float32(0), jnp.zeros_like(chunk_rows), zero
@@ -109,15 +109,20 @@ def _summed_forward(size: int, treedef, rows, targets, counted, leaves):
     chunks = _chunks(size, rows, targets, counted)
     (total, head_gradient), row_gradient = jax.lax.scan(step, (jnp.float32(0), zero), chunks)
     gradients = iter(head_gradient)
-    leaf_gradients = [next(gradients) if trains else None for trains in trained]
+    leaf_gradients = [
+        next(gradients).astype(leaf.dtype) if trains else None
+        for trains, leaf in zip(trained, leaves, strict=True)
+    ]
     return total, (row_gradient.reshape(rows.shape), leaf_gradients)
 
 
 def _summed_backward(size: int, treedef, gradients, cotangent):
     del size, treedef
-    row_gradient, leaf_gradients = jax.tree.map(
-        lambda gradient: gradient * cotangent.astype(gradient.dtype), gradients
-    )
+
+    def scaled(gradient):
+        return (cotangent * gradient.astype(jnp.float32)).astype(gradient.dtype)
+
+    row_gradient, leaf_gradients = jax.tree.map(scaled, gradients)
     return row_gradient, None, None, leaf_gradients
 
 

@@ -31,19 +31,19 @@ def write_talk(folder: Path, lines: int = 24) -> None:
     (folder / "talk.jsonl").write_text(text)
 
 
-def start(folder: Path, experiment: str, *flags: str) -> subprocess.Popen:
+def start(folder: Path, experiment: str, *flags: str, **env: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, str(ROOT / "experiments" / f"{experiment}.py"), *flags],
         cwd=folder,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "COLUMNS": "200"},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "COLUMNS": "200", **env},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
 
 
-def run(folder: Path, experiment: str, *flags: str) -> tuple[int, str]:
-    process = start(folder, experiment, *flags)
+def run(folder: Path, experiment: str, *flags: str, **env: str) -> tuple[int, str]:
+    process = start(folder, experiment, *flags, **env)
     output, _ = process.communicate(timeout=300)
     return process.returncode, output
 

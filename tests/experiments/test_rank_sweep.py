@@ -13,7 +13,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sweep")
     command.write_talk(folder)
     flags = (*SWEEP, "--config.sweep.full=True", "--workdir=run")
-    code, output = command.run(folder, "rank_sweep", *flags)
+    code, output = command.run(folder, "rank_sweep", *flags, LORA_JAX_CACHE=str(folder / "cache"))
     assert code == 0, output
     return folder, output
 
@@ -52,6 +52,11 @@ def test_records(finished):
     records = command.metrics(folder / "run")
     losses = [r for r in records if r["arm"] == arms[0]["name"] and "loss" in r]
     assert [r["step"] for r in losses] == [1, 2, 3, 4]
+
+
+def test_compiled_steps_are_kept_for_the_next_run(finished):
+    folder, _ = finished
+    assert any(path.name.startswith("jit_step-") for path in (folder / "cache/xla").iterdir())
 
 
 def test_another_config_in_the_same_workdir_is_refused(finished):

@@ -120,6 +120,7 @@ def test_recorded_values(name):
     assert_same(compute(name), golden)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft's own use of transformers
 @pytest.mark.parametrize("name", peft_cases.CASES)
 def test_the_installed_peft(name):
     pytest.importorskip("peft", reason="requirements-parity.txt is not installed")
