@@ -47,7 +47,7 @@ class Description:
 
     def __str__(self) -> str:
         header = ("path", "rule", "delta", "weight", "rank", "trainable")
-        cells = [header] + [
+        cells: list[tuple[str, ...]] = [header] + [
             (
                 row.path,
                 row.rule,
