@@ -46,18 +46,11 @@ class Description:
         )
 
     def __str__(self) -> str:
-        header = ("path", "rule", "delta", "weight", "rank", "trainable")
-        cells: list[tuple[str, ...]] = [header] + [
-            (
-                row.path,
-                row.rule,
-                row.kind,
-                "x".join(map(str, row.shape)),
-                "" if row.rank is None else str(row.rank),
-                f"{row.trainable:,}",
-            )
-            for row in self.rows
-        ]
+        cells: list[tuple[str, ...]] = [("path", "rule", "delta", "weight", "rank", "trainable")]
+        for row in self.rows:
+            shape = "x".join(map(str, row.shape))
+            rank = "" if row.rank is None else str(row.rank)
+            cells.append((row.path, row.rule, row.kind, shape, rank, f"{row.trainable:,}"))
         if not any(row.rule for row in self.rows):
             cells = [(path, *rest) for path, _, *rest in cells]
         return f"{aligned(cells, left=3)}\n{self.summary()}"

@@ -107,9 +107,9 @@ def test_full_adapts_leaves_of_any_shape():
 
 
 def test_matches_keep_tree_order():
-    leaves = dict.fromkeys("cab", np.ones((4, 4), np.float32))
-    matches = match_rules(leaves, {"[ab]": lora.LoRA(rank=1), "c": lora.LoRA(rank=2)})
-    assert [match.path for match in matches] == ["c", "a", "b"]
+    leaves = dict.fromkeys("cad", np.ones((4, 4), np.float32))
+    matches = match_rules(leaves, {"[ad]": lora.LoRA(rank=1), "c": lora.LoRA(rank=2)})
+    assert [match.path for match in matches] == ["c", "a", "d"]
 
 
 def refused(match, *args, params=LLAMA, **kwargs):
