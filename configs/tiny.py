@@ -1,7 +1,7 @@
 """A two-layer Llama with random weights and a byte tokenizer: seconds, for trying things out.
 
 Command:  python experiments/rank_sweep.py --config=configs/tiny.py
-Hardware: 1 CPU core
+Hardware: a CPU core; its losses mean nothing
 """
 
 from ml_collections import ConfigDict

@@ -66,12 +66,7 @@ def _train(
     log: Log,
 ) -> tuple[float, list[Outcome]]:
     """Trains arms of one method through one step. Returns the base's validation loss, and them."""
-    fresh = [
-        lora.lora_transform(
-            model.params, arm.method, targets=arm.targets, key=jax.random.key(arm.seed)
-        )[1]
-        for arm in arms
-    ]
+    fresh = [_fresh_delta(arm, model) for arm in arms]
     settings = config.train
     tx = training.adamw(
         steps=settings.steps,
@@ -104,6 +99,13 @@ def _train(
     )
     trained = lora.unstack(lora.stack([state.delta for state in states]), like=fresh)
     return base_loss, [Outcome(*parts) for parts in zip(arms, trained, progress, strict=True)]
+
+
+def _fresh_delta(arm: Arm, model: Pretrained) -> Delta:
+    def draw(params, key):
+        return lora.lora_transform(params, arm.method, targets=arm.targets, key=key)[1]
+
+    return jax.jit(draw)(model.params, jax.random.key(arm.seed))  # one program, not one a weight
 
 
 def _without_dropout(loss: training.LossSum, delta: Delta, base: Any, batch: Any):

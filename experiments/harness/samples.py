@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -12,6 +11,7 @@ import lora_jax as lora
 from experiments.harness import setup
 from lora_jax import data
 from lora_jax.interop import Pretrained
+from lora_jax.models import llama
 from lora_jax.models.generate import generate
 
 if TYPE_CHECKING:
@@ -35,8 +35,8 @@ def sample(
         data.render_messages(messages[:-1], model.tokenizer, add_generation_prompt=True)
         for messages in conversations
     ]
-    before = _answers(config, model, model.params, prompts)
-    after = _answers(config, model, lora.merge(model.params, best.delta), prompts)
+    answers = _answering(config, model, prompts)
+    before, after = answers(model.params), answers(lora.merge(model.params, best.delta))
     return [
         {
             "prompt": messages[-2]["content"],
@@ -49,13 +49,17 @@ def sample(
     ]
 
 
-def _answers(config: ConfigDict, model: Pretrained, params: Any, prompts: list[str]) -> list[str]:
+def _answering(
+    config: ConfigDict, model: Pretrained, prompts: list[str]
+) -> Callable[[llama.Params], list[str]]:
+    """The function from params to the greedy answers to `prompts`."""
     tokenizer = model.tokenizer
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
     width = max(map(len, encoded))
     rows = np.array([row + [tokenizer.eos_id] * (width - len(row)) for row in encoded], np.int32)
-    lengths = jnp.array([len(row) for row in encoded], jnp.int32)
+    lengths = np.array([len(row) for row in encoded], np.int32)
 
+    @jax.jit
     def answer(params, rows, lengths):
         return generate(
             params,
@@ -66,5 +70,8 @@ def _answers(config: ConfigDict, model: Pretrained, params: Any, prompts: list[s
             eos_id=tokenizer.eos_id,
         )
 
-    tokens = jax.jit(answer)(params, jnp.asarray(rows), lengths)
-    return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in tokens.tolist()]
+    def answers(params: llama.Params) -> list[str]:
+        tokens = answer(params, rows, lengths).tolist()
+        return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in tokens]
+
+    return answers

@@ -66,6 +66,7 @@ def test_another_config_in_the_same_workdir_is_refused(finished):
     assert code != 0 and "train.steps (4 there, 5 here)" in output and "Traceback" not in output
 
 
+@pytest.mark.slow
 def test_kill_at_any_moment_and_again(tmp_path):
     command.write_talk(tmp_path)
     flags = (*command.QUICK, "--config.sweep.ranks=(2,)", "--config.lora.method.dropout=0.1")
@@ -90,6 +91,7 @@ def test_kill_at_any_moment_and_again(tmp_path):
     assert steps("killed") == steps("whole")
 
 
+@pytest.mark.slow
 def test_the_batched_mode_agrees(finished, tmp_path):
     folder, _ = finished
     command.write_talk(tmp_path)

@@ -3,8 +3,10 @@
 import json
 
 import command
+import pytest
 
 
+@pytest.mark.slow
 def test_equal_rank_and_equal_parameters(tmp_path):
     command.write_talk(tmp_path)
     flags = (*command.QUICK, "--config.ablation.rank=2", "--workdir=run")
