@@ -4,9 +4,9 @@ import command
 import pytest
 from ml_collections import ConfigDict
 
-from configs import tiny
+from configs import llama70b, tiny
 from experiments.harness import plan
-from experiments.harness.arms import rank_arms
+from experiments.harness.arms import rank_arms, target_arms
 from experiments.harness.main import conduct
 
 
@@ -19,11 +19,10 @@ def test_the_plan_of_8b_needs_no_weights(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_plan_of_70b_ablates_targets(tmp_path):
-    config = f"--config={command.ROOT}/configs/llama70b.py"
-    code, output = command.run(tmp_path, "target_ablation", config, "--plan")
-    assert code == 0, output
-    assert "70,553,706,496 parameters" in output and "attention r16" in output
+def test_the_plan_of_70b_ablates_targets():
+    config = llama70b.get_config()
+    table = plan.plan(config, target_arms(config, plan.params_per_rank(config)))
+    assert "70,553,706,496 parameters" in table and "attention r16" in table
 
 
 def test_8b_without_a_checkpoint_says_how_to_get_one(tmp_path, monkeypatch):

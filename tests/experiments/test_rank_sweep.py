@@ -5,15 +5,22 @@ import json
 import command
 import pytest
 
-SWEEP = (*command.QUICK, "--config.sweep.ranks=(1, 3)", "--config.sweep.seeds=(0, 1)")
+pytestmark = pytest.mark.xdist_group("rank_sweep")  # they share a finished run
+SWEEP = (
+    *command.QUICK,
+    "--config.sweep.ranks=(1, 3)",
+    "--config.sweep.seeds=(0, 1)",
+    "--config.sweep.full=True",
+    "--config.lora.method.dropout=0.1",
+    "--workdir=run",
+)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sweep")
     command.write_talk(folder)
-    flags = (*SWEEP, "--config.sweep.full=True", "--workdir=run")
-    code, output = command.run(folder, "rank_sweep", *flags, LORA_JAX_CACHE=str(folder / "cache"))
+    code, output = command.run(folder, "rank_sweep", *SWEEP, LORA_JAX_CACHE=str(folder / "cache"))
     assert code == 0, output
     return folder, output
 
@@ -61,41 +68,39 @@ def test_compiled_steps_are_kept_for_the_next_run(finished):
 
 def test_another_config_in_the_same_workdir_is_refused(finished):
     folder, _ = finished
-    flags = (*SWEEP, "--config.sweep.full=True", "--workdir=run", "--config.train.steps=5")
-    code, output = command.run(folder, "rank_sweep", *flags)
+    code, output = command.run(folder, "rank_sweep", *SWEEP, "--config.train.steps=5")
     assert code != 0 and "train.steps (4 there, 5 here)" in output and "Traceback" not in output
 
 
 @pytest.mark.slow
-def test_kill_at_any_moment_and_again(tmp_path):
+def test_kill_and_the_same_command_again(finished, tmp_path):
+    """Killed among the LoRA arms, the run ends bit for bit where the whole one did."""
+    whole, _ = finished
     command.write_talk(tmp_path)
-    flags = (*command.QUICK, "--config.sweep.ranks=(2,)", "--config.lora.method.dropout=0.1")
-    code, output = command.run(tmp_path, "rank_sweep", *flags, "--workdir=whole")
-    assert code == 0, output
-    metrics = tmp_path / "killed/metrics.jsonl"
-    process = command.start(tmp_path, "rank_sweep", *flags, "--workdir=killed")
-    command.kill_after_lines(process, metrics, 2)
-    assert not (tmp_path / "killed/results.json").exists()
-    code, output = command.run(tmp_path, "rank_sweep", *flags, "--workdir=killed")
+    cache = {"LORA_JAX_CACHE": str(whole / "cache")}
+    process = command.start(tmp_path, "rank_sweep", *SWEEP, **cache)
+    command.kill_after_lines(process, tmp_path / "run/metrics.jsonl", 7)
+    assert not (tmp_path / "run/results.json").exists()
+    code, output = command.run(tmp_path, "rank_sweep", *SWEEP, **cache)
     assert code == 0, output
 
-    def outcome(workdir):
-        [arm] = json.loads((tmp_path / workdir / "results.json").read_text())["arms"]
-        return {name: arm[name] for name in ("train_loss", "val_loss", "stopped")}
+    def outcome(folder):
+        arms = json.loads((folder / "run/results.json").read_text())["arms"]
+        return [(arm["name"], arm["train_loss"], arm["val_loss"]) for arm in arms]
 
-    def steps(workdir):
-        records = command.metrics(tmp_path / workdir)
-        return [(r["step"], r.get("loss"), r.get("val_loss")) for r in records]
+    def steps(folder):
+        records = command.metrics(folder / "run")
+        return [(r["arm"], r["step"], r.get("loss"), r.get("val_loss")) for r in records]
 
-    assert outcome("killed") == outcome("whole")
-    assert steps("killed") == steps("whole")
+    assert outcome(tmp_path) == outcome(whole)
+    assert steps(tmp_path) == steps(whole)
 
 
 @pytest.mark.slow
 def test_the_batched_mode_agrees(finished, tmp_path):
     folder, _ = finished
     command.write_talk(tmp_path)
-    flags = (*SWEEP, "--config.sweep.mode=batched", "--workdir=run")
+    flags = (*SWEEP, "--config.sweep.full=False", "--config.sweep.mode=batched")
     code, output = command.run(tmp_path, "rank_sweep", *flags)
     assert code == 0, output
 
