@@ -2,7 +2,7 @@
 
 Command:  python experiments/rank_sweep.py
 Hardware: 2 cores of an AMD EPYC without AVX-512, no accelerator
-Time:     242 s, the model's download included (jax 0.10.2)
+Time:     209 s, the model's download included (jax 0.10.2)
 Result:   validation loss 2.293 untuned; 1.117, 1.111, 1.128, 1.124 at ranks 1, 4, 16, 64
 """
 
