@@ -1,6 +1,5 @@
 """Pictures of results, drawn with matplotlib."""
 
-import json
 import statistics
 from collections import defaultdict
 from pathlib import Path
@@ -10,6 +9,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+from lora_jax.training import records
 
 INK, GRID = "#22262e", "#d9dce3"
 STYLE: Any = {
@@ -105,8 +106,7 @@ def _spread(axes, xs: list[int], groups: list[list[float]], number: int, rate: f
 
 def _curves(axes, metrics: Path, results: dict[str, Any]) -> None:
     points: dict[str, list[tuple[int, float]]] = defaultdict(list)
-    for line in metrics.read_text().splitlines():
-        record = json.loads(line)
+    for record in records.read(metrics):
         if "loss" in record:
             points[record["arm"]].append((record["step"], record["loss"]))
     names = [arm["name"] for arm in results["arms"] if arm["name"] in points]

@@ -4,10 +4,6 @@ from lora_jax.interop import Pretrained, load_gguf
 from lora_jax.interop.fetch import fetch, model_cache
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "network: wants the default model, fetched once")
-
-
 @pytest.fixture(scope="session")
 def smollm2() -> Pretrained:
     """The pinned default model, fetched at the first run."""
