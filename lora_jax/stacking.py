@@ -68,7 +68,7 @@ def _wider(path: str, one: DeltaNode, other: DeltaNode) -> DeltaNode:
     if structures[0] != structures[1]:
         raise ValueError(
             f"{path}: cannot stack {_kind(one)} with {_kind(other)}: one path takes one method, "
-            "with one dropout rate."
+            "with one dropout rate and one layout."
         )
     return other if (other.rank or 0) > (one.rank or 0) else one
 
@@ -83,5 +83,6 @@ def _kind(node: DeltaNode) -> str:
         f"{field.name}={getattr(node, field.name)!r}"
         for field in dataclasses.fields(cast(Any, node))
         if not field.metadata.get("pytree_node", True)
+        and getattr(node, field.name) != field.default
     ]
     return f"{type(node).__name__}({', '.join(static)})"

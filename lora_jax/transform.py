@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import paths
-from lora_jax.methods import DeltaNode, Extra, Layout, Method
+from lora_jax.layouts import Layout
+from lora_jax.methods import DeltaNode, Extra, Method
 from lora_jax.targets import Targets, as_rules, match_rules
 from lora_jax.weights import PyTree, Shared, Weight, is_shared, is_weight
 

@@ -14,6 +14,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from lora_jax.layouts import Layout
+
 PyTree = Any
 
 # The name, for rematerialisation policies, of what an adapter computes on a narrow axis: a model
@@ -55,6 +57,12 @@ class Weight(abc.ABC):
     def ndim(self) -> int:
         return len(self.shape)
 
+    def as_matrix(self, layout: Layout) -> "Weight | jax.Array":
+        """The same weight with its axes laid out as `[stack..., d_in, d_out]`."""
+        if layout != Layout():
+            raise ValueError(f"{type(self).__name__} is a matrix and has no other {layout}.")
+        return self
+
 
 def is_weight(leaf: Any) -> bool:
     return isinstance(leaf, Weight)
@@ -73,6 +81,11 @@ def embed(tokens: jax.Array, w: jax.Array | Weight) -> jax.Array:
 def dense(w: jax.Array | Weight) -> jax.Array:
     """The plain array that a weight of any type stands for."""
     return w.dense() if isinstance(w, Weight) else w
+
+
+def as_matrix(w: jax.Array | Weight, layout: Layout) -> jax.Array | Weight:
+    """A weight of any axes as the matrix `[stack..., d_in, d_out]` that `linear` takes."""
+    return w.as_matrix(layout) if isinstance(w, Weight) else layout.to_matrix(w)
 
 
 def transpose(w: jax.Array | Weight) -> jax.Array | Weight:
@@ -143,6 +156,11 @@ class Adapted(Weight):
     @property
     def dtype(self) -> Any:
         return self.base.dtype
+
+    def as_matrix(self, layout: Layout) -> "Adapted":
+        return dataclasses.replace(
+            self, base=as_matrix(self.base, layout), node=self.node.as_matrix()
+        )
 
     @property
     def T(self) -> "Adapted":  # noqa: N802

@@ -3,7 +3,6 @@
 from lora_jax.methods.base import Additive as Additive
 from lora_jax.methods.base import DeltaNode as DeltaNode
 from lora_jax.methods.base import Extra as Extra
-from lora_jax.methods.base import Layout as Layout
 from lora_jax.methods.base import Method as Method
 from lora_jax.methods.full import DenseDelta as DenseDelta
 from lora_jax.methods.full import Full as Full

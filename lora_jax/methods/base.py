@@ -12,47 +12,26 @@ from typing import ClassVar, Self
 import jax
 import jax.numpy as jnp
 
+from lora_jax.layouts import Layout
 from lora_jax.targets import is_matrix_name
 from lora_jax.weights import Adapted, Shared, Weight, dense
 
 AnyWeight = jax.Array | Weight
 
 
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """Which axes of a leaf an activation is contracted with, and which ones it gains.
-
-    Axes are negative, counted from the end; those that neither tuple names are stack axes, and
-    lead. The default is a matrix `[stack..., d_in, d_out]`; a Flax attention kernel
-    `[d, heads, head_dim]` is `Layout(contracted=(-3,), output=(-2, -1))`.
-    """
-
-    contracted: tuple[int, ...] = (-2,)
-    output: tuple[int, ...] = (-1,)
-
-    def split(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-        """`shape` as (stack, contracted, output) dimensions.
-
-        Raises:
-          ValueError: if the axes are not the last ones, contracted before output.
-        """
-        n_in, n_out = len(self.contracted), len(self.output)
-        ordered = (*self.contracted, *self.output) == tuple(range(-n_in - n_out, 0))
-        if not ordered or len(shape) < n_in + n_out:
-            raise ValueError(
-                f"{self} does not fit shape {shape}: expected consecutive negative axes that end "
-                "at -1, contracted before output, for example contracted=(-3,), output=(-2, -1)."
-            )
-        stack = len(shape) - n_in - n_out
-        return shape[:stack], shape[stack : stack + n_in], shape[stack + n_in :]
-
-
 class DeltaNode(abc.ABC):
     """The delta of one weight. Subclasses are `flax.struct.dataclass`es.
 
     Every leaf carries the stack axes of the weight first (but those inside `Shared`), so that a
-    scan over layers slices node and weight alike; `linear` and `embed` see one layer.
+    scan over layers slices node and weight alike; `linear` and `embed` see one layer, of a weight
+    that is a matrix.
+
+    Attributes:
+      layout: the axes of the weight that the node was made for. A node that takes other weights
+        than matrices has it as a static field, and defines `as_matrix`.
     """
+
+    layout: Layout = Layout()
 
     @property
     @abc.abstractmethod
@@ -88,6 +67,14 @@ class DeltaNode(abc.ABC):
     def transposed(self) -> Self:
         """The node of the transposed weight, as a tied output head needs it."""
         raise ValueError(f"{type(self).__name__} cannot adapt a tied embedding: leave it out.")
+
+    def as_matrix(self) -> Self:
+        """The node of the weight `[stack..., d_in, d_out]` that `layout` makes of this one's."""
+        if self.layout != Layout():
+            raise ValueError(
+                f"{type(self).__name__} adapts matrices, not weights of {self.layout}."
+            )
+        return self
 
     def resolve(self, extras: Mapping[str, "Extra"]) -> Self:
         """The node with what it shares with others, stored once at the delta's root, filled in."""

@@ -7,7 +7,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from lora_jax.methods.base import Additive, AnyWeight, Layout, Method
+from lora_jax.layouts import Layout
+from lora_jax.methods.base import Additive, AnyWeight, Method
 from lora_jax.weights import Shared
 
 

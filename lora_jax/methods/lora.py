@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from lora_jax.methods.base import Additive, AnyWeight, Layout, Method
+from lora_jax.layouts import Layout
+from lora_jax.methods.base import Additive, AnyWeight, Method
 from lora_jax.weights import NARROW, embed, linear
 
 
@@ -78,6 +79,7 @@ class LoRA(Method):
             b=jnp.zeros((*stack, self.rank, *d_out), jnp.float32),
             scale=jnp.full(stack, self.scale, jnp.float32),
             dropout=self.dropout,
+            layout=layout,
         )
 
 
@@ -93,6 +95,7 @@ class LowRank(Additive):
     b: jax.Array
     scale: jax.Array
     dropout: float = flax.struct.field(pytree_node=False, default=0.0)
+    layout: Layout = flax.struct.field(pytree_node=False, default=Layout())
 
     @property
     def rank(self) -> int:
@@ -118,20 +121,29 @@ class LowRank(Additive):
             self, a=jnp.swapaxes(self.b, -1, -2), b=jnp.swapaxes(self.a, -1, -2)
         )
 
+    def as_matrix(self) -> "LowRank":
+        stack = self.a.shape[: self.stack_ndim]
+        return dataclasses.replace(
+            self,
+            a=self.a.reshape(*stack, -1, self.rank),
+            b=self.b.reshape(*stack, self.rank, -1),
+            layout=Layout(),
+        )
+
     def update(self, shape: tuple[int, ...]) -> jax.Array:
-        stack = shape[: self.stack_ndim]
-        a = self.a.reshape(*stack, -1, self.rank)
-        b = self.b.reshape(*stack, self.rank, -1)
+        matrix = self.as_matrix()
         with jax.default_matmul_precision("highest"):
-            product = jnp.matmul(a, b) * self.scale[..., None, None]
-        return product.reshape(shape)
+            product = jnp.matmul(matrix.a, matrix.b) * self.scale[..., None, None]
+        return self.layout.from_matrix(product, shape)
 
     def trainable(self) -> Self:
         return dataclasses.replace(cast(Any, self), a=True, b=True, scale=False)
 
     def check(self, path: str, base: AnyWeight) -> None:
         stack = self.stack_ndim
-        ours = (*self.a.shape[:-1], *self.b.shape[stack + 1 :])
+        ours = self.layout.joined(
+            self.a.shape[:stack], self.a.shape[stack:-1], self.b.shape[stack + 1 :]
+        )
         if ours != tuple(base.shape):
             raise ValueError(
                 f"{path}: the delta was made for a weight of shape {ours}, the base has "

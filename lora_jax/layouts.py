@@ -1,0 +1,63 @@
+"""Which axes of a weight are stacked, contracted with an activation, or gained by it."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Which axes of a leaf an activation is contracted with, and which ones it gains.
+
+    Axes are negative, counted from the end, in the order in which the matrix takes them; those that
+    neither tuple names are stack axes. The default is a matrix `[stack..., d_in, d_out]`; a Flax
+    attention kernel `[d, heads, head_dim]` is `Layout(contracted=(-3,), output=(-2, -1))`, and a
+    weight that is applied from the left, `w @ x`, is `Layout(contracted=(-1,), output=(-2,))`.
+    """
+
+    contracted: tuple[int, ...] = (-2,)
+    output: tuple[int, ...] = (-1,)
+
+    def stack_axes(self, ndim: int) -> tuple[int, ...]:
+        """The other axes of a leaf of `ndim` axes, negative, in order."""
+        named = {*self.contracted, *self.output}
+        return tuple(axis for axis in range(-ndim, 0) if axis not in named)
+
+    def split(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """`shape` as (stack, contracted, output) dimensions.
+
+        Raises:
+          ValueError: if the axes are not negative, not distinct, or more than `shape` has.
+        """
+        axes = (*self.contracted, *self.output)
+        distinct = len(set(axes)) == len(axes) and self.contracted and self.output
+        if not distinct or not all(-len(shape) <= axis < 0 for axis in axes):
+            raise ValueError(
+                f"{self} does not fit shape {tuple(shape)}: expected distinct negative axes, at "
+                "least one contracted and one output, for example contracted=(-3,), "
+                "output=(-2, -1)."
+            )
+        groups = (self.stack_axes(len(shape)), self.contracted, self.output)
+        return tuple(tuple(shape[axis] for axis in group) for group in groups)
+
+    def joined(self, stack: tuple, contracted: tuple, output: tuple) -> tuple[int, ...]:
+        """The shape that `split` makes these dimensions of."""
+        dims = (*stack, *contracted, *output)
+        order = (*self.stack_axes(len(dims)), *self.contracted, *self.output)
+        return tuple(dims[order.index(axis)] for axis in range(-len(dims), 0))
+
+    def to_matrix(self, leaf: jax.Array) -> jax.Array:
+        """The leaf as `[stack..., d_in, d_out]`."""
+        stack, d_in, d_out = self.split(leaf.shape)
+        order = (*self.stack_axes(leaf.ndim), *self.contracted, *self.output)
+        moved = jnp.transpose(leaf, [axis + leaf.ndim for axis in order])
+        return moved.reshape(*stack, math.prod(d_in), math.prod(d_out))
+
+    def from_matrix(self, matrix: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """The leaf of `shape` that `to_matrix` makes `matrix [stack..., d_in, d_out]` of."""
+        stack, d_in, d_out = self.split(shape)
+        order = (*self.stack_axes(len(shape)), *self.contracted, *self.output)
+        places = [order.index(axis) for axis in range(-len(shape), 0)]
+        return jnp.transpose(matrix.reshape(*stack, *d_in, *d_out), places)
