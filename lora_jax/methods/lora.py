@@ -8,6 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from lora_jax.layouts import Layout
 from lora_jax.methods.base import Additive, AnyWeight, Method
@@ -129,6 +130,12 @@ class LowRank(Additive):
             b=self.b.reshape(*stack, self.rank, -1),
             layout=Layout(),
         )
+
+    def partition(self, spec: PartitionSpec) -> "LowRank":
+        *stack, d_in, d_out = spec
+        parts: Any = self._partitioned(PartitionSpec(*stack))
+        a, b = PartitionSpec(*stack, d_in, None), PartitionSpec(*stack, None, d_out)
+        return dataclasses.replace(parts, a=a, b=b)
 
     def update(self, shape: tuple[int, ...]) -> jax.Array:
         matrix = self.as_matrix()
