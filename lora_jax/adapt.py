@@ -15,12 +15,59 @@ from lora_jax.tracing.axes import Axes
 from lora_jax.tracing.interpreter import evaluate
 from lora_jax.tracing.lazy import Lazy
 from lora_jax.tracing.probe import Probe, Use, layout_of
-from lora_jax.tracing.tracked import is_tracked
+from lora_jax.tracing.tracked import RefusedError, is_tracked
 from lora_jax.weights import PyTree, is_weight
 
 
 def adapt(fn: Callable) -> Callable:
-    """`fn`, taking weights of any type where it took arrays."""
+    """`fn`, unchanged, for weights of any type where it took arrays: `adapt(fn)(bind(base, delta),
+    *args)` is `fn(merge(base, delta), *args)`, in value and in the gradient of the delta.
+
+    `fn` is traced, and its jaxpr evaluated with adapted and quantised weights in place; the dense
+    adapted weight is never built. Where no argument holds such a weight, it is `fn` itself. What
+    becomes of a weight, by what the program does with it:
+
+    =====================================================  ===========
+    einsum, matmul: contracted with an activation          applied
+    batched einsum over stacked weights (experts)          applied
+    lookup of rows, slices of rows                         applied
+    tied table: rows, and its transpose as output head     applied
+    transpose, swapaxes, moveaxis                          followed
+    reshape within one side of the matrix                  followed
+    cast, stop_gradient, copies, barriers, constraints     followed
+    one layer of a stack: index, slice, dynamic index      followed
+    jit                                                    walked into
+    checkpoint                                             walked into
+    scan over stacked weights                              walked into
+    while_loop, fori_loop                                  walked into
+    cond, switch                                           walked into
+    vmap over stacked weights                              walked into
+    shard_map                                              walked into
+    custom_jvp, custom_vjp that take a weight              walked into
+    pallas_call, custom_vjp and others without a weight    as they are
+    pallas_call that takes a weight                        ValueError
+    convolution with a weight                              ValueError
+    elementwise product, sum or norm of a weight           ValueError
+    reshape that mixes both sides of the matrix            ValueError
+    product of two weights                                 ValueError
+    =====================================================  ===========
+
+    It composes with jit, grad, vmap, checkpoint, scan, shard_map, pmap, eval_shape and itself. A
+    custom gradient of a function that takes a weight is kept, in reverse mode, and gives the dense
+    weight a gradient, as it does in `fn`. Forward mode passes wherever the delta's own rule has it
+    (LoRA's product with B has none). A sharding constraint on a weight is dropped: shard the base.
+
+    Args:
+      fn: any function of pytrees. Leaves that are no arrays (numbers, strings, functions) are
+        passed on as they are.
+
+    Returns:
+      A function with the same signature.
+
+    Raises:
+      ValueError: from the call, where the program would build a dense weight or contracts other
+        axes than its delta was made for; names the path, the primitive, the line and the ways out.
+    """
 
     def adapted(*args, **kwargs):
         leaves = paths.flatten((args, kwargs), is_leaf=is_weight)
@@ -31,7 +78,10 @@ def adapt(fn: Callable) -> Callable:
             for path, leaf in leaves.items()
         ]
         program = _trace(fn, (args, kwargs), operands)
-        results = evaluate(program.jaxpr, program.operands)
+        try:
+            results = evaluate(program.jaxpr, program.operands)
+        except RefusedError as error:
+            raise ValueError(error.message()) from error
         untouched = dict(zip(map(id, operands), leaves.values(), strict=True))
         return program.structure.unflatten([_returned(r, untouched) for r in results])
 
@@ -39,7 +89,19 @@ def adapt(fn: Callable) -> Callable:
 
 
 def infer_layouts(fn: Callable, params: PyTree, *args, **kwargs) -> dict[str, Layout | None]:
-    """How `fn(params, *args, **kwargs)` uses each floating-point leaf of `params`."""
+    """How `fn(params, *args, **kwargs)` uses each floating-point leaf of `params`.
+
+    `fn` is traced, never run: arrays and `jax.ShapeDtypeStruct`s serve alike.
+
+    Returns:
+      `{path: Layout}` for `lora_transform(..., layouts=...)`: which axes of a leaf are contracted
+      with an activation, which ones it gains, and which are stacked (scanned, mapped or indexed
+      over). A table that is read both by rows and by its transpose gets the layout of the rows.
+      None for a leaf that nothing is contracted with: a norm's scale, a bias, a convolution.
+
+    Raises:
+      ValueError: for a leaf that is used as two different matrices.
+    """
     uses: dict[str, list[Use]] = {}
 
     def note(path, use):

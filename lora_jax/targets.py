@@ -49,7 +49,7 @@ def is_matrix_name(path: str) -> bool:
 
 def guessed_layout(path: str, leaf: Any) -> Layout | None:
     """A leaf of two axes or more is a stack of matrices, unless its name says otherwise."""
-    return Layout() if len(leaf.shape) >= 2 and is_matrix_name(path) else None
+    return Layout() if len(getattr(leaf, "shape", ())) >= 2 and is_matrix_name(path) else None
 
 
 def is_embedding_or_head(path: str) -> bool:
@@ -88,9 +88,8 @@ def match_rules(
     Raises:
       ValueError: for a rule that matches nothing, naming the nearest paths that exist.
     """
-    layouts = {path: guessed_layout(path, leaf) for path, leaf in leaves.items()} | dict(
-        layouts or {}
-    )
+    guessed = {path: guessed_layout(path, leaf) for path, leaf in leaves.items()}
+    layouts = {**guessed, **(layouts or {})}
     gathered = {path for path, layout in layouts.items() if layout and layout.gathered}
     taken: dict[str, Match] = {}
     for rule, method in rules.items():

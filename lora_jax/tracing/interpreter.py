@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.extend import core
 
 from lora_jax.tracing import calls, plain, structure
@@ -18,8 +19,7 @@ def evaluate(jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
     """The results of a jaxpr, open or closed, for operands of which some are `Tracked`.
 
     Raises:
-      ValueError: where a leaf is used in a way that it cannot stand for; names the leaf's path,
-        the primitive, the line of the program, and the ways out.
+      RefusedError: where a leaf is used in a way that it cannot stand for.
     """
     consts = getattr(jaxpr, "consts", ())
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
@@ -32,7 +32,9 @@ def evaluate(jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
         waiting.clear()
 
     def value(atom):
-        return atom.val if isinstance(atom, core.Literal) else values[atom]
+        if isinstance(atom, core.Literal):
+            return np.asarray(atom.val, atom.aval.dtype)
+        return values[atom]
 
     for eqn in jaxpr.eqns:
         read = plain.variables(eqn)
@@ -54,11 +56,12 @@ def _apply_rule(eqn: Any, operands: list[Any]) -> list[Any]:
             return calls.RULES[name](eqn, operands, evaluate)
         return structure.RULES.get(name, structure.read_whole)(eqn, operands)
     except RefusedError as error:
-        reason = f"{error.path}: {name}, at {line_of(eqn)}, {error.reason}."
-        raise ValueError(f"{reason} {error.advice}".rstrip()) from error
+        error.primitive = error.primitive or name
+        error.line = error.line or line_of(eqn)  # a cached inner trace does not know its caller
+        raise
 
 
-def line_of(eqn: Any) -> str:
+def line_of(eqn: Any) -> str | None:
     """The innermost line of the user's code, else of their library's, that made this equation."""
     traceback = eqn.source_info.traceback
     frames = [
@@ -69,4 +72,4 @@ def line_of(eqn: Any) -> str:
     own = [frame for frame in frames if "site-packages" not in frame.file_name]
     for frame in (own or frames)[:1]:
         return f"{frame.file_name}:{frame.line_num}"
-    return "an unknown line"
+    return None

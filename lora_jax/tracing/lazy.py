@@ -15,11 +15,17 @@ from lora_jax.layouts import Layout
 from lora_jax.tracing.applying import arranged, as_traced, cast, over_stack
 from lora_jax.tracing.axes import Atom, Axes
 from lora_jax.tracing.tracked import Lookup, Product, RefusedError, Tracked
-from lora_jax.weights import Weight, as_matrix, dense, embed, is_shared, linear, transpose
+from lora_jax.weights import Adapted, Weight, as_matrix, dense, embed, is_shared, linear, transpose
 
-WAYS_OUT = (
+# The ways out, for the path of an adapted weight and of one that is only quantised.
+ADAPTED = (
     "Leave this path out ({{{path!r}: None, ...}} in lora_transform's mapping of targets), or run "
     "fn(merge(base, delta), ...) inside the loss, which builds the dense weights."
+)
+FROZEN = "Leave {path!r} out of quantize's targets, or run fn on dequantize(params)."
+INFER = (
+    "Give lora_transform the axes as the program uses them: layouts=infer_layouts(fn, params, "
+    "*args). "
 )
 
 
@@ -63,7 +69,7 @@ class Lazy(Tracked):
         d_in, d_out = new.sides()
         for atoms in axes.atoms:
             if not any(set(atoms) <= set(group) for group in (d_in, d_out, new.stack())):
-                self._refuse("mixes the axes of its matrix", WAYS_OUT)
+                self._refuse("mixes the axes of its matrix")
         old, stack = ([atom.size for atom in lazy.stack()] for lazy in (self, new))
         if old == stack:
             return new
@@ -174,7 +180,7 @@ class Lazy(Tracked):
         return jnp.moveaxis(y, places, lookup.offset_dims)
 
     def read(self, primitive: str) -> NoReturn:
-        self._refuse(f"{primitive} would build the dense weight", WAYS_OUT)
+        self._refuse("would build the dense weight")
 
     def dense(self) -> jax.Array:
         stack, (d_in, d_out) = self.stack(), self.sides()
@@ -197,15 +203,14 @@ class Lazy(Tracked):
         except ValueError as error:
             raise RefusedError(self.path, str(error), "") from error
 
-    def _refuse(self, reason: str, advice: str) -> NoReturn:
-        raise RefusedError(self.path, reason, advice.format(path=self.path))
+    def _refuse(self, reason: str, first: str = "") -> NoReturn:
+        ways_out = ADAPTED if isinstance(self.weight, Adapted) else FROZEN
+        raise RefusedError(self.path, reason, first + ways_out.format(path=self.path))
 
     def _contradict(self, reason: str) -> NoReturn:
-        self._refuse(
-            f"{reason}, but it was adapted as {self.layout}",
-            "Give lora_transform the axes as the program uses them: "
-            "layouts=infer_layouts(fn, params, *args). " + WAYS_OUT,
-        )
+        if self.layout == Layout():
+            self._refuse(f"{reason}, but it was adapted as a stack of matrices", INFER)
+        self._refuse(f"{reason}, but it was adapted as {self.layout}")
 
 
 def _same(ours: Sequence[Atom], theirs: Sequence[Atom]) -> bool:

@@ -98,26 +98,30 @@ def _dot_general(eqn, operands):
 
 def _gather(eqn, operands):
     table, indices = operands
-    if not is_tracked(table) or is_tracked(indices):
+    dims, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    if not is_tracked(table) or is_tracked(indices) or dims.operand_batching_dims:
         return read_whole(eqn, operands)
-    dims = eqn.params["dimension_numbers"]
-    sizes = list(eqn.params["slice_sizes"])
-    if len(dims.start_index_map) != 1 or dims.operand_batching_dims:
+    # Clipped starts of whole axes are 0, whatever they say.
+    clipped = eqn.params["mode"] == jax.lax.GatherScatterMode.CLIP
+    narrow = [axis for axis, size in enumerate(sizes) if size != table.shape[axis]]
+    indexed = narrow if clipped else list(dims.start_index_map)
+    if len(indexed) != 1 or indexed != narrow or sizes[indexed[0]] != 1:
         return read_whole(eqn, operands)
-    (axis,) = dims.start_index_map
-    whole = [1 if i == axis else size for i, size in enumerate(table.shape)]
-    if dims.collapsed_slice_dims != (axis,) or sizes != whole:
-        return read_whole(eqn, operands)
-    ids = _within(indices[..., 0], table.shape[axis], eqn.params)
-    return [table.rows(ids, Lookup(axis, dims.offset_dims))]
+    (axis,) = indexed
+    column = dims.start_index_map.index(axis)
+    ids = _within(indices[..., column], table.shape[axis], eqn.params["mode"])
+    if dims.collapsed_slice_dims == (axis,):
+        return [table.rows(ids, Lookup(axis, dims.offset_dims))]
+    kept = dims.offset_dims[axis]
+    others = tuple(d - (d > kept) for d in dims.offset_dims if d != kept)
+    return [jnp.expand_dims(table.rows(ids, Lookup(axis, others)), kept)]
 
 
-def _within(ids: jax.Array, size: int, params: Any) -> jax.Array:
+def _within(ids: jax.Array, size: int, mode: Any) -> jax.Array:
     """Ids that `embed` reads as the gather's mode would: clipped, or out of bounds above."""
-    mode = jax.lax.GatherScatterMode
-    if params["mode"] == mode.CLIP:
+    if mode == jax.lax.GatherScatterMode.CLIP:
         return jnp.clip(ids, 0, size - 1)
-    if params["mode"] == mode.FILL_OR_DROP:
+    if mode == jax.lax.GatherScatterMode.FILL_OR_DROP:
         return jnp.where(ids < 0, jnp.array(size, ids.dtype), ids)
     return ids
 

@@ -58,17 +58,25 @@ class Lookup:
 
 
 class RefusedError(Exception):
-    """What a tracked leaf cannot stand for; the interpreter adds where in the program.
+    """A leaf is used in a way that what stands for it does not allow.
 
     Attributes:
       path: of the leaf.
       reason: what the program did with it.
       advice: the ways out.
+      primitive, line: what read it and where, filled in on the way out of the walk.
     """
+
+    primitive: str | None = None
+    line: str | None = None
 
     def __init__(self, path: str, reason: str, advice: str):
         super().__init__(path, reason, advice)
         self.path, self.reason, self.advice = path, reason, advice
+
+    def message(self) -> str:
+        where = f"{self.primitive}, at {self.line or 'an unknown line'},"
+        return f"{self.path}: {where} {self.reason}. {self.advice}".rstrip()
 
 
 class Tracked(abc.ABC):
