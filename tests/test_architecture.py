@@ -49,6 +49,12 @@ def part(dotted: str) -> str | None:
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_private_module_is_imported(module):
+    private = {name for name in imported(module) for p in name.split(".") if p.startswith("_")}
+    assert not private - {name for name in private if name.startswith("__future__")}
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_run_one_way(module):
     names = imported(module)
     assert not FORBIDDEN & {name.partition(".")[0] for name in names}
