@@ -1,4 +1,4 @@
-"""Times `adapt` beside the same model written with `linear`, and its tracing beside the model's own.
+"""Times `adapt` beside the same model written with `linear`, and its tracing beside a model's.
 
     python scripts/bench_adapt.py
 
