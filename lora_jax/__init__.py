@@ -5,6 +5,7 @@ from lora_jax.describe import describe as describe
 from lora_jax.layouts import Layout as Layout
 from lora_jax.masks import mask_optimizer as mask_optimizer
 from lora_jax.masks import trainable_mask as trainable_mask
+from lora_jax.methods import DoRA as DoRA
 from lora_jax.methods import Full as Full
 from lora_jax.methods import LoRA as LoRA
 from lora_jax.stacking import stack as stack

@@ -20,7 +20,10 @@ METHODS = {
     "lora": lora.LoRA(rank=2, alpha=4.0),
     "lora_variant": lora.LoRA(rank=2, scaling="rslora", init="gaussian", dropout=0.5),
     "full": lora.Full(),
+    "dora": lora.DoRA(rank=2, alpha=2.0, dropout=0.5),
 }
+EVERYWHERE = ("lora", "lora_variant", "full")  # on trees of every kind; the others on "stacked"
+UNMERGED = ("bottleneck",)  # without a merged form
 X = np.linspace(-1, 1, 18, dtype=np.float32).reshape(3, 6)
 
 
@@ -117,6 +120,7 @@ TREES = {
     "struct": struct,
     "linen": linen,
 }
+PAIRS = [(t, m) for t in TREES for m in METHODS if m in EVERYWHERE or t == "stacked"]
 
 
 @functools.cache

@@ -19,6 +19,15 @@ from lora_jax.weights import Adapted, Shared, Weight, dense
 AnyWeight = jax.Array | Weight
 
 
+def require_shape(path: str, made_for: tuple[int, ...], base: AnyWeight) -> None:
+    """Raises ValueError unless `base` has the shape that a node at `path` was made for."""
+    if tuple(made_for) != tuple(base.shape):
+        raise ValueError(
+            f"{path}: the delta was made for a weight of shape {tuple(made_for)}, the base has "
+            f"{tuple(base.shape)}. Bind the delta to the base that it was made for."
+        )
+
+
 class DeltaNode(abc.ABC):
     """The delta of one weight. Subclasses are `flax.struct.dataclass`es.
 

@@ -27,11 +27,11 @@ from jax.ad_checkpoint import checkpoint_name
 from lora_jax.models.attention import attend, causal_mask
 from lora_jax.models.config import LlamaConfig
 from lora_jax.models.rope import rotate
-from lora_jax.weights import NARROW, embed, linear, scan_layers, transpose
+from lora_jax.weights import NARROW, UNSCALED, embed, linear, scan_layers, transpose
 
 Params = dict[str, Any]
 Remat = Literal["none", "elementwise", "full"]
-SAVED = ("query", "key", "value", "attended", "residual", "gate", "up", NARROW)
+SAVED = ("query", "key", "value", "attended", "residual", "gate", "up", NARROW, UNSCALED)
 
 
 @flax.struct.dataclass

@@ -1,0 +1,28 @@
+"""The other methods that PEFT and we both compute, with values drawn by parameter name."""
+
+import zlib
+
+import numpy as np
+import peft_cases
+import small_llamas
+
+TOKENS = small_llamas.TOKENS
+LEARNING_RATE, WEIGHT_DECAY = 1e-3, 0.01
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LORA = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]}
+
+# PEFT's configuration class, its arguments, and what else the case wants.
+CASES = {
+    "dora": {"config": ("LoraConfig", LORA | {"use_dora": True})},
+}  # fmt: skip
+MODEL, STEPS = "llama3_1", 5
+assert peft_cases.TOKENS is TOKENS
+
+
+def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The starting value of the parameter that PEFT calls `name`, in its shape."""
+    words = np.random.Philox(zlib.crc32(name.encode()))
+    raw = words.random_raw(int(np.prod(shape))).reshape(shape)
+    unit = (raw >> np.uint64(40)).astype(np.float32) / np.float32(1 << 23) - np.float32(1)
+    near_one = "magnitude" in name or "ia3_l" in name
+    return np.float32(near_one) + unit * np.float32(0.2)

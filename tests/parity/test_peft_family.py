@@ -1,0 +1,128 @@
+"""The methods beside LoRA as PEFT computes them: logits, loss, gradients, and steps of AdamW.
+
+The values in tests/golden/peft_family.npz were recorded by scripts/record_golden_peft.py: every
+seventh entry of each array.
+"""
+
+from pathlib import Path
+
+import family_cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import small_llamas
+from test_peft import config_of
+
+import lora_jax as lora
+from lora_jax.interop.llama_leaves import assemble, llama_leaves
+from lora_jax.methods import DeltaNode
+from lora_jax.models import llama
+from lora_jax.training import token_losses
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "peft_family.npz"
+pytestmark = pytest.mark.mixed_dtypes
+VALUES = small_llamas.VARIANTS[family_cases.MODEL]
+CONFIG = config_of(VALUES)
+TARGETS = ("q_proj", "down_proj")
+
+METHODS = {
+    "dora": (lora.DoRA(rank=4, alpha=6.0), TARGETS),
+}
+# PEFT's name and value, in its orientation, of each trained leaf of one layer's node.
+LEAVES = {
+    "DecomposedLowRank": {
+        "lora_A.default.weight": lambda node: node.low.a.T,
+        "lora_B.default.weight": lambda node: node.low.b.T,
+        "lora_magnitude_vector.default.weight": lambda node: node.magnitude,
+    },
+}
+ROOT = {}
+
+
+def in_pefts_terms(delta) -> dict[str, jax.Array]:
+    """`{PEFT's parameter: value}` of all that trains. It permutes: its transpose is its inverse."""
+    found = {}
+    for leaf in llama_leaves(CONFIG):
+        if len(leaf.path) < 3 or leaf.path[2] not in delta.get("layers", {}).get(leaf.path[1], {}):
+            continue
+        node = delta["layers"][leaf.path[1]][leaf.path[2]]
+        for i, name in enumerate(leaf.names("huggingface", CONFIG.num_layers)):
+            module = name.removesuffix(".weight")
+            layer = jax.tree.map(lambda x: x[i], node)  # noqa: B023
+            for suffix, read in LEAVES[type(node).__name__].items():
+                found[f"base_model.model.{module}.{suffix}"] = read(layer)
+    for node in delta.values():
+        if isinstance(node, DeltaNode):
+            found |= ROOT[type(node).__name__](node)
+    return found
+
+
+def started(delta):
+    """The delta with every trained leaf as `family_cases.draw` gives it."""
+    shapes = jax.eval_shape(in_pefts_terms, delta)
+    drawn = {name: family_cases.draw(name, leaf.shape) for name, leaf in shapes.items()}
+    [values] = jax.linear_transpose(in_pefts_terms, delta)(drawn)
+    mask = lora.trainable_mask(delta)
+    return jax.tree.map(lambda v, old, m: v if m else old, values, delta, mask)
+
+
+def compute(name: str) -> dict[str, np.ndarray]:
+    """The same quantities under PEFT's names, in its orientation."""
+    params = assemble(CONFIG, "huggingface", small_llamas.draw_weights(VALUES).get, jnp.float32)
+    method, targets = METHODS[name]
+    base, delta = lora.lora_transform(params, method, targets=targets, key=jax.random.key(0))
+    delta, tokens = started(delta), jnp.asarray(family_cases.TOKENS, jnp.int32)
+
+    def loss_and_logits(delta):
+        weights = lora.bind(base, delta)
+        hidden = llama.hidden_states(weights, tokens, CONFIG)
+        head = llama.output_head(weights)
+        counted = jnp.ones((2, tokens.shape[1] - 1), bool)
+        total, count = token_losses(hidden[:, :-1], head, tokens[:, 1:], counted)
+        return total / count, lora.linear(hidden, head)
+
+    adamw = optax.adamw(family_cases.LEARNING_RATE, weight_decay=family_cases.WEIGHT_DECAY)
+    tx = lora.mask_optimizer(adamw, delta)
+
+    @jax.jit
+    def step(delta, state):
+        (loss, logits), grads = jax.value_and_grad(loss_and_logits, has_aux=True)(delta)
+        updates, state = tx.update(grads, state, delta)
+        return optax.apply_updates(delta, updates), state, (loss, logits, grads)
+
+    state, found = tx.init(delta), {}
+    for i in range(family_cases.STEPS):
+        delta, state, (loss, logits, grads) = step(delta, state)
+        if i == 0:
+            found |= {"logits": logits, "loss": loss}
+            found |= {f"{n}/grad": value for n, value in in_pefts_terms(grads).items()}
+    found |= {f"{n}/after": value for n, value in in_pefts_terms(delta).items()}
+    return {key: np.asarray(value) for key, value in found.items()}
+
+
+def assert_same(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for key, expected in theirs.items():
+        tolerance = 1e-4 * np.abs(expected).max()
+        if key.endswith("/after"):  # parameters begin near 1 at most, and move by 5e-3
+            tolerance = 1e-6 + 0.01 * family_cases.LEARNING_RATE
+        assert np.abs(ours[key] - expected).max() <= tolerance, key
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_recorded_values(name):
+    with np.load(GOLDEN) as file:
+        golden = {k.partition(":")[2]: file[k] for k in file.files if k.startswith(f"{name}:")}
+    assert golden
+    assert_same({key: value.reshape(-1)[::7] for key, value in compute(name).items()}, golden)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft's own use of transformers
+@pytest.mark.parametrize("name", METHODS)
+def test_the_installed_peft(name):
+    pytest.importorskip("peft", reason="requirements-parity.txt is not installed")
+    import family_model
+
+    assert_same(compute(name), family_model.compute(name))
