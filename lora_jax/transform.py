@@ -68,7 +68,8 @@ def lora_transform(
             nodes[match.path] = node
             flat[match.path] = match.method.corrected(weight, node)
     for chosen, weights in by_method.items():
-        nodes.update(chosen.extras(weights, key=key))
+        axes = {path: layouts.get(path, Layout()) for path in weights}
+        nodes.update(chosen.extras(weights, layouts=axes, key=key))
     return _rebuilt(params, flat), paths.nest(nodes)
 
 
@@ -177,11 +178,12 @@ def _map_adapted(tree: PyTree, delta: Delta, change) -> PyTree:
     for path, node in nodes.items():
         if isinstance(node, Extra) and not node.in_weights:
             continue
+        node = node.resolve(extras)
         if not isinstance(node, Extra):
             _known(path, flat, "the delta adapts")
             node.check(path, flat[path])
         try:
-            flat[path] = change(node.resolve(extras), flat.get(path))
+            flat[path] = change(node, flat.get(path))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
     return _rebuilt(tree, flat)

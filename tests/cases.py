@@ -21,6 +21,9 @@ METHODS = {
     "lora_variant": lora.LoRA(rank=2, scaling="rslora", init="gaussian", dropout=0.5),
     "full": lora.Full(),
     "dora": lora.DoRA(rank=2, alpha=2.0, dropout=0.5),
+    "ia3": lora.IA3(),
+    "ia3_input": lora.IA3(scales="input"),
+    "vera": lora.VeRA(rank=4, dropout=0.5),
 }
 EVERYWHERE = ("lora", "lora_variant", "full")  # on trees of every kind; the others on "stacked"
 UNMERGED = ("bottleneck",)  # without a merged form

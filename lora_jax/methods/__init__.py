@@ -8,5 +8,10 @@ from lora_jax.methods.dora import DecomposedLowRank as DecomposedLowRank
 from lora_jax.methods.dora import DoRA as DoRA
 from lora_jax.methods.full import DenseDelta as DenseDelta
 from lora_jax.methods.full import Full as Full
+from lora_jax.methods.ia3 import IA3 as IA3
+from lora_jax.methods.ia3 import Rescaled as Rescaled
 from lora_jax.methods.lora import LoRA as LoRA
 from lora_jax.methods.lora import LowRank as LowRank
+from lora_jax.methods.vera import Projection as Projection
+from lora_jax.methods.vera import SharedLowRank as SharedLowRank
+from lora_jax.methods.vera import VeRA as VeRA

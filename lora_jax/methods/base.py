@@ -177,13 +177,16 @@ class Method(abc.ABC):
         del node
         return weight
 
-    def extras(self, weights: Mapping[str, AnyWeight], *, key: jax.Array) -> dict[str, Extra]:
+    def extras(
+        self, weights: Mapping[str, AnyWeight], *, layouts: Mapping[str, Layout], key: jax.Array
+    ) -> dict[str, Extra]:
         """Further entries `{path: Extra}` of the delta: what the nodes of this method share, or
         parameters that a model reads by itself.
 
         Args:
           weights: `{path: weight}` of all that this method was targeted at.
+          layouts: their axes, by path.
           key: the key that `lora_transform` was given.
         """
-        del weights, key
+        del weights, layouts, key
         return {}

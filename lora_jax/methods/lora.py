@@ -82,7 +82,8 @@ class LoRA(Method):
         if self.init == "gaussian":
             a = a / jnp.maximum(per_layer, 1)
         if ranks.ndim:
-            a = jnp.where(jnp.arange(rank).reshape((1,) * (a.ndim - 1) + (-1,)) < per_layer, a, 0)
+            index = jnp.arange(rank, dtype=jnp.float32).reshape((1,) * (a.ndim - 1) + (-1,))
+            a = jnp.where(index < per_layer, a, 0)
         scale = self.alpha / (ranks if self.scaling == "lora" else jnp.sqrt(ranks))
         return LowRank(
             a=a,

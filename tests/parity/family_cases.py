@@ -14,7 +14,14 @@ LORA = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]}
 # PEFT's configuration class, its arguments, and what else the case wants.
 CASES = {
     "dora": {"config": ("LoraConfig", LORA | {"use_dora": True})},
+    "ia3": {"config": ("IA3Config", {"target_modules": ["k_proj", "v_proj", "down_proj"],
+                                     "feedforward_modules": ["down_proj"]})},
+    "vera": {"config": ("VeraConfig", {"r": 6, "target_modules": ["k_proj", "down_proj"]})},
+    "loraplus": {"config": ("LoraConfig", LORA), "optimizer": "loraplus"},
+    "lorafa": {"config": ("LoraConfig", LORA), "optimizer": "lorafa"},
 }  # fmt: skip
+B_RATIO = 4.0  # of LoRA+
+NO_EPS = 1e-12  # LoRA-FA's Adam adds its epsilon before it corrects its bias, unlike others
 MODEL, STEPS = "llama3_1", 5
 assert peft_cases.TOKENS is TOKENS
 

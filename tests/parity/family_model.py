@@ -3,6 +3,7 @@
 import family_cases
 import numpy as np
 import peft
+import peft.optimizers.lorafa
 import small_llamas
 import torch
 import transformers
@@ -15,23 +16,41 @@ def adapted(case: dict) -> torch.nn.Module:
     model.load_state_dict(weights, strict=False)
     kind, arguments = case["config"]
     model = peft.get_peft_model(model, getattr(peft, kind)(**arguments))
-    shared = {n: b for n, b in model.named_buffers() if "vera_" in n}
-    for name, value in dict(model.named_parameters()).items() | shared.items():
-        if value.requires_grad or name in shared:
-            drawn = family_cases.draw(name, tuple(value.shape))
-            value.data.copy_(torch.from_numpy(drawn))
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if hasattr(model.base_model, "vera_A"):
+        trained["base_model.vera_A.default"] = model.base_model.vera_A["default"]
+        trained["base_model.vera_B.default"] = model.base_model.vera_B["default"]
+    for name, value in trained.items():
+        value.data.copy_(torch.from_numpy(family_cases.draw(name, tuple(value.shape))))
     return model
+
+
+def optimizer_of(model: torch.nn.Module, case: dict) -> torch.optim.Optimizer:
+    rate, decay = family_cases.LEARNING_RATE, family_cases.WEIGHT_DECAY
+    kind = case.get("optimizer")
+    if kind == "loraplus":
+        return peft.optimizers.create_loraplus_optimizer(
+            model, torch.optim.AdamW, lr=rate, loraplus_lr_ratio=family_cases.B_RATIO,
+            loraplus_weight_decay=decay,
+        )  # fmt: skip
+    if kind == "lorafa":
+        # Where bf16 is at hand PEFT rounds the projected gradient to it: not here.
+        peft.optimizers.lorafa.is_bf16_available = lambda *args: False
+        rank, alpha = case["config"][1]["r"], case["config"][1]["lora_alpha"]
+        optimizer = peft.optimizers.create_lorafa_optimizer(
+            model, r=rank, lora_alpha=alpha, lr=rate, weight_decay=decay
+        )
+        optimizer.param_groups[0]["eps"] = family_cases.NO_EPS
+        return optimizer
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr=rate, weight_decay=decay)
 
 
 def compute(name: str) -> dict[str, np.ndarray]:
     """Logits, loss, and per trained parameter its gradient and what the optimizer makes of it."""
     case = family_cases.CASES[name]
     model = adapted(case)
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=family_cases.LEARNING_RATE,
-        weight_decay=family_cases.WEIGHT_DECAY,
-    )
+    optimizer = optimizer_of(model, case)
     tokens, found = torch.from_numpy(family_cases.TOKENS), {}
     for step in range(family_cases.STEPS):
         optimizer.zero_grad()

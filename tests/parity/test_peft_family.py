@@ -29,20 +29,39 @@ TARGETS = ("q_proj", "down_proj")
 
 METHODS = {
     "dora": (lora.DoRA(rank=4, alpha=6.0), TARGETS),
+    "ia3": ({"k_proj|v_proj": lora.IA3(), "down_proj": lora.IA3(scales="input")}, "all-linear"),
+    "vera": (lora.VeRA(rank=6), ("k_proj", "down_proj")),
+    "loraplus": (lora.LoRA(rank=4, alpha=6.0), TARGETS),
+    "lorafa": (lora.LoRA(rank=4, alpha=6.0, train_a=False), TARGETS),
 }
 # PEFT's name and value, in its orientation, of each trained leaf of one layer's node.
 LEAVES = {
+    "LowRank": {
+        "lora_A.default.weight": lambda node: node.a.T,
+        "lora_B.default.weight": lambda node: node.b.T,
+    },
     "DecomposedLowRank": {
         "lora_A.default.weight": lambda node: node.low.a.T,
         "lora_B.default.weight": lambda node: node.low.b.T,
         "lora_magnitude_vector.default.weight": lambda node: node.magnitude,
     },
+    "Rescaled": {"ia3_l.default": lambda node: node.l[None] if node.input else node.l[:, None]},
+    "SharedLowRank": {
+        "vera_lambda_b.default": lambda node: node.lambda_b,
+        "vera_lambda_d.default": lambda node: node.lambda_d,
+    },
 }
-ROOT = {}
+# Likewise of what stands at a delta's root.
+ROOT = {
+    "Projection": lambda node: {
+        "base_model.vera_A.default": node.a.T,
+        "base_model.vera_B.default": node.b.T,
+    },
+}
 
 
 def in_pefts_terms(delta) -> dict[str, jax.Array]:
-    """`{PEFT's parameter: value}` of all that trains. It permutes: its transpose is its inverse."""
+    """`{PEFT's parameter: value}` of all that it has. It permutes: its transpose is its inverse."""
     found = {}
     for leaf in llama_leaves(CONFIG):
         if len(leaf.path) < 3 or leaf.path[2] not in delta.get("layers", {}).get(leaf.path[1], {}):
@@ -60,12 +79,13 @@ def in_pefts_terms(delta) -> dict[str, jax.Array]:
 
 
 def started(delta):
-    """The delta with every trained leaf as `family_cases.draw` gives it."""
+    """The delta with every leaf that PEFT has as `family_cases.draw` gives it."""
     shapes = jax.eval_shape(in_pefts_terms, delta)
     drawn = {name: family_cases.draw(name, leaf.shape) for name, leaf in shapes.items()}
     [values] = jax.linear_transpose(in_pefts_terms, delta)(drawn)
-    mask = lora.trainable_mask(delta)
-    return jax.tree.map(lambda v, old, m: v if m else old, values, delta, mask)
+    ones = jax.tree.map(jnp.ones_like, drawn)
+    [known] = jax.linear_transpose(in_pefts_terms, delta)(ones)
+    return jax.tree.map(lambda v, old, k: jnp.where(k != 0, v, old), values, delta, known)
 
 
 def compute(name: str) -> dict[str, np.ndarray]:
@@ -83,8 +103,7 @@ def compute(name: str) -> dict[str, np.ndarray]:
         total, count = token_losses(hidden[:, :-1], head, tokens[:, 1:], counted)
         return total / count, lora.linear(hidden, head)
 
-    adamw = optax.adamw(family_cases.LEARNING_RATE, weight_decay=family_cases.WEIGHT_DECAY)
-    tx = lora.mask_optimizer(adamw, delta)
+    tx = optimizer_of(name, delta)
 
     @jax.jit
     def step(delta, state):
@@ -99,7 +118,20 @@ def compute(name: str) -> dict[str, np.ndarray]:
             found |= {"logits": logits, "loss": loss}
             found |= {f"{n}/grad": value for n, value in in_pefts_terms(grads).items()}
     found |= {f"{n}/after": value for n, value in in_pefts_terms(delta).items()}
-    return {key: np.asarray(value) for key, value in found.items()}
+    mask = in_pefts_terms(jax.tree.map(jnp.full_like, delta, lora.trainable_mask(delta)))
+    trained = {key for key, value in mask.items() if np.any(value)} | {"logits", "loss"}
+    return {k: np.asarray(v) for k, v in found.items() if k.partition("/")[0] in trained}
+
+
+def optimizer_of(name: str, delta):
+    rate, decay = family_cases.LEARNING_RATE, family_cases.WEIGHT_DECAY
+    if name == "loraplus":
+        adamw = optax.adamw(rate, weight_decay=decay)
+        return lora.mask_optimizer(adamw, delta, b_ratio=family_cases.B_RATIO)
+    if name == "lorafa":
+        adamw = optax.adamw(rate, eps=family_cases.NO_EPS, weight_decay=decay)
+        return optax.chain(lora.project_b(), lora.mask_optimizer(adamw, delta))
+    return lora.mask_optimizer(optax.adamw(rate, weight_decay=decay), delta)
 
 
 def assert_same(ours, theirs):
