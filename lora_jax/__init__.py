@@ -8,10 +8,13 @@ from lora_jax.masks import project_b as project_b
 from lora_jax.masks import scale_b as scale_b
 from lora_jax.masks import trainable_mask as trainable_mask
 from lora_jax.methods import IA3 as IA3
+from lora_jax.methods import AdaLoRA as AdaLoRA
 from lora_jax.methods import DoRA as DoRA
 from lora_jax.methods import Full as Full
 from lora_jax.methods import LoRA as LoRA
 from lora_jax.methods import VeRA as VeRA
+from lora_jax.methods import allocate_budget as allocate_budget
+from lora_jax.methods import orthogonality as orthogonality
 from lora_jax.stacking import stack as stack
 from lora_jax.stacking import unstack as unstack
 from lora_jax.transform import bind as bind

@@ -24,6 +24,7 @@ METHODS = {
     "ia3": lora.IA3(),
     "ia3_input": lora.IA3(scales="input"),
     "vera": lora.VeRA(rank=4, dropout=0.5),
+    "adalora": lora.AdaLoRA(rank=3, target_rank=2, total_steps=10, alpha=6.0, dropout=0.5),
 }
 EVERYWHERE = ("lora", "lora_variant", "full")  # on trees of every kind; the others on "stacked"
 UNMERGED = ("bottleneck",)  # without a merged form

@@ -1,5 +1,9 @@
 """One file a method; the protocol is in `base`."""
 
+from lora_jax.methods.adalora import AdaLoRA as AdaLoRA
+from lora_jax.methods.adalora import Triplets as Triplets
+from lora_jax.methods.adalora import allocate_budget as allocate_budget
+from lora_jax.methods.adalora import orthogonality as orthogonality
 from lora_jax.methods.base import Additive as Additive
 from lora_jax.methods.base import DeltaNode as DeltaNode
 from lora_jax.methods.base import Extra as Extra

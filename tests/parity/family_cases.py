@@ -17,6 +17,10 @@ CASES = {
     "ia3": {"config": ("IA3Config", {"target_modules": ["k_proj", "v_proj", "down_proj"],
                                      "feedforward_modules": ["down_proj"]})},
     "vera": {"config": ("VeraConfig", {"r": 6, "target_modules": ["k_proj", "down_proj"]})},
+    "adalora": {"config": ("AdaLoraConfig", {"init_r": 6, "target_r": 3, "lora_alpha": 9,
+                "total_step": 50, "tinit": 5, "tfinal": 8, "deltaT": 3, "orth_reg_weight": 0.3,
+                "task_type": "CAUSAL_LM",  # without which PEFT drops the orthogonality term
+                "target_modules": ["q_proj", "down_proj"]}), "steps": 50},
     "loraplus": {"config": ("LoraConfig", LORA), "optimizer": "loraplus"},
     "lorafa": {"config": ("LoraConfig", LORA), "optimizer": "lorafa"},
 }  # fmt: skip

@@ -52,7 +52,7 @@ def compute(name: str) -> dict[str, np.ndarray]:
     model = adapted(case)
     optimizer = optimizer_of(model, case)
     tokens, found = torch.from_numpy(family_cases.TOKENS), {}
-    for step in range(family_cases.STEPS):
+    for step in range(case.get("steps", family_cases.STEPS)):
         optimizer.zero_grad()
         output = model(tokens, labels=tokens)
         output.loss.backward()
@@ -61,5 +61,9 @@ def compute(name: str) -> dict[str, np.ndarray]:
             found |= {"logits": output.logits, "loss": output.loss}
             found |= {f"{n}/grad": p.grad.clone() for n, p in trained.items()}
         optimizer.step()
+        if case["config"][0] == "AdaLoraConfig":
+            model.base_model.update_and_allocate(step + 1)
+    for module, mask in (getattr(model.peft_config["default"], "rank_pattern", None) or {}).items():
+        found[f"base_model.model.{module}/mask"] = torch.tensor(mask)
     found |= {f"{n}/after": p for n, p in trained.items()}
     return {key: value.detach().numpy().astype(np.float32) for key, value in found.items()}

@@ -31,6 +31,19 @@ METHODS = {
     "dora": (lora.DoRA(rank=4, alpha=6.0), TARGETS),
     "ia3": ({"k_proj|v_proj": lora.IA3(), "down_proj": lora.IA3(scales="input")}, "all-linear"),
     "vera": (lora.VeRA(rank=6), ("k_proj", "down_proj")),
+    "adalora": (
+        lora.AdaLoRA(
+            rank=6,
+            target_rank=3,
+            alpha=9.0,
+            total_steps=50,
+            warmup=5,
+            final=8,
+            interval=3,
+            penalty=0.3,
+        ),
+        TARGETS,
+    ),
     "loraplus": (lora.LoRA(rank=4, alpha=6.0), TARGETS),
     "lorafa": (lora.LoRA(rank=4, alpha=6.0, train_a=False), TARGETS),
 }
@@ -44,6 +57,11 @@ LEAVES = {
         "lora_A.default.weight": lambda node: node.low.a.T,
         "lora_B.default.weight": lambda node: node.low.b.T,
         "lora_magnitude_vector.default.weight": lambda node: node.magnitude,
+    },
+    "Triplets": {
+        "lora_A.default": lambda node: node.a.T,
+        "lora_E.default": lambda node: node.e[:, None],
+        "lora_B.default": lambda node: node.b.T,
     },
     "Rescaled": {"ia3_l.default": lambda node: node.l[None] if node.input else node.l[:, None]},
     "SharedLowRank": {
@@ -101,23 +119,31 @@ def compute(name: str) -> dict[str, np.ndarray]:
         head = llama.output_head(weights)
         counted = jnp.ones((2, tokens.shape[1] - 1), bool)
         total, count = token_losses(hidden[:, :-1], head, tokens[:, 1:], counted)
-        return total / count, lora.linear(hidden, head)
+        return total / count + lora.orthogonality(delta), lora.linear(hidden, head)
 
     tx = optimizer_of(name, delta)
 
     @jax.jit
-    def step(delta, state):
+    def step(delta, state, number):
         (loss, logits), grads = jax.value_and_grad(loss_and_logits, has_aux=True)(delta)
         updates, state = tx.update(grads, state, delta)
-        return optax.apply_updates(delta, updates), state, (loss, logits, grads)
+        delta = lora.allocate_budget(optax.apply_updates(delta, updates), grads, number)
+        return delta, state, (loss, logits, grads)
 
     state, found = tx.init(delta), {}
-    for i in range(family_cases.STEPS):
-        delta, state, (loss, logits, grads) = step(delta, state)
+    for i in range(family_cases.CASES[name].get("steps", family_cases.STEPS)):
+        delta, state, (loss, logits, grads) = step(delta, state, i + 1)
         if i == 0:
             found |= {"logits": logits, "loss": loss}
             found |= {f"{n}/grad": value for n, value in in_pefts_terms(grads).items()}
     found |= {f"{n}/after": value for n, value in in_pefts_terms(delta).items()}
+    if name == "adalora":
+        masks = jax.tree.map(jnp.zeros_like, delta)
+        for group, leaf in (("attn", "q_proj"), ("mlp", "down_proj")):
+            node = delta["layers"][group][leaf]
+            masks["layers"][group][leaf] = node.replace(e=node.mask)
+        masks = in_pefts_terms(masks)
+        found |= {f"{n}/mask": v[:, 0] for n, v in masks.items() if "lora_E" in n}
     mask = in_pefts_terms(jax.tree.map(jnp.full_like, delta, lora.trainable_mask(delta)))
     trained = {key for key, value in mask.items() if np.any(value)} | {"logits", "loss"}
     return {k: np.asarray(v) for k, v in found.items() if k.partition("/")[0] in trained}
