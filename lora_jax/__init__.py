@@ -12,6 +12,8 @@ from lora_jax.methods import AdaLoRA as AdaLoRA
 from lora_jax.methods import DoRA as DoRA
 from lora_jax.methods import Full as Full
 from lora_jax.methods import LoRA as LoRA
+from lora_jax.methods import Prefix as Prefix
+from lora_jax.methods import Prompt as Prompt
 from lora_jax.methods import VeRA as VeRA
 from lora_jax.methods import allocate_budget as allocate_budget
 from lora_jax.methods import orthogonality as orthogonality

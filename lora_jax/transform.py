@@ -120,7 +120,7 @@ def bind(
     weights = _rebuilt(base, flat)
     for path, extra in extras.items():
         if extra.in_weights:
-            weights = _inserted(weights, path.split("/"), extra)
+            weights = _inserted(weights, path.split("/"), _bound(extra, adapter_ids))
     return weights
 
 
@@ -206,6 +206,16 @@ def _only_trainable(node: DeltaNode) -> DeltaNode:
         return leaf if trains else jax.lax.stop_gradient(leaf)
 
     return jax.tree.map(stop, node, node.trainable())
+
+
+def _bound(extra: Extra, adapter_ids: jax.Array | None) -> Extra:
+    """What a model reads of an extra: of a stack, a member for each batch row, `[layers..., B]`."""
+    if adapter_ids is None:
+        return extra.bound()
+    members = jax.vmap(lambda member: member.bound())(extra)
+    layers = members.stack_ndim - 1
+    members = _rows_behind_layers(members, layers)
+    return jax.tree.map(lambda leaf: jnp.take(leaf, adapter_ids, axis=layers), members)
 
 
 def _rows_behind_layers(node: DeltaNode, layers: int) -> DeltaNode:

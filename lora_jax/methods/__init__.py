@@ -16,6 +16,11 @@ from lora_jax.methods.ia3 import IA3 as IA3
 from lora_jax.methods.ia3 import Rescaled as Rescaled
 from lora_jax.methods.lora import LoRA as LoRA
 from lora_jax.methods.lora import LowRank as LowRank
+from lora_jax.methods.prefix import EncodedKeyValues as EncodedKeyValues
+from lora_jax.methods.prefix import KeyValues as KeyValues
+from lora_jax.methods.prefix import Prefix as Prefix
+from lora_jax.methods.prompt import Prompt as Prompt
+from lora_jax.methods.prompt import SoftPrompt as SoftPrompt
 from lora_jax.methods.vera import Projection as Projection
 from lora_jax.methods.vera import SharedLowRank as SharedLowRank
 from lora_jax.methods.vera import VeRA as VeRA

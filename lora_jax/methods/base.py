@@ -139,7 +139,14 @@ class Extra(DeltaNode):
     """
 
     in_weights: ClassVar[bool] = True
-    stack_ndim = 0
+
+    @property
+    def stack_ndim(self) -> int:
+        return 0
+
+    def bound(self) -> "Extra":
+        """What the model reads in this entry's place."""
+        return self
 
     def linear(self, x, base, dropout_key):
         raise ValueError(f"{type(self).__name__} is not a weight: no activation is applied to it.")

@@ -10,6 +10,7 @@ TOKENS = small_llamas.TOKENS
 LEARNING_RATE, WEIGHT_DECAY = 1e-3, 0.01
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORA = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]}
+LM = {"task_type": "CAUSAL_LM"}
 
 # PEFT's configuration class, its arguments, and what else the case wants.
 CASES = {
@@ -21,6 +22,10 @@ CASES = {
                 "total_step": 50, "tinit": 5, "tfinal": 8, "deltaT": 3, "orth_reg_weight": 0.3,
                 "task_type": "CAUSAL_LM",  # without which PEFT drops the orthogonality term
                 "target_modules": ["q_proj", "down_proj"]}), "steps": 50},
+    "prompt": {"config": ("PromptTuningConfig", {"num_virtual_tokens": 5, **LM})},
+    "prefix": {"config": ("PrefixTuningConfig", {"num_virtual_tokens": 5, **LM})},
+    "prefix_mlp": {"config": ("PrefixTuningConfig", {"num_virtual_tokens": 5, **LM,
+                   "prefix_projection": True, "encoder_hidden_size": 12})},
     "loraplus": {"config": ("LoraConfig", LORA), "optimizer": "loraplus"},
     "lorafa": {"config": ("LoraConfig", LORA), "optimizer": "lorafa"},
 }  # fmt: skip

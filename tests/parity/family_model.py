@@ -55,10 +55,15 @@ def compute(name: str) -> dict[str, np.ndarray]:
     for step in range(case.get("steps", family_cases.STEPS)):
         optimizer.zero_grad()
         output = model(tokens, labels=tokens)
-        output.loss.backward()
+        logits = output.logits[:, -tokens.shape[1] :]
+        loss = output.loss
+        if hasattr(model, "prompt_encoder"):  # PEFT's own loss counts the prompt's prediction too
+            predicted = logits[:, :-1].flatten(0, 1)
+            loss = torch.nn.functional.cross_entropy(predicted, tokens[:, 1:].flatten())
+        loss.backward()
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if step == 0:
-            found |= {"logits": output.logits, "loss": output.loss}
+            found |= {"logits": logits, "loss": loss}
             found |= {f"{n}/grad": p.grad.clone() for n, p in trained.items()}
         optimizer.step()
         if case["config"][0] == "AdaLoraConfig":

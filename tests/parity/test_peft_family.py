@@ -17,7 +17,7 @@ from test_peft import config_of
 
 import lora_jax as lora
 from lora_jax.interop.llama_leaves import assemble, llama_leaves
-from lora_jax.methods import DeltaNode
+from lora_jax.methods import DeltaNode, Extra
 from lora_jax.models import llama
 from lora_jax.training import token_losses
 
@@ -44,6 +44,9 @@ METHODS = {
         ),
         TARGETS,
     ),
+    "prompt": (lora.Prompt(length=5), "embed"),
+    "prefix": (lora.Prefix(length=5), "k_proj"),
+    "prefix_mlp": (lora.Prefix(length=5, hidden=12), "k_proj"),
     "loraplus": (lora.LoRA(rank=4, alpha=6.0), TARGETS),
     "lorafa": (lora.LoRA(rank=4, alpha=6.0, train_a=False), TARGETS),
 }
@@ -69,13 +72,30 @@ LEAVES = {
         "vera_lambda_d.default": lambda node: node.lambda_d,
     },
 }
-# Likewise of what stands at a delta's root.
-ROOT = {
+# Likewise of what belongs to no weight.
+ENCODER = "prompt_encoder.default"
+EXTRAS = {
+    "SoftPrompt": lambda node: {f"{ENCODER}.embedding.weight": node.rows},
+    "KeyValues": lambda node: {
+        f"{ENCODER}.embedding.weight": by_token(jnp.stack([node.k, node.v], axis=1)),
+    },
+    "EncodedKeyValues": lambda node: {
+        f"{ENCODER}.embedding.weight": node.rows,
+        f"{ENCODER}.transform.0.weight": node.w1.T,
+        f"{ENCODER}.transform.0.bias": node.b1,
+        f"{ENCODER}.transform.2.weight": jnp.swapaxes(node.w2, -1, -2).reshape(-1, 12),
+        f"{ENCODER}.transform.2.bias": node.b2.reshape(-1),
+    },
     "Projection": lambda node: {
         "base_model.vera_A.default": node.a.T,
         "base_model.vera_B.default": node.b.T,
     },
 }
+
+
+def by_token(pairs_LTPD):
+    """Of each layer, keys then values; `[P, L * 2 * D]`."""
+    return jnp.moveaxis(pairs_LTPD, 2, 0).reshape(pairs_LTPD.shape[2], -1)
 
 
 def in_pefts_terms(delta) -> dict[str, jax.Array]:
@@ -90,9 +110,9 @@ def in_pefts_terms(delta) -> dict[str, jax.Array]:
             layer = jax.tree.map(lambda x: x[i], node)  # noqa: B023
             for suffix, read in LEAVES[type(node).__name__].items():
                 found[f"base_model.model.{module}.{suffix}"] = read(layer)
-    for node in delta.values():
-        if isinstance(node, DeltaNode):
-            found |= ROOT[type(node).__name__](node)
+    for node in jax.tree.leaves(delta, is_leaf=lambda leaf: isinstance(leaf, DeltaNode)):
+        if isinstance(node, Extra):
+            found |= EXTRAS[type(node).__name__](node)
     return found
 
 
