@@ -22,6 +22,8 @@ PyTree = Any
 # The name, for rematerialisation policies, of what an adapter computes on a narrow axis: a model
 # that keeps it spares the backward pass a product for a few bytes.
 NARROW = "adapter_narrow"
+# And of a layer's output before an adapter scales it: the gradient of the scale wants it again.
+UNSCALED = "adapter_unscaled"
 
 
 class Weight(abc.ABC):

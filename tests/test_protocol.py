@@ -83,7 +83,7 @@ class ToyVeRA(Method):
         return Vectors(d=jnp.full((*stack, self.rank), 0.1), b=jnp.zeros((*stack, *d_out)),
                        d_in=d_in[0])  # fmt: skip
 
-    def extras(self, weights, *, key):
+    def extras(self, weights, *, layouts, key):
         shapes = [weight.shape for weight in weights.values()]
         widest = max(shape[-2] for shape in shapes), max(shape[-1] for shape in shapes)
         a, b = jax.random.split(key)

@@ -158,7 +158,7 @@ class ToyPrompt(Method):
     def fresh(self, weight, *, layout, key):
         return None
 
-    def extras(self, weights, *, key):
+    def extras(self, weights, *, layouts, key):
         [table] = weights.values()
         return {"prompt": Prompt(jax.random.normal(key, (self.rows, table.shape[-1])))}
 
