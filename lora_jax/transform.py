@@ -69,7 +69,7 @@ def lora_transform(
             nodes[match.path] = node
             flat[match.path] = match.method.corrected(weight, node)
     for chosen, weights in by_method.items():
-        axes = {path: layouts.get(path, Layout()) for path in weights}
+        axes = {path: layouts.get(path) or Layout() for path in weights}
         nodes.update(chosen.extras(weights, layouts=axes, key=key))
     return _rebuilt(params, flat), paths.nest(nodes)
 
