@@ -2,6 +2,8 @@
 
 from lora_jax.adapt import adapt as adapt
 from lora_jax.adapt import infer_layouts as infer_layouts
+from lora_jax.arithmetic import combine as combine
+from lora_jax.arithmetic import extract as extract
 from lora_jax.describe import Description as Description
 from lora_jax.describe import describe as describe
 from lora_jax.layouts import Layout as Layout

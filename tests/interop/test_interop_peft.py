@@ -160,6 +160,18 @@ def test_what_has_no_form(tmp_path):
         save(tmp_path / "a", delta_of(METHODS["lora"]), profile="tgi")
 
 
+def test_the_card_says_what_it_is(tmp_path):
+    delta = delta_of(METHODS["pattern"])
+    card = peft.model_card(
+        PARAMS, delta, base_name="org/tiny", data="E2E", command="python x.py", validation_loss=1.5
+    )
+    save(tmp_path, delta, card=card)
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("---\nbase_model: org/tiny\nlibrary_name: peft\n")
+    for part in ("data: E2E", "python x.py", "validation loss: 1.5", "LowRank", "trainable params"):
+        assert part in text
+
+
 def test_it_never_overwrites(tmp_path):
     delta = delta_of(METHODS["lora"])
     save(tmp_path, delta)
