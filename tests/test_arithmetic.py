@@ -107,8 +107,7 @@ def test_a_combination_trains_and_stacks_like_any_delta():
 def test_extraction_from_a_tuned_model(rank):
     tuned = jax.tree.map(lambda w: w + cases.normal(7, *w.shape), PARAMS)
     delta = extract(PARAMS, tuned, lora.LoRA(rank=rank, alpha=2.0))
-    change = {p: np.asarray(t - w) for (p, t), w in
-              zip(lora.paths.flatten(tuned).items(), jax.tree.leaves(PARAMS), strict=True)}  # fmt: skip
+    change = lora.paths.flatten(jax.tree.map(lambda t, w: np.asarray(t - w), tuned, PARAMS))
     assert_updates(delta, {path: best(update, rank) for path, update in change.items()})
     if rank == 5:
         cases.assert_close(lora.merge(PARAMS, delta), tuned, rtol=1e-4, atol=1e-5)
