@@ -1,5 +1,10 @@
 """LoRA as a JAX transform: a frozen base, a small delta, and pure functions between them."""
 
+from lora_jax.allocation import allocate_ranks as allocate_ranks
+from lora_jax.allocation import eva_start as eva_start
+from lora_jax.allocation import gradient_importance as gradient_importance
+from lora_jax.allocation import input_covariances as input_covariances
+from lora_jax.allocation import input_importance as input_importance
 from lora_jax.describe import Description as Description
 from lora_jax.describe import describe as describe
 from lora_jax.layouts import Layout as Layout
@@ -9,8 +14,10 @@ from lora_jax.masks import scale_b as scale_b
 from lora_jax.masks import trainable_mask as trainable_mask
 from lora_jax.methods import IA3 as IA3
 from lora_jax.methods import AdaLoRA as AdaLoRA
+from lora_jax.methods import Bottleneck as Bottleneck
 from lora_jax.methods import DoRA as DoRA
 from lora_jax.methods import Full as Full
+from lora_jax.methods import Fusion as Fusion
 from lora_jax.methods import LoRA as LoRA
 from lora_jax.methods import Prefix as Prefix
 from lora_jax.methods import Prompt as Prompt

@@ -17,7 +17,7 @@ LAYERS = [
     ["quant"],
     ["methods"],
     ["transform", "adapt"],
-    ["masks", "stacking"],
+    ["masks", "stacking", "allocation"],
     ["describe"],
     ["models"],
     ["data"],

@@ -168,6 +168,11 @@ class Method(abc.ABC):
         """Whether the leaf at `path` is one that this method can adapt."""
         return not self.needs_matrix or (weight.ndim >= 2 and is_matrix_name(path))
 
+    def at(self, path: str) -> "Method":
+        """The method of one path; what `fresh` and `corrected` are asked of."""
+        del path
+        return self
+
     @abc.abstractmethod
     def fresh(self, weight: AnyWeight, *, layout: Layout, key: jax.Array) -> DeltaNode | None:
         """A fresh node for `weight`, which leaves the layer's output unchanged; None for a method
