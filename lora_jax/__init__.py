@@ -1,5 +1,7 @@
 """LoRA as a JAX transform: a frozen base, a small delta, and pure functions between them."""
 
+from lora_jax.adapt import adapt as adapt
+from lora_jax.adapt import infer_layouts as infer_layouts
 from lora_jax.allocation import allocate_ranks as allocate_ranks
 from lora_jax.allocation import eva_start as eva_start
 from lora_jax.allocation import gradient_importance as gradient_importance

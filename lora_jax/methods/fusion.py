@@ -42,7 +42,8 @@ class Fusion(Method):
         if len(self.adapters) < 2:
             raise ValueError(f"Fusion of {len(self.adapters)} adapters: expected two or more.")
 
-    def accepts(self, path: str, weight: AnyWeight) -> bool:
+    def accepts(self, path: str, weight: AnyWeight, layout: Layout | None) -> bool:
+        del weight, layout
         return any(path in nodes for nodes in self._nodes())
 
     def at(self, path: str) -> "FusionAt":
