@@ -3,7 +3,6 @@
 from lora_jax.adapt import adapt as adapt
 from lora_jax.adapt import infer_layouts as infer_layouts
 from lora_jax.allocation import allocate_ranks as allocate_ranks
-from lora_jax.allocation import eva_start as eva_start
 from lora_jax.allocation import gradient_importance as gradient_importance
 from lora_jax.allocation import input_covariances as input_covariances
 from lora_jax.allocation import input_importance as input_importance
@@ -28,6 +27,9 @@ from lora_jax.methods import allocate_budget as allocate_budget
 from lora_jax.methods import orthogonality as orthogonality
 from lora_jax.stacking import stack as stack
 from lora_jax.stacking import unstack as unstack
+from lora_jax.starts import as_plain_lora as as_plain_lora
+from lora_jax.starts import eva_start as eva_start
+from lora_jax.starts import loftq_start as loftq_start
 from lora_jax.transform import bind as bind
 from lora_jax.transform import lora_transform as lora_transform
 from lora_jax.transform import merge as merge

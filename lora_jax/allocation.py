@@ -1,4 +1,4 @@
-"""What data say about an adapter before it trains: how much rank goes where, and EVA's start."""
+"""How much rank goes where, by what gradients or activations of real batches say."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -11,9 +11,9 @@ import numpy as np
 
 from lora_jax import paths
 from lora_jax.layouts import Layout
-from lora_jax.methods import DeltaNode, LoRA, LowRank, Method
+from lora_jax.methods import DeltaNode, LoRA, Method
 from lora_jax.targets import Targets
-from lora_jax.transform import Delta, bind, delta_nodes, lora_transform
+from lora_jax.transform import bind, delta_nodes, lora_transform
 from lora_jax.weights import PyTree, linear
 
 
@@ -99,30 +99,6 @@ def input_covariances(
     base, probes = lora_transform(params, _Probe(), targets=targets, key=jax.random.key(0))
     found = jax.grad(lambda probes: loss(bind(base, probes)))(probes)
     return {p: _covariance(cast(_Sums, node).sums) for p, node in delta_nodes(found).items()}
-
-
-def eva_start(delta: Delta, covariances: Mapping[str, jax.Array]) -> Delta:
-    """The fresh delta with every `a` set to the principal directions of its inputs: EVA (Paischer
-    et al. 2024, arXiv:2410.07170). The largest come first; padding to a larger rank stays zero.
-
-    With `allocate_ranks(input_importance(covariances, rank=...), budget=...)` for the ranks.
-
-    Raises:
-      ValueError: where a path is adapted by LoRA but has no covariance.
-    """
-    nodes: dict[str, DeltaNode] = dict(delta_nodes(delta))
-    for path, node in nodes.items():
-        if not isinstance(node, LowRank):
-            continue
-        if path not in covariances:
-            raise ValueError(
-                f"{path}: no covariance of its inputs is given: name it among the targets of "
-                "input_covariances."
-            )
-        directions = jnp.linalg.eigh(covariances[path])[1][..., ::-1][..., : node.rank]
-        in_use = jnp.any(node.a != 0, axis=-2, keepdims=True)
-        nodes[path] = dataclasses.replace(node, a=jnp.where(in_use, directions, 0))
-    return paths.nest(nodes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ LAYERS = [
     ["quant"],
     ["methods", "tracing"],
     ["transform", "adapt"],
-    ["masks", "stacking", "allocation"],
+    ["masks", "stacking", "allocation", "starts"],
     ["describe"],
     ["models"],
     ["data"],
