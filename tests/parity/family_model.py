@@ -43,7 +43,7 @@ def optimizer_of(model: torch.nn.Module, case: dict) -> torch.optim.Optimizer:
         optimizer.param_groups[0]["eps"] = family_cases.NO_EPS
         return optimizer
     trained = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trained, lr=rate, weight_decay=decay)
+    return torch.optim.AdamW(trained, lr=rate, weight_decay=decay, eps=case.get("eps", 1e-8))
 
 
 def compute(name: str) -> dict[str, np.ndarray]:

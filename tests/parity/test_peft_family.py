@@ -183,7 +183,8 @@ def optimizer_of(name: str, delta):
     if name == "lorafa":
         adamw = optax.adamw(rate, eps=family_cases.NO_EPS, weight_decay=decay)
         return optax.chain(lora.project_b(), lora.mask_optimizer(adamw, delta))
-    return lora.mask_optimizer(optax.adamw(rate, weight_decay=decay), delta)
+    eps = family_cases.CASES[name].get("eps", 1e-8)
+    return lora.mask_optimizer(optax.adamw(rate, eps=eps, weight_decay=decay), delta)
 
 
 def assert_same(name, ours, theirs):
