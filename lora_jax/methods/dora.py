@@ -60,6 +60,10 @@ class DecomposedLowRank(DeltaNode):
     base_square: jax.Array
 
     @property
+    def layout(self) -> Layout:  # type: ignore[override]
+        return self.low.layout
+
+    @property
     def rank(self) -> int:
         return self.low.rank
 

@@ -51,6 +51,23 @@ def test_every_method_on_every_tree(case, method):
     assert_close(lora.adapt(case.apply)(weights, X), case.apply(weights, X))
 
 
+def heads(params, x):
+    """Attention kernels as Flax has them: two output axes, two contracted ones."""
+    y = jnp.tanh(jnp.einsum("bd,dnh->bnh", x, params["q"]))
+    return jnp.einsum("bnh,nhd->bd", y, params["o"])
+
+
+def test_every_method_on_kernels_of_three_axes(method):
+    params = {"q": cases.normal(0, 6, 2, 3), "o": cases.normal(1, 2, 3, 5)}
+    layouts = lora.infer_layouts(heads, params, X)
+    base, delta = lora.lora_transform(
+        params, method, targets=".*", key=jax.random.key(0), layouts=layouts
+    )
+    delta = moved(delta)
+    ours = lora.adapt(heads)(lora.bind(base, delta), X)
+    assert_close(ours, heads(lora.merge(base, delta), X))
+
+
 def test_dropout_draws_as_in_a_model_written_with_linear():
     method = lora.LoRA(rank=2, dropout=0.5)
     delta = cases.llama_delta(PARAMS, method)
