@@ -2,6 +2,10 @@
 
 from lora_jax.adapt import adapt as adapt
 from lora_jax.adapt import infer_layouts as infer_layouts
+from lora_jax.allocation import allocate_ranks as allocate_ranks
+from lora_jax.allocation import gradient_importance as gradient_importance
+from lora_jax.allocation import input_covariances as input_covariances
+from lora_jax.allocation import input_importance as input_importance
 from lora_jax.arithmetic import combine as combine
 from lora_jax.arithmetic import extract as extract
 from lora_jax.describe import Description as Description
@@ -13,8 +17,10 @@ from lora_jax.masks import scale_b as scale_b
 from lora_jax.masks import trainable_mask as trainable_mask
 from lora_jax.methods import IA3 as IA3
 from lora_jax.methods import AdaLoRA as AdaLoRA
+from lora_jax.methods import Bottleneck as Bottleneck
 from lora_jax.methods import DoRA as DoRA
 from lora_jax.methods import Full as Full
+from lora_jax.methods import Fusion as Fusion
 from lora_jax.methods import LoRA as LoRA
 from lora_jax.methods import Prefix as Prefix
 from lora_jax.methods import Prompt as Prompt
@@ -23,6 +29,9 @@ from lora_jax.methods import allocate_budget as allocate_budget
 from lora_jax.methods import orthogonality as orthogonality
 from lora_jax.stacking import stack as stack
 from lora_jax.stacking import unstack as unstack
+from lora_jax.starts import as_plain_lora as as_plain_lora
+from lora_jax.starts import eva_start as eva_start
+from lora_jax.starts import loftq_start as loftq_start
 from lora_jax.transform import bind as bind
 from lora_jax.transform import lora_transform as lora_transform
 from lora_jax.transform import merge as merge

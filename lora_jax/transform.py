@@ -64,10 +64,11 @@ def lora_transform(
         weight, layout = flat[match.path], layouts.get(match.path) or Layout()
         _require_float(match.path, weight)
         by_method.setdefault(match.method, {})[match.path] = weight
-        node = _fresh(match.path, weight, match.method, layout, key)
+        method_here = match.method.at(match.path)
+        node = _fresh(match.path, weight, method_here, layout, key)
         if node is not None:
             nodes[match.path] = node
-            flat[match.path] = match.method.corrected(weight, node)
+            flat[match.path] = method_here.corrected(weight, node)
     for chosen, weights in by_method.items():
         axes = {path: layouts.get(path) or Layout() for path in weights}
         nodes.update(chosen.extras(weights, layouts=axes, key=key))

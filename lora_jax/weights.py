@@ -51,6 +51,11 @@ class Weight(abc.ABC):
     def dense(self) -> jax.Array:
         """The plain array; builds it."""
 
+    def requantized(self, dense: jax.Array) -> "Weight":
+        """Another dense weight of this shape in this one's format."""
+        del dense
+        raise ValueError(f"{type(self).__name__} has no way to quantise a dense weight again.")
+
     @property
     @abc.abstractmethod
     def T(self) -> "Weight | jax.Array":  # noqa: N802 - as on arrays

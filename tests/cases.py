@@ -25,9 +25,11 @@ METHODS = {
     "ia3_input": lora.IA3(scales="input"),
     "vera": lora.VeRA(rank=4, dropout=0.5),
     "adalora": lora.AdaLoRA(rank=3, target_rank=2, total_steps=10, alpha=6.0, dropout=0.5),
+    "bottleneck": lora.Bottleneck(size=2, activation="gelu"),
+    "bottleneck_parallel": lora.Bottleneck(size=2, parallel=True, scale=4.0),
 }
 EVERYWHERE = ("lora", "lora_variant", "full")  # on trees of every kind; the others on "stacked"
-UNMERGED = ("bottleneck",)  # without a merged form
+MERGEABLE = [name for name in METHODS if not name.startswith("bottleneck")]
 X = np.linspace(-1, 1, 18, dtype=np.float32).reshape(3, 6)
 
 

@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(items):
 
     def wanted(item):
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        pair = params.get("case"), params.get("method")
+        pair = params.get("case"), params.get("method", params.get("mergeable"))
         return None in pair or pair in cases.PAIRS
 
     items[:] = [item for item in items if wanted(item)]
@@ -53,6 +53,11 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(params=cases.METHODS)
 def method(request):
+    return cases.METHODS[request.param]
+
+
+@pytest.fixture(params=cases.MERGEABLE)
+def mergeable(request):
     return cases.METHODS[request.param]
 
 

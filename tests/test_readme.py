@@ -11,7 +11,8 @@ README = Path(__file__).parents[1] / "README.md"
 @pytest.mark.mixed_dtypes
 def test_blocks_run_in_order(capsys):
     blocks = re.findall(r"<!-- test: (.+?) -->\n```python\n(.*?)```", README.read_text(), re.S)
-    assert [name for name, _ in blocks] == ["custom step", "targets", "sweep", "rows", "flax"]
+    names = ["custom step", "targets", "methods", "sweep", "rows", "flax"]
+    assert [name for name, _ in blocks] == names
     assert README.read_text().count("```python") == len(blocks)
     scope: dict = {}
     for name, code in blocks:

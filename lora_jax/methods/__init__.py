@@ -8,10 +8,14 @@ from lora_jax.methods.base import Additive as Additive
 from lora_jax.methods.base import DeltaNode as DeltaNode
 from lora_jax.methods.base import Extra as Extra
 from lora_jax.methods.base import Method as Method
+from lora_jax.methods.bottleneck import Behind as Behind
+from lora_jax.methods.bottleneck import Bottleneck as Bottleneck
 from lora_jax.methods.dora import DecomposedLowRank as DecomposedLowRank
 from lora_jax.methods.dora import DoRA as DoRA
 from lora_jax.methods.full import DenseDelta as DenseDelta
 from lora_jax.methods.full import Full as Full
+from lora_jax.methods.fusion import Fused as Fused
+from lora_jax.methods.fusion import Fusion as Fusion
 from lora_jax.methods.ia3 import IA3 as IA3
 from lora_jax.methods.ia3 import Rescaled as Rescaled
 from lora_jax.methods.lora import LoRA as LoRA

@@ -187,6 +187,11 @@ class Method(abc.ABC):
         del path, weight
         return not self.needs_matrix or layout is not None
 
+    def at(self, path: str) -> "Method":
+        """The method of one path; what `fresh` and `corrected` are asked of."""
+        del path
+        return self
+
     @abc.abstractmethod
     def fresh(self, weight: AnyWeight, *, layout: Layout, key: jax.Array) -> DeltaNode | None:
         """A fresh node for `weight`, which leaves the layer's output unchanged; None for a method

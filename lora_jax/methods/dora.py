@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.layouts import Layout
 from lora_jax.methods.base import AnyWeight, DeltaNode
+from lora_jax.methods.decompositions import each_layer
 from lora_jax.methods.lora import LoRA, LowRank, drop
 from lora_jax.weights import UNSCALED, as_matrix, dense, linear
 
@@ -27,11 +28,19 @@ class DoRA(LoRA):
     `x_d`, as PEFT has it: a second product with the base.
 
     Attributes are those of `LoRA`.
+
+    Raises:
+      ValueError: as `LoRA`, and for an init that changes the base.
     """
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self._decomposes:
+            raise ValueError(f"{self._named('init')}: expected one of kaiming, gaussian.")
 
     def fresh(self, weight: AnyWeight, *, layout: Layout, key: jax.Array) -> DeltaNode:
         low = self.low_rank(weight, layout=layout, key=key)
-        square = _column_squares(as_matrix(weight, layout))
+        square = each_layer(_column_squares, as_matrix(weight, layout))
         square = square.reshape(low.b.shape[: low.stack_ndim] + low.b.shape[low.stack_ndim + 1 :])
         return DecomposedLowRank(low=low, magnitude=jnp.sqrt(square), base_square=square)
 
@@ -144,8 +153,5 @@ def _scaled(y: jax.Array, factor: jax.Array) -> jax.Array:
     return product.astype(y.dtype)
 
 
-def _column_squares(matrix: AnyWeight) -> jax.Array:
-    """`[stack..., d_out]`: one stacked layer after another, for a quantised one is decoded here."""
-    if matrix.ndim > 2:
-        return jax.lax.map(_column_squares, matrix)
-    return jnp.sum(dense(matrix).astype(jnp.float32) ** 2, axis=-2)
+def _column_squares(matrix: jax.Array) -> jax.Array:
+    return jnp.sum(matrix**2, axis=-2)

@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec
 
 from lora_jax.layouts import Layout
 from lora_jax.methods.base import Additive, AnyWeight, DeltaNode, Method, require_shape
-from lora_jax.weights import NARROW, embed, linear
+from lora_jax.methods.decompositions import STARTS, factors_of
+from lora_jax.weights import NARROW, Weight, as_matrix, dense, embed, linear
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,9 @@ class LoRA(Method):
       dropout: the rate at which entries of the adapter's input are zeroed while a `dropout_key` is
         bound; what remains is divided by `1 - dropout`.
       init: how `a` is drawn: "kaiming" is uniform on +-1/sqrt(d_in), as PEFT draws it; "gaussian"
-        has standard deviation `1 / r`.
+        has standard deviation `1 / r`. "pissa", "pissa_niter_N" and "olora" take a and b from the
+        weight itself, and the base that `lora_transform` returns is the rest: see
+        `decompositions.factors_of`, and `as_plain_lora` for the way back.
       train_a: False freezes `a` where it starts: LoRA-FA (Zhang et al. 2023, arXiv:2308.03303).
         No gradient of `a` is computed. The paper's correction of `b`'s gradient is `project_b`.
 
@@ -42,7 +45,7 @@ class LoRA(Method):
     alpha: float = 16.0
     scaling: Literal["lora", "rslora"] = "lora"
     dropout: float = 0.0
-    init: Literal["kaiming", "gaussian"] = "kaiming"
+    init: str = "kaiming"
     train_a: bool = True
 
     def __post_init__(self):
@@ -57,43 +60,69 @@ class LoRA(Method):
             raise ValueError(f"{self._named('alpha')}: alpha must be positive.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"{self._named('dropout')}: the rate must lie in [0, 1).")
-        self._one_of("scaling", ("lora", "rslora"))
-        self._one_of("init", ("kaiming", "gaussian"))
+        if self.scaling not in ("lora", "rslora"):
+            raise ValueError(f"{self._named('scaling')}: expected one of lora, rslora.")
+        if self.init not in ("kaiming", "gaussian") and not self._decomposes:
+            raise ValueError(
+                f"{self._named('init')}: expected one of kaiming, gaussian, pissa, pissa_niter_N, "
+                "olora."
+            )
 
     def fresh(self, weight: AnyWeight, *, layout: Layout, key: jax.Array) -> DeltaNode:
         return self.low_rank(weight, layout=layout, key=key)
+
+    def corrected(self, weight: AnyWeight, node: DeltaNode) -> AnyWeight:
+        """The weight without what the factors took from it, in its own format."""
+        if not self._decomposes:
+            return weight
+        rest = dense(weight).astype(jnp.float32) - cast(LowRank, node).update(weight.shape)
+        rest = rest.astype(weight.dtype)
+        return weight.requantized(rest) if isinstance(weight, Weight) else rest
 
     def low_rank(self, weight: AnyWeight, *, layout: Layout, key: jax.Array) -> "LowRank":
         """The fresh pair of factors."""
         stack, d_in, d_out = layout.split(weight.shape)
         rank = self._widest(stack, math.prod(d_in), math.prod(d_out))
         ranks = jnp.asarray(self.rank, jnp.float32)  # a scalar, or one for each layer
-
-        def draw(layer_key):
-            shape = (*d_in, rank)
-            if self.init == "gaussian":
-                return jax.random.normal(layer_key, shape, jnp.float32)
-            bound = 1 / math.sqrt(math.prod(d_in))
-            return jax.random.uniform(layer_key, shape, jnp.float32, -bound, bound)
-
-        for _ in stack:
-            draw = jax.vmap(draw)
-        a = draw(key)
-        per_layer = ranks.reshape(ranks.shape + (1,) * (a.ndim - ranks.ndim))
-        if self.init == "gaussian":
-            a = a / jnp.maximum(per_layer, 1)
-        if ranks.ndim:
-            index = jnp.arange(rank, dtype=jnp.float32).reshape((1,) * (a.ndim - 1) + (-1,))
-            a = jnp.where(index < per_layer, a, 0)
+        ranks = jnp.broadcast_to(ranks, stack)
         scale = self.alpha / (ranks if self.scaling == "lora" else jnp.sqrt(ranks))
+        scale = jnp.where(ranks == 0, 0, scale)
+        if self._decomposes:
+            matrix = as_matrix(weight, layout)
+            a, b = factors_of(self.init, matrix, rank, scale, key)
+        else:
+            a, b = self._drawn(stack, (math.prod(d_in), rank, math.prod(d_out)), ranks, key)
+        if isinstance(self.rank, tuple):
+            index = jnp.broadcast_to(jnp.arange(rank, dtype=jnp.float32), (*stack, rank))
+            used = index < ranks[..., None]
+            a, b = jnp.where(used[..., None, :], a, 0), jnp.where(used[..., None], b, 0)
         return LowRank(
-            a=a,
-            b=jnp.zeros((*stack, rank, *d_out), jnp.float32),
-            scale=jnp.broadcast_to(jnp.where(ranks == 0, 0, scale), stack),
+            a=a.reshape(*stack, *d_in, rank),
+            b=b.reshape(*stack, rank, *d_out),
+            scale=scale,
             dropout=self.dropout,
             layout=layout,
             train_a=self.train_a,
         )
+
+    def _drawn(self, stack, shape, ranks, key) -> tuple[jax.Array, jax.Array]:
+        d_in, rank, d_out = shape
+
+        def draw(layer_key, layer_rank):
+            if self.init == "gaussian":
+                a = jax.random.normal(layer_key, (d_in, rank), jnp.float32)
+                return a / jnp.maximum(layer_rank, 1)
+            bound = 1 / math.sqrt(d_in)
+            return jax.random.uniform(layer_key, (d_in, rank), jnp.float32, -bound, bound)
+
+        for _ in stack:
+            draw = jax.vmap(draw)
+        return draw(key, ranks), jnp.zeros((*stack, rank, d_out), jnp.float32)
+
+    @property
+    def _decomposes(self) -> bool:
+        """Whether the factors are a part of the weight."""
+        return bool(STARTS.fullmatch(self.init))
 
     def _widest(self, stack: tuple[int, ...], d_in: int, d_out: int) -> int:
         """The rank that the factors are padded to."""
@@ -113,10 +142,6 @@ class LoRA(Method):
 
     def _named(self, field: str) -> str:
         return f"{type(self).__name__}({field}={getattr(self, field)!r})"
-
-    def _one_of(self, field: str, allowed: tuple[str, ...]) -> None:
-        if getattr(self, field) not in allowed:
-            raise ValueError(f"{self._named(field)}: expected one of {', '.join(allowed)}.")
 
 
 @flax.struct.dataclass

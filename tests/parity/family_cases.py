@@ -11,8 +11,11 @@ LEARNING_RATE, WEIGHT_DECAY = 1e-3, 0.01
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORA = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]}
 LM = {"task_type": "CAUSAL_LM"}
+# An epsilon that keeps Adam from making steps of a decomposition's last bits.
+OWN_START = {"own_start": True, "eps": 1e-3}
 
-# PEFT's configuration class, its arguments, and what else the case wants.
+# PEFT's configuration class, its arguments, and what else the case wants. Those that start from the
+# weights are compared without signs, which a decomposition leaves open.
 CASES = {
     "dora": {"config": ("LoraConfig", LORA | {"use_dora": True})},
     "ia3": {"config": ("IA3Config", {"target_modules": ["k_proj", "v_proj", "down_proj"],
@@ -27,6 +30,8 @@ CASES = {
     "prefix_mlp": {"config": ("PrefixTuningConfig", {"num_virtual_tokens": 5, **LM,
                    "prefix_projection": True, "encoder_hidden_size": 12})},
     "loraplus": {"config": ("LoraConfig", LORA), "optimizer": "loraplus"},
+    "pissa": {"config": ("LoraConfig", LORA | {"init_lora_weights": "pissa"}), **OWN_START},
+    "olora": {"config": ("LoraConfig", LORA | {"init_lora_weights": "olora"}), **OWN_START},
     "lorafa": {"config": ("LoraConfig", LORA), "optimizer": "lorafa"},
 }  # fmt: skip
 B_RATIO = 4.0  # of LoRA+

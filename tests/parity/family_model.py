@@ -24,7 +24,7 @@ def adapted(case: dict) -> torch.nn.Module:
     if hasattr(model.base_model, "vera_A"):
         trained["base_model.vera_A.default"] = model.base_model.vera_A["default"]
         trained["base_model.vera_B.default"] = model.base_model.vera_B["default"]
-    for name, value in trained.items():
+    for name, value in trained.items() if "own_start" not in case else ():
         value.data.copy_(torch.from_numpy(family_cases.draw(name, tuple(value.shape))))
     return model
 
@@ -47,7 +47,7 @@ def optimizer_of(model: torch.nn.Module, case: dict) -> torch.optim.Optimizer:
         optimizer.param_groups[0]["eps"] = family_cases.NO_EPS
         return optimizer
     trained = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trained, lr=rate, weight_decay=decay)
+    return torch.optim.AdamW(trained, lr=rate, weight_decay=decay, eps=case.get("eps", 1e-8))
 
 
 def compute(name: str) -> dict[str, np.ndarray]:
@@ -75,4 +75,6 @@ def compute(name: str) -> dict[str, np.ndarray]:
     for module, mask in (getattr(model.peft_config["default"], "rank_pattern", None) or {}).items():
         found[f"base_model.model.{module}/mask"] = torch.tensor(mask)
     found |= {f"{n}/after": p for n, p in trained.items()}
+    if "own_start" in case:
+        found = {k: v.abs() if "/" in k else v for k, v in found.items()}
     return {key: value.detach().numpy().astype(np.float32) for key, value in found.items()}

@@ -48,6 +48,8 @@ METHODS = {
     "prefix": (lora.Prefix(length=5), "k_proj"),
     "prefix_mlp": (lora.Prefix(length=5, hidden=12), "k_proj"),
     "loraplus": (lora.LoRA(rank=4, alpha=6.0), TARGETS),
+    "pissa": (lora.LoRA(rank=4, alpha=6.0, init="pissa"), TARGETS),
+    "olora": (lora.LoRA(rank=4, alpha=6.0, init="olora"), TARGETS),
     "lorafa": (lora.LoRA(rank=4, alpha=6.0, train_a=False), TARGETS),
 }
 # PEFT's name and value, in its orientation, of each trained leaf of one layer's node.
@@ -65,6 +67,7 @@ LEAVES = {
         "lora_A.default": lambda node: node.a.T,
         "lora_E.default": lambda node: node.e[:, None],
         "lora_B.default": lambda node: node.b.T,
+        "lora_E.default/mask": lambda node: node.mask,
     },
     "Rescaled": {"ia3_l.default": lambda node: node.l[None] if node.input else node.l[:, None]},
     "SharedLowRank": {
@@ -119,10 +122,10 @@ def in_pefts_terms(delta) -> dict[str, jax.Array]:
 def started(delta):
     """The delta with every leaf that PEFT has as `family_cases.draw` gives it."""
     shapes = jax.eval_shape(in_pefts_terms, delta)
-    drawn = {name: family_cases.draw(name, leaf.shape) for name, leaf in shapes.items()}
-    [values] = jax.linear_transpose(in_pefts_terms, delta)(drawn)
-    ones = jax.tree.map(jnp.ones_like, drawn)
-    [known] = jax.linear_transpose(in_pefts_terms, delta)(ones)
+    known = {n: jnp.full(leaf.shape, float("/mask" not in n)) for n, leaf in shapes.items()}
+    drawn = {n: known[n] * family_cases.draw(n, leaf.shape) for n, leaf in shapes.items()}
+    back = jax.linear_transpose(in_pefts_terms, delta)
+    [values], [known] = back(drawn), back(known)
     return jax.tree.map(lambda v, old, k: jnp.where(k != 0, v, old), values, delta, known)
 
 
@@ -130,10 +133,16 @@ def compute(name: str) -> dict[str, np.ndarray]:
     """The same quantities under PEFT's names, in its orientation."""
     params = assemble(CONFIG, "huggingface", small_llamas.draw_weights(VALUES).get, jnp.float32)
     method, targets = METHODS[name]
-    base, delta = lora.lora_transform(params, method, targets=targets, key=jax.random.key(0))
-    delta, tokens = started(delta), jnp.asarray(family_cases.TOKENS, jnp.int32)
+    case = family_cases.CASES[name]
+    tokens = jnp.asarray(family_cases.TOKENS, jnp.int32)
 
-    def loss_and_logits(delta):
+    @jax.jit
+    def prepare(params):
+        base, delta = lora.lora_transform(params, method, targets=targets, key=jax.random.key(0))
+        delta = delta if "own_start" in case else started(delta)
+        return base, delta, optimizer_of(name, delta).init(delta)
+
+    def loss_and_logits(delta, base):
         weights = lora.bind(base, delta)
         hidden = llama.hidden_states(weights, tokens, CONFIG)
         head = llama.output_head(weights)
@@ -141,32 +150,35 @@ def compute(name: str) -> dict[str, np.ndarray]:
         total, count = token_losses(hidden[:, :-1], head, tokens[:, 1:], counted)
         return total / count + lora.orthogonality(delta), lora.linear(hidden, head)
 
-    tx = optimizer_of(name, delta)
-
     @jax.jit
-    def step(delta, state, number):
-        (loss, logits), grads = jax.value_and_grad(loss_and_logits, has_aux=True)(delta)
-        updates, state = tx.update(grads, state, delta)
+    def step(base, delta, state, number):
+        gradient = jax.value_and_grad(loss_and_logits, has_aux=True)
+        (loss, logits), grads = gradient(delta, base)
+        updates, state = optimizer_of(name, delta).update(grads, state, delta)
         delta = lora.allocate_budget(optax.apply_updates(delta, updates), grads, number)
-        return delta, state, (loss, logits, grads)
+        noted = {"logits": logits, "loss": loss}, in_pefts_terms(grads), in_pefts_terms(delta)
+        return delta, state, noted
 
-    state, found = tx.init(delta), {}
-    for i in range(family_cases.CASES[name].get("steps", family_cases.STEPS)):
-        delta, state, (loss, logits, grads) = step(delta, state, i + 1)
+    base, delta, state = prepare(params)
+    trained = {n for n, v in in_pefts_terms(trains(delta)).items() if np.any(v)}
+    found = {}
+    for i in range(case.get("steps", family_cases.STEPS)):
+        delta, state, (outputs, grads, after) = step(base, delta, state, i + 1)
         if i == 0:
-            found |= {"logits": logits, "loss": loss}
-            found |= {f"{n}/grad": value for n, value in in_pefts_terms(grads).items()}
-    found |= {f"{n}/after": value for n, value in in_pefts_terms(delta).items()}
-    if name == "adalora":
-        masks = jax.tree.map(jnp.zeros_like, delta)
-        for group, leaf in (("attn", "q_proj"), ("mlp", "down_proj")):
-            node = delta["layers"][group][leaf]
-            masks["layers"][group][leaf] = node.replace(e=node.mask)
-        masks = in_pefts_terms(masks)
-        found |= {f"{n}/mask": v[:, 0] for n, v in masks.items() if "lora_E" in n}
-    mask = in_pefts_terms(jax.tree.map(jnp.full_like, delta, lora.trainable_mask(delta)))
-    trained = {key for key, value in mask.items() if np.any(value)} | {"logits", "loss"}
-    return {k: np.asarray(v) for k, v in found.items() if k.partition("/")[0] in trained}
+            found |= outputs | {f"{n}/grad": v for n, v in grads.items() if n in trained}
+    found |= {f"{n}/after": v for n, v in after.items() if n in trained}
+    found |= {n: v for n, v in after.items() if n.endswith("/mask")}
+    found = {key: np.asarray(value) for key, value in found.items()}
+    if "own_start" in case:
+        return {key: np.abs(value) if "/" in key else value for key, value in found.items()}
+    return found
+
+
+def trains(delta):
+    """Zeros and ones in the delta's shapes, of numpy."""
+    return jax.tree.map(
+        lambda leaf, flag: np.full(leaf.shape, np.float32(flag)), delta, lora.trainable_mask(delta)
+    )
 
 
 def optimizer_of(name: str, delta):
@@ -177,24 +189,27 @@ def optimizer_of(name: str, delta):
     if name == "lorafa":
         adamw = optax.adamw(rate, eps=family_cases.NO_EPS, weight_decay=decay)
         return optax.chain(lora.project_b(), lora.mask_optimizer(adamw, delta))
-    return lora.mask_optimizer(optax.adamw(rate, weight_decay=decay), delta)
+    eps = family_cases.CASES[name].get("eps", 1e-8)
+    return lora.mask_optimizer(optax.adamw(rate, eps=eps, weight_decay=decay), delta)
 
 
-def assert_same(ours, theirs):
+def assert_same(name, ours, theirs):
+    start = 5e-5 if "own_start" in family_cases.CASES[name] else 1e-6  # float32's decompositions
     assert ours.keys() == theirs.keys()
     for key, expected in theirs.items():
         tolerance = 1e-4 * np.abs(expected).max()
         if key.endswith("/after"):  # parameters begin near 1 at most, and move by 5e-3
-            tolerance = 1e-6 + 0.01 * family_cases.LEARNING_RATE
+            tolerance = start + 0.01 * family_cases.LEARNING_RATE
         assert np.abs(ours[key] - expected).max() <= tolerance, key
 
 
-@pytest.mark.parametrize("name", METHODS)
+# The others differ from one of these by what tests of their own pin down.
+@pytest.mark.parametrize("name", [n for n in METHODS if n not in ("prefix", "loraplus", "olora")])
 def test_recorded_values(name):
     with np.load(GOLDEN) as file:
         golden = {k.partition(":")[2]: file[k] for k in file.files if k.startswith(f"{name}:")}
     assert golden
-    assert_same({key: value.reshape(-1)[::7] for key, value in compute(name).items()}, golden)
+    assert_same(name, {key: value.reshape(-1)[::7] for key, value in compute(name).items()}, golden)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # peft's own use of transformers
@@ -203,4 +218,4 @@ def test_the_installed_peft(name):
     pytest.importorskip("peft", reason="requirements-parity.txt is not installed")
     import family_model
 
-    assert_same(compute(name), family_model.compute(name))
+    assert_same(name, compute(name), family_model.compute(name))
