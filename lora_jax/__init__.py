@@ -7,6 +7,9 @@ from lora_jax.masks import mask_optimizer as mask_optimizer
 from lora_jax.masks import trainable_mask as trainable_mask
 from lora_jax.methods import Full as Full
 from lora_jax.methods import LoRA as LoRA
+from lora_jax.quant import NF4 as NF4
+from lora_jax.quant import dequantize as dequantize
+from lora_jax.quant import quantize as quantize
 from lora_jax.stacking import stack as stack
 from lora_jax.stacking import unstack as unstack
 from lora_jax.transform import bind as bind

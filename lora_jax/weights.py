@@ -53,6 +53,15 @@ class Weight(abc.ABC):
     def T(self) -> "Weight | jax.Array":  # noqa: N802 - as on arrays
         """The weight of the transposed matrix, as a tied output head needs it."""
 
+    def linear_transposed(self, x: jax.Array) -> jax.Array:
+        """`x @ W.T` for `x [..., d_out]`, as a tied output head computes it."""
+        return jnp.matmul(x, jnp.swapaxes(self.dense(), -1, -2))
+
+    def requantized(self, dense: jax.Array) -> "Weight":
+        """Another dense weight of this shape in this one's format."""
+        del dense
+        raise ValueError(f"{type(self).__name__} has no way to quantise a dense weight again.")
+
     @property
     def ndim(self) -> int:
         return len(self.shape)
@@ -95,9 +104,9 @@ def transpose(w: jax.Array | Weight) -> jax.Array | Weight:
 
 @flax.struct.dataclass
 class Transposed(Weight):
-    """An array `[..., d_out, d_in]` read as its transpose, as a tied output head reads a table."""
+    """A weight `[..., d_out, d_in]` read as its transpose, as a tied output head reads a table."""
 
-    table: jax.Array
+    table: jax.Array | Weight
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -108,17 +117,19 @@ class Transposed(Weight):
         return self.table.dtype
 
     @property
-    def T(self) -> jax.Array:  # noqa: N802
+    def T(self) -> jax.Array | Weight:  # noqa: N802
         return self.table
 
     def linear(self, x: jax.Array) -> jax.Array:
+        if isinstance(self.table, Weight):
+            return self.table.linear_transposed(x)
         return jax.lax.dot_general(x, self.table, (((x.ndim - 1,), (1,)), ((), ())))
 
     def embed(self, tokens: jax.Array) -> jax.Array:
-        return jnp.moveaxis(jnp.take(self.table, tokens, axis=1), 0, -1)
+        return jnp.moveaxis(jnp.take(dense(self.table), tokens, axis=1), 0, -1)
 
     def dense(self) -> jax.Array:
-        return jnp.swapaxes(self.table, -1, -2)
+        return jnp.swapaxes(dense(self.table), -1, -2)
 
 
 @flax.struct.dataclass
