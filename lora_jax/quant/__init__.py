@@ -1,5 +1,8 @@
 """Quantised weights: formats, double quantisation, and conversion from and to bitsandbytes."""
 
+from lora_jax.quant.bitsandbytes import from_bitsandbytes as from_bitsandbytes
+from lora_jax.quant.bitsandbytes import to_bitsandbytes as to_bitsandbytes
+from lora_jax.quant.blockwise import FORMATS as FORMATS
 from lora_jax.quant.blockwise import FP4 as FP4
 from lora_jax.quant.blockwise import NF4 as NF4
 from lora_jax.quant.blockwise import Blockwise as Blockwise

@@ -16,7 +16,7 @@ from lora_jax.quant.blockwise import FORMATS, Blockwise
 from lora_jax.targets import Targets, as_rules, is_matrix_name, match_rules
 from lora_jax.weights import PyTree, is_weight
 
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+BLOCK_SIZES = tuple(2**power for power in range(3, 13))
 
 
 def quantize(
@@ -41,7 +41,7 @@ def quantize(
       targets: a preset, a regular expression over paths, or a sequence of them, as in
         `lora_transform`. Embeddings and output head are quantised only where they are named.
       layouts: `{path: Layout}` for weights that are more than stacked matrices.
-      block_size: rows of the matrix that share an absmax, a power of two from 32 to 4096.
+      block_size: rows of the matrix that share an absmax, a power of two from 8 to 4096.
       double_quant: whether each absmax is itself stored in 8 bits: 4.127 bits a parameter instead
         of 4.5 at blocks of 64.
       donate: deletes each targeted leaf once it is quantised, for trees that barely fit.
