@@ -1,5 +1,7 @@
 """LoRA as a JAX transform: a frozen base, a small delta, and pure functions between them."""
 
+from lora_jax.adapt import adapt as adapt
+from lora_jax.adapt import infer_layouts as infer_layouts
 from lora_jax.describe import Description as Description
 from lora_jax.describe import describe as describe
 from lora_jax.layouts import Layout as Layout

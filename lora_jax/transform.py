@@ -21,7 +21,7 @@ def lora_transform(
     *,
     targets: Targets = "all-linear",
     key: jax.Array,
-    layouts: Mapping[str, Layout] | None = None,
+    layouts: Mapping[str, Layout | None] | None = None,
 ) -> tuple[PyTree, Delta]:
     """Splits `params` into a frozen base and a fresh delta that changes nothing yet.
 
@@ -33,7 +33,8 @@ def lora_transform(
         expression over whole components of the slash-joined path, or a sequence of them.
       key: a typed key. Each weight draws from it by its own path, and each stacked layer by its
         index: other targets never change a weight's numbers.
-      layouts: `{path: Layout}` for weights that are more than stacked matrices.
+      layouts: `{path: Layout}` for weights that are more than stacked matrices, and None for leaves
+        that are none; `infer_layouts` makes it.
 
     Returns:
       `(base, delta)`: the frozen tree, shaped as `params` (and equal to it unless the method says
@@ -59,8 +60,8 @@ def lora_transform(
 
     nodes: dict[str, DeltaNode] = {}
     by_method: dict[Method, dict[str, Any]] = {}
-    for match in match_rules(flat, rules):
-        weight, layout = flat[match.path], layouts.get(match.path, Layout())
+    for match in match_rules(flat, rules, layouts):
+        weight, layout = flat[match.path], layouts.get(match.path) or Layout()
         _require_float(match.path, weight)
         by_method.setdefault(match.method, {})[match.path] = weight
         node = _fresh(match.path, weight, match.method, layout, key)
@@ -114,7 +115,8 @@ def bind(
             node, ids = _rows_behind_layers(node, layers), Shared(adapter_ids)
         keys = dropout_key
         if keys is not None:
-            keys = paths.keys_for(keys, path, tuple(weight.shape[:layers]))
+            stack = (weight.shape[axis] for axis in node.layout.stack_axes(weight.ndim))
+            keys = paths.keys_for(keys, path, tuple(stack)[:layers])
         flat[path] = node.bind(weight, keys, ids)
     weights = _rebuilt(base, flat)
     for path, extra in extras.items():

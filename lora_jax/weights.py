@@ -8,11 +8,12 @@ a model written with `linear` and `embed` takes them all without knowing any.
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from lora_jax.layouts import Layout
 
@@ -65,6 +66,17 @@ class Weight(abc.ABC):
     @property
     def ndim(self) -> int:
         return len(self.shape)
+
+    @property
+    def layout(self) -> Layout:
+        """What its axes are."""
+        return Layout()
+
+    def partition(self, spec: PartitionSpec) -> "Weight":
+        """The same tree with the partition spec of each array, where a plain array's would be
+        `spec`, with an entry for each axis of the matrix `[stack..., d_in, d_out]`. Raises
+        ValueError where its blocks do not follow from the blocks of such an array."""
+        raise ValueError(f"{type(self).__name__} cannot be split by {spec}.")
 
     def as_matrix(self, layout: Layout) -> "Weight | jax.Array":
         """The same weight with its axes laid out as `[stack..., d_in, d_out]`."""
@@ -167,6 +179,21 @@ class Adapted(Weight):
     @property
     def dtype(self) -> Any:
         return self.base.dtype
+
+    @property
+    def layout(self) -> Layout:
+        return self.node.layout
+
+    def partition(self, spec: PartitionSpec) -> "Adapted":
+        stack = PartitionSpec(*spec[:-2])
+        base = self.base.partition(spec) if isinstance(self.base, Weight) else spec
+        return dataclasses.replace(
+            self,
+            base=cast(Any, base),
+            node=self.node.partition(spec),
+            dropout_key=cast(Any, stack if self.dropout_key is not None else None),
+            adapter_ids=None if self.adapter_ids is None else Shared(PartitionSpec()),
+        )
 
     def as_matrix(self, layout: Layout) -> "Adapted":
         return dataclasses.replace(

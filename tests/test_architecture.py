@@ -15,7 +15,7 @@ LAYERS = [
     ["targets", "kernels"],
     ["weights"],
     ["quant"],
-    ["methods"],
+    ["methods", "tracing"],
     ["transform", "adapt"],
     ["masks", "stacking"],
     ["describe"],

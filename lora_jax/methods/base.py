@@ -11,10 +11,10 @@ from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from lora_jax.layouts import Layout
-from lora_jax.targets import is_matrix_name
-from lora_jax.weights import Adapted, Shared, Weight, dense
+from lora_jax.weights import Adapted, Shared, Weight, dense, is_shared
 
 AnyWeight = jax.Array | Weight
 
@@ -75,6 +75,23 @@ class DeltaNode(abc.ABC):
                 f"{type(self).__name__} adapts matrices, not weights of {self.layout}."
             )
         return self
+
+    def partition(self, spec: PartitionSpec) -> Self:
+        """The same tree with the partition spec of each leaf, for a weight `[stack..., d_in,
+        d_out]` that is split by `spec`. Raises ValueError where a block of the weight does not
+        tell its own output."""
+        *stack, d_in, d_out = spec
+        if d_in is not None or d_out is not None:
+            raise ValueError(
+                f"{type(self).__name__} needs whole matrices: split none of the matrix's own axes."
+            )
+        return self._partitioned(PartitionSpec(*stack))
+
+    def _partitioned(self, spec: PartitionSpec) -> Self:
+        def split(leaf):
+            return Shared(PartitionSpec()) if is_shared(leaf) else spec
+
+        return jax.tree.map(split, self, is_leaf=is_shared)
 
     def resolve(self, extras: Mapping[str, "Extra"]) -> Self:
         """The node with what it shares with others, stored once at the delta's root, filled in."""
@@ -148,9 +165,11 @@ class Method(abc.ABC):
 
     needs_matrix: ClassVar[bool] = True  # whether only leaves of two axes or more are adapted
 
-    def accepts(self, path: str, weight: AnyWeight) -> bool:
-        """Whether the leaf at `path` is one that this method can adapt."""
-        return not self.needs_matrix or (weight.ndim >= 2 and is_matrix_name(path))
+    def accepts(self, path: str, weight: AnyWeight, layout: Layout | None) -> bool:
+        """Whether the leaf at `path` is one that this method can adapt; `layout` is None for one
+        that is no matrix."""
+        del path, weight
+        return not self.needs_matrix or layout is not None
 
     @abc.abstractmethod
     def fresh(self, weight: AnyWeight, *, layout: Layout, key: jax.Array) -> DeltaNode | None:

@@ -8,6 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from lora_jax.layouts import Layout
 from lora_jax.methods.base import Additive, AnyWeight, Method
@@ -130,6 +131,12 @@ class LowRank(Additive):
             layout=Layout(),
         )
 
+    def partition(self, spec: PartitionSpec) -> "LowRank":
+        *stack, d_in, d_out = spec
+        parts: Any = self._partitioned(PartitionSpec(*stack))
+        a, b = PartitionSpec(*stack, d_in, None), PartitionSpec(*stack, None, d_out)
+        return dataclasses.replace(parts, a=a, b=b)
+
     def update(self, shape: tuple[int, ...]) -> jax.Array:
         matrix = self.as_matrix()
         with jax.default_matmul_precision("highest"):
@@ -164,13 +171,24 @@ class LowRank(Additive):
         return jax.tree.map(jnp.zeros_like, self)
 
 
-@jax.custom_vjp
 def widen(inner: jax.Array, b: jax.Array) -> jax.Array:
     """`inner @ b` for a narrow `inner [..., r]`, with a gradient of `b` that keeps `dy` as it lies.
 
     JAX's own rule puts the cotangent `dy [..., d_out]` first in the product that makes `db`, and
     XLA's CPU backend then copies it into its transpose: an eighth of a whole training step.
     """
+    return _widen(_vary(inner, like=b), _vary(b, like=inner))
+
+
+def _vary(x: jax.Array, *, like: jax.Array) -> jax.Array:
+    """Inside a shard_map: `x` said to differ along the mesh axes that `like` differs along, so that
+    its gradient is summed over them."""
+    missing = jax.typeof(like).manual_axis_type.varying - jax.typeof(x).manual_axis_type.varying
+    return jax.lax.pcast(x, tuple(missing), to="varying") if missing else x
+
+
+@jax.custom_vjp
+def _widen(inner, b):
     return jnp.matmul(inner, b)
 
 
@@ -185,7 +203,7 @@ def _widen_backward(saved, dy):
     return jax.lax.dot_general(dy, b, (((dy.ndim - 1,), (1,)), ((), ()))), db
 
 
-widen.defvjp(_widen_forward, _widen_backward)
+_widen.defvjp(_widen_forward, _widen_backward)
 
 
 def drop(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
