@@ -61,7 +61,8 @@ def lora_transform(
     nodes: dict[str, DeltaNode] = {}
     by_method: dict[Method, dict[str, Any]] = {}
     for match in match_rules(flat, rules, layouts):
-        weight, layout = flat[match.path], layouts.get(match.path) or Layout()
+        weight = flat[match.path]
+        layout = layouts.get(match.path) or (weight.layout if is_weight(weight) else Layout())
         _require_float(match.path, weight)
         by_method.setdefault(match.method, {})[match.path] = weight
         node = _fresh(match.path, weight, match.method, layout, key)

@@ -144,6 +144,13 @@ class Transposed(Weight):
         return jnp.swapaxes(dense(self.table), -1, -2)
 
 
+def vary(x: jax.Array, *, like: jax.Array) -> jax.Array:
+    """Inside a shard_map: `x` said to differ along the mesh axes that `like` differs along, so that
+    its gradient is summed over them."""
+    missing = jax.typeof(like).manual_axis_type.varying - jax.typeof(x).manual_axis_type.varying
+    return jax.lax.pcast(x, tuple(missing), to="varying") if missing else x
+
+
 @flax.struct.dataclass
 class Shared:
     """A value that every layer of a stack reads whole: `scan_layers` does not slice it."""

@@ -11,16 +11,17 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from lora_jax.kernels.nf4_matmul import nf4_matmul
 from lora_jax.layouts import Layout
 from lora_jax.quant import codebooks, storage
 from lora_jax.quant.double import DoubleQuantized
-from lora_jax.weights import Transposed, Weight
+from lora_jax.weights import Transposed, Weight, vary
 
 
-def _static() -> Any:
-    return flax.struct.field(pytree_node=False)
+def _static(default: Any = dataclasses.MISSING) -> Any:
+    return flax.struct.field(pytree_node=False, default=default)
 
 
 @flax.struct.dataclass(repr=False)
@@ -35,8 +36,8 @@ class Blockwise(Weight):
         its high half: bitsandbytes' bytes of the matrix `[d_out, d_in]`, transposed.
       absmax: float32 `[stack..., d_in / block, d_out]`, or `DoubleQuantized`.
       contracted, output: the dimensions that an activation is contracted with, and gains.
-      layout: where these are among the logical axes.
       dense_dtype: the dtype of the weight that this stands for.
+      layout: where these dimensions are among the logical axes.
 
     Source: Dettmers et al. 2023, arXiv:2305.14314, sections 2 and 3.
     """
@@ -45,8 +46,8 @@ class Blockwise(Weight):
     absmax: jax.Array | DoubleQuantized
     contracted: tuple[int, ...] = _static()
     output: tuple[int, ...] = _static()
-    layout: Layout = _static()
     dense_dtype: Any = _static()
+    layout: Layout = _static(Layout())
 
     codebook: ClassVar[np.ndarray]
 
@@ -93,7 +94,9 @@ class Blockwise(Weight):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.layout.joined(self.codes.shape[:-2], self.contracted, self.output)
+        *stack, rows, columns = self.codes.shape
+        contracted = _of_shard(self.contracted, rows * self.codes_per_byte)
+        return self.layout.joined(tuple(stack), contracted, _of_shard(self.output, columns))
 
     @property
     def dtype(self) -> Any:
@@ -113,10 +116,10 @@ class Blockwise(Weight):
         )
 
     def linear(self, x: jax.Array) -> jax.Array:
-        return _matmul(x, self)
+        return _matmul(vary(x, like=self.codes), self)
 
     def linear_transposed(self, x: jax.Array) -> jax.Array:
-        return _matmul_transposed(x, self)
+        return _matmul_transposed(vary(x, like=self.codes), self)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         byte, place = tokens // self.codes_per_byte, tokens % self.codes_per_byte
@@ -156,6 +159,19 @@ class Blockwise(Weight):
             layout=Layout(),
         )
 
+    def partition(self, spec: PartitionSpec) -> Self:
+        if isinstance(self.absmax, DoubleQuantized) and any(spec[-2:]):
+            raise ValueError(
+                f"{type(self).__name__} with double quantisation cannot be split by {spec}: blocks "
+                "of its absmax run through the whole matrix. Quantise with double_quant=False, or "
+                "split stacked layers alone."
+            )
+        stack = PartitionSpec(*spec[:-2])
+        absmax: Any = spec
+        if isinstance(self.absmax, DoubleQuantized):
+            absmax = DoubleQuantized(codes=spec, scale=stack, offset=stack)  # type: ignore[arg-type]
+        return dataclasses.replace(cast(Any, self), codes=spec, absmax=absmax)
+
     def absmax_values(self) -> jax.Array:
         """float32 `[stack..., d_in / block, d_out]`."""
         return self.absmax.decode() if isinstance(self.absmax, DoubleQuantized) else self.absmax
@@ -178,6 +194,11 @@ class Blockwise(Weight):
     def matmul_transposed(self, x: jax.Array) -> jax.Array:
         """`x @ W.T`, likewise."""
         return jax.lax.dot_general(x, self.decode(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
+
+
+def _of_shard(dims: tuple[int, ...], size: int) -> tuple[int, ...]:
+    """`dims` with the first as `size` has it, which in one device's block may be less."""
+    return (size // math.prod(dims[1:]), *dims[1:])
 
 
 # For the backward pass both keep the stored bytes alone, and decode them again.

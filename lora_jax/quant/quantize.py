@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lora_jax import paths
 from lora_jax.layouts import Layout
 from lora_jax.quant.blockwise import FORMATS, Blockwise
-from lora_jax.targets import Targets, as_rules, is_matrix_name, match_rules
+from lora_jax.targets import Targets, as_rules, match_rules
 from lora_jax.weights import PyTree, is_weight
 
 BLOCK_SIZES = tuple(2**power for power in range(3, 13))
@@ -24,7 +24,7 @@ def quantize(
     format: str,
     *,
     targets: Targets = "all-linear",
-    layouts: Mapping[str, Layout] | None = None,
+    layouts: Mapping[str, Layout | None] | None = None,
     block_size: int = 64,
     double_quant: bool = True,
     donate: bool = False,
@@ -40,7 +40,8 @@ def quantize(
       format: "nf4", or for comparison "fp4", "int4", "int8".
       targets: a preset, a regular expression over paths, or a sequence of them, as in
         `lora_transform`. Embeddings and output head are quantised only where they are named.
-      layouts: `{path: Layout}` for weights that are more than stacked matrices.
+      layouts: `{path: Layout}` for weights that are more than stacked matrices, and None for leaves
+        that are none, as `infer_layouts` gives it.
       block_size: rows of the matrix that share an absmax, a power of two from 8 to 4096.
       double_quant: whether each absmax is itself stored in 8 bits: 4.127 bits a parameter instead
         of 4.5 at blocks of 64.
@@ -65,10 +66,10 @@ def quantize(
         if path not in flat:
             near = ", ".join(paths.nearest(path, flat))
             raise ValueError(f"layouts names {path!r}, which the tree lacks; near it are {near}.")
-    chosen = [m.path for m in match_rules(flat, as_rules(_Matrices(), targets))]
+    chosen = [m.path for m in match_rules(flat, as_rules(_Matrices(), targets), layouts)]
     with _progress(f"quantising to {format}", len(chosen)) as advance:
         for path in chosen:
-            leaf, layout = flat[path], layouts.get(path, Layout())
+            leaf, layout = flat[path], layouts.get(path) or Layout()
             _check(path, leaf, layout, block_size)
             try:
                 flat[path] = FORMATS[format].of(
@@ -96,8 +97,9 @@ def dequantize(tree: PyTree) -> PyTree:
 class _Matrices:
     """What `match_rules` asks: which leaves a format can take."""
 
-    def accepts(self, path: str, leaf: Any) -> bool:
-        return leaf.ndim >= 2 and is_matrix_name(path)
+    def accepts(self, path: str, leaf: Any, layout: Layout | None) -> bool:
+        del path, leaf
+        return layout is not None
 
 
 def _check(path: str, leaf: Any, layout: Layout, block_size: int) -> None:
