@@ -20,6 +20,14 @@ def get_config() -> ConfigDict:
             "remat": "elementwise",  # none, elementwise, full
         }
     )
+    config.base = ConfigDict(
+        {
+            # none, nf4, fp4, int4, int8: the format of all linear layers of the frozen base
+            "quantize": "none",
+            "block_size": 64,
+            "double_quant": True,  # whether each block's scale is itself kept in 8 bits
+        }
+    )
     config.data = ConfigDict(
         {
             "source": "restaurants",  # restaurants, e2e, jsonl, tfds:NAME

@@ -11,3 +11,4 @@ from lora_jax.quant.blockwise import Int8 as Int8
 from lora_jax.quant.double import DoubleQuantized as DoubleQuantized
 from lora_jax.quant.quantize import dequantize as dequantize
 from lora_jax.quant.quantize import quantize as quantize
+from lora_jax.quant.quantize import quantizer as quantizer

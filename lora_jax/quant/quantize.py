@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lora_jax import paths
 from lora_jax.layouts import Layout
 from lora_jax.quant.blockwise import FORMATS, Blockwise
-from lora_jax.targets import Targets, as_rules, match_rules
+from lora_jax.targets import Targets, as_rules, guessed_layout, match_rules, rule_matcher
 from lora_jax.weights import PyTree, is_weight
 
 BLOCK_SIZES = tuple(2**power for power in range(3, 13))
@@ -54,33 +54,59 @@ def quantize(
 
     Source: Dettmers et al. 2023, arXiv:2305.14314, section 3.
     """
-    if format not in FORMATS:
-        raise ValueError(f"format {format!r}: expected one of {', '.join(FORMATS)}.")
-    if block_size not in BLOCK_SIZES:
-        raise ValueError(
-            f"block_size={block_size!r}: expected one of {', '.join(map(str, BLOCK_SIZES))}."
-        )
+    finish = quantizer(
+        format, targets=".*", layouts=layouts, block_size=block_size, double_quant=double_quant
+    )
     flat = paths.flatten(params, is_leaf=is_weight)
-    layouts = dict(layouts or {})
-    for path in layouts:
+    for path in layouts or {}:
         if path not in flat:
             near = ", ".join(paths.nearest(path, flat))
             raise ValueError(f"layouts names {path!r}, which the tree lacks; near it are {near}.")
     chosen = [m.path for m in match_rules(flat, as_rules(_Matrices(), targets), layouts)]
     with _progress(f"quantising to {format}", len(chosen)) as advance:
         for path in chosen:
-            leaf, layout = flat[path], layouts.get(path) or Layout()
-            _check(path, leaf, layout, block_size)
-            try:
-                flat[path] = FORMATS[format].of(
-                    leaf, layout=layout, block_size=block_size, double_quant=double_quant
-                )
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from error
+            leaf = flat[path]
+            flat[path] = finish(path, leaf)
             if donate and isinstance(leaf, jax.Array):
                 leaf.delete()
             advance()
     return jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_weight), flat.values())
+
+
+def quantizer(
+    format: str,
+    *,
+    targets: Targets = "all-linear",
+    layouts: Mapping[str, Layout | None] | None = None,
+    block_size: int = 64,
+    double_quant: bool = True,
+) -> Callable[[str, Any], Any]:
+    """What `quantize` does to one leaf, as a function `(path, leaf) -> leaf`: for loaders, which
+    then never hold a model in floating point. Leaves that are not targeted pass unchanged; the
+    arguments are those of `quantize`.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format {format!r}: expected one of {', '.join(FORMATS)}.")
+    if block_size not in BLOCK_SIZES:
+        raise ValueError(
+            f"block_size={block_size!r}: expected one of {', '.join(map(str, BLOCK_SIZES))}."
+        )
+    matchers = [rule_matcher(rule) for rule in as_rules(_Matrices(), targets)]
+    known = dict(layouts or {})
+
+    def finish(path: str, leaf: Any) -> Any:
+        layout = known[path] if path in known else guessed_layout(path, leaf)
+        if layout is None or not any(matches(path) for matches in matchers):
+            return leaf
+        _check(path, leaf, layout, block_size)
+        try:
+            return FORMATS[format].of(
+                leaf, layout=layout, block_size=block_size, double_quant=double_quant
+            )
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    return finish
 
 
 def dequantize(tree: PyTree) -> PyTree:
