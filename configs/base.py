@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
     )
     config.base = ConfigDict(
         {
-            # none, nf4, fp4, int4, int8: the format of all linear layers of the frozen base
+            # none, nf4, fp4, e2m1, int4, int8: the format of all linear layers of the frozen base
             "quantize": "none",
             "block_size": 64,
             "double_quant": True,  # whether each block's scale is itself kept in 8 bits

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from lora_jax.models.config import LlamaConfig
 
 Naming = Literal["gguf", "huggingface"]
-Finish = Callable[[str, jax.Array], Any]
+Finish = Callable[[str, np.ndarray], Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,10 +91,10 @@ def check_tensors(
             )
 
 
-def as_it_is(path: str, leaf: jax.Array) -> Any:
+def as_it_is(path: str, leaf: np.ndarray) -> jax.Array:
     """The `finish` that changes nothing."""
     del path
-    return leaf
+    return jnp.asarray(leaf)
 
 
 def assemble(
@@ -124,13 +124,13 @@ def assemble(
 
 def _load_leaf(
     leaf: Leaf, tensors: Iterable[np.ndarray], count: int, dtype: DTypeLike
-) -> jax.Array:
+) -> np.ndarray:
     is_stacked, is_applied = leaf.path[0] == "layers", leaf.path != ("embed",)
     shape = leaf.shape[::-1] if is_applied else leaf.shape
     stacked = np.empty((count, *shape), jnp.dtype(dtype))
     for i, tensor in enumerate(tensors):
         stacked[i] = tensor.T if is_applied else tensor
-    return jnp.asarray(stacked if is_stacked else stacked[0])
+    return stacked if is_stacked else stacked[0]
 
 
 def _listed(names: Iterable[str], limit: int = 8) -> str:

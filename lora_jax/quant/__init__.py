@@ -2,6 +2,7 @@
 
 from lora_jax.quant.bitsandbytes import from_bitsandbytes as from_bitsandbytes
 from lora_jax.quant.bitsandbytes import to_bitsandbytes as to_bitsandbytes
+from lora_jax.quant.blockwise import E2M1 as E2M1
 from lora_jax.quant.blockwise import FORMATS as FORMATS
 from lora_jax.quant.blockwise import FP4 as FP4
 from lora_jax.quant.blockwise import NF4 as NF4

@@ -56,7 +56,7 @@ class Blockwise(Weight):
         """Quantises a floating-point array whose `d_in` is a multiple of the block size, on the
         host; under a transformation, by a callback to it."""
         _, contracted, output = layout.split(weight.shape)
-        matrix = layout.to_matrix(weight)
+        matrix = weight if layout == Layout() else layout.to_matrix(weight)
         how: Any = {"block_size": block_size, "double_quant": double_quant}
 
         def on_host(matrix):
@@ -240,9 +240,16 @@ class NF4(Blockwise):
 
 @flax.struct.dataclass(repr=False)
 class FP4(Blockwise):
-    """Four bits as a floating-point number: sign, two bits of exponent, one of mantissa."""
+    """Four bits as a floating-point number, the way bitsandbytes does it."""
 
     codebook: ClassVar[np.ndarray] = codebooks.FP4
+
+
+@flax.struct.dataclass(repr=False)
+class E2M1(Blockwise):
+    """Four bits as a floating-point number, the FP4 of the QLoRA paper's tables."""
+
+    codebook: ClassVar[np.ndarray] = codebooks.E2M1
 
 
 @flax.struct.dataclass(repr=False)
@@ -259,4 +266,10 @@ class Int8(Blockwise):
     codebook: ClassVar[np.ndarray] = codebooks.INT8
 
 
-FORMATS: dict[str, type[Blockwise]] = {"nf4": NF4, "fp4": FP4, "int4": Int4, "int8": Int8}
+FORMATS: dict[str, type[Blockwise]] = {
+    "nf4": NF4,
+    "fp4": FP4,
+    "e2m1": E2M1,
+    "int4": Int4,
+    "int8": Int8,
+}

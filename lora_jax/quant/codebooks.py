@@ -13,7 +13,12 @@ NF4 = np.array(
     np.float32,
 )  # fmt: skip
 
-# A sign, two bits of exponent and one of mantissa, in the order of their bits.
+# A sign, two bits of exponent and one of mantissa, as the QLoRA paper's FP4 and OCP's MX formats
+# (Rouhani et al. 2023, arXiv:2310.10537) have it.
+_E2M1_MAGNITUDES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32) / np.float32(6)
+E2M1 = np.concatenate([_E2M1_MAGNITUDES, -_E2M1_MAGNITUDES])
+
+# What bitsandbytes calls FP4, in the order of its bits: the same but for a far smaller subnormal.
 _FP4_MAGNITUDES = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3], np.float32) / np.float32(12)
 FP4 = np.concatenate([_FP4_MAGNITUDES, -_FP4_MAGNITUDES])
 

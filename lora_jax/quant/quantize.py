@@ -37,7 +37,7 @@ def quantize(
 
     Args:
       params: any pytree of arrays. Leaves that are not targeted stay what they are.
-      format: "nf4", or for comparison "fp4", "int4", "int8".
+      format: "nf4", or for comparison "fp4" (bitsandbytes' own), "e2m1", "int4", "int8".
       targets: a preset, a regular expression over paths, or a sequence of them, as in
         `lora_transform`. Embeddings and output head are quantised only where they are named.
       layouts: `{path: Layout}` for weights that are more than stacked matrices, and None for leaves
@@ -82,8 +82,8 @@ def quantizer(
     double_quant: bool = True,
 ) -> Callable[[str, Any], Any]:
     """What `quantize` does to one leaf, as a function `(path, leaf) -> leaf`: for loaders, which
-    then never hold a model in floating point. Leaves that are not targeted pass unchanged; the
-    arguments are those of `quantize`.
+    then never hold a model in floating point. Leaves that are not targeted become arrays as they
+    are; the arguments are those of `quantize`.
     """
     if format not in FORMATS:
         raise ValueError(f"format {format!r}: expected one of {', '.join(FORMATS)}.")
@@ -97,7 +97,7 @@ def quantizer(
     def finish(path: str, leaf: Any) -> Any:
         layout = known[path] if path in known else guessed_layout(path, leaf)
         if layout is None or not any(matches(path) for matches in matchers):
-            return leaf
+            return jnp.asarray(leaf)
         _check(path, leaf, layout, block_size)
         try:
             return FORMATS[format].of(

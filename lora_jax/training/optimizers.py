@@ -59,7 +59,7 @@ def paged(tx: optax.GradientTransformation) -> optax.GradientTransformationExtra
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _moved(state: Any, space: jax.memory.Space) -> Any:
+def _moved(state: Any, space: Any) -> Any:
     """Scalars stay where they are."""
     return jax.tree.map(lambda x: jax.device_put(x, space) if jnp.ndim(x) else x, state)
 

@@ -208,7 +208,7 @@ def bad(match, tree=W, format="nf4", **options):
 
 
 def test_an_unknown_format():
-    bad("format 'nf5': expected one of nf4, fp4, int4, int8", format="nf5")
+    bad("format 'nf5': expected one of nf4, fp4, e2m1, int4, int8", format="nf5")
 
 
 @pytest.mark.parametrize("block_size", [0, 60, -64, 8192])
