@@ -3,15 +3,17 @@
 `reference.py` says what is right; `mosaic_gpu.py` (Hopper) and `mosaic_tpu.py` are the kernels.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
-from lora_jax.kernels.nf4_matmul import reference
+from lora_jax.kernels.nf4_matmul import mosaic_tpu, reference
 
 Implementation = Literal["xla", "mosaic_gpu", "mosaic_tpu"]
+PLATFORM: dict[Implementation, str] = {"mosaic_gpu": "cuda", "mosaic_tpu": "tpu"}
 
 
 def nf4_matmul(
@@ -62,7 +64,15 @@ def _contract(
     absmax: jax.Array,
 ) -> jax.Array:
     """`x @ W`, or `x @ W.T`: each is the other's gradient."""
-    return reference.matmul(x, codes, absmax, transpose=transpose)
+    runs = {name: partial(_run, name, transpose) for name in get_args(Implementation)}
+    if implementation is not None:
+        return runs[implementation](x, codes, absmax)
+    kernels = {
+        PLATFORM[name]: runs[name] for name in PLATFORM if not _unfit(name, x, codes, absmax)
+    }
+    if not kernels:
+        return runs["xla"](x, codes, absmax)
+    return jax.lax.platform_dependent(x, codes, absmax, default=runs["xla"], **kernels)
 
 
 def _forward(implementation, transpose, x, codes, absmax):
@@ -76,17 +86,57 @@ def _backward(implementation, transpose, residuals, dy):
 _contract.defvjp(_forward, _backward)
 
 
-def _lack(
-    implementation: Implementation, x: jax.Array, codes: jax.Array, absmax: jax.Array
-) -> str | None:
+def _run(implementation, transpose, x, codes, absmax):
+    if implementation == "xla":
+        return reference.matmul(x, codes, absmax, transpose=transpose)
+    kernel = partial(mosaic_tpu.matmul, transpose=transpose, device_kind=_device().device_kind)
+    return over_rows(kernel, x, codes, absmax)
+
+
+def over_rows(
+    kernel: Callable[..., jax.Array], x: jax.Array, codes: jax.Array, absmax: jax.Array
+) -> jax.Array:
+    """Runs a kernel of `x [M, d]`: leading axes of `x`, and those of a vmap, are more rows."""
+
+    @jax.custom_batching.custom_vmap
+    def rows(x, codes, absmax):
+        y = kernel(x.reshape(-1, x.shape[-1]), codes, absmax)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    @rows.def_vmap
+    def batched(size, batched, *args):
+        if not any(batched[1:]):
+            return rows(*args), True
+
+        def each(i):
+            return rows(*(a[i] if b else a for a, b in zip(args, batched, strict=True)))
+
+        return jax.lax.map(each, jnp.arange(size)), True
+
+    return rows(x, codes, absmax)
+
+
+def _lack(implementation, x, codes, absmax) -> str | None:
     """What keeps an implementation from taking these arguments here; None where nothing does."""
     if implementation not in get_args(Implementation):
         return f"is not one of {', '.join(get_args(Implementation))}"
-    device = _device()
-    platform = {"xla": device.platform, "mosaic_gpu": "gpu", "mosaic_tpu": "tpu"}[implementation]
+    if implementation == "xla":
+        return None
+    device, platform = _device(), PLATFORM[implementation]
     if device.platform != platform:
-        return f"runs on a {platform.upper()}, and this program is for {device.device_kind!r}"
-    return None
+        return f"runs on a {platform} device, and this program is for a {device.device_kind}"
+    return _unfit(implementation, x, codes, absmax)
+
+
+def _unfit(implementation, x, codes, absmax) -> str | None:
+    """What keeps a kernel from taking these arguments on its platform; None where nothing does."""
+    M, K, N = x.size // x.shape[-1], 2 * codes.shape[0], codes.shape[1]
+    block = K // absmax.shape[0]
+    if implementation == "mosaic_gpu":
+        return "is to come"
+    if M and N and mosaic_tpu.tiles(M, K, N, block, _device().device_kind):
+        return None
+    return f"has no tiles for {M} rows, d_in = {K}, d_out = {N} in blocks of {block}"
 
 
 def _device():
