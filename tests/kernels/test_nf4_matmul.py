@@ -111,8 +111,8 @@ def test_arguments_that_do_not_fit_are_refused():
 
 def test_a_kernel_asked_for_by_name_never_falls_back():
     x = nf4.activation(4, 128, dtype=F32)
-    refuses("'mosaic_gpu' runs on a cuda device, and this program is for a cpu", x, *W,
-            implementation="mosaic_gpu")  # fmt: skip
-    refuses("'mosaic_tpu' runs on a tpu device", x, *W, implementation="mosaic_tpu")
+    for name, needs in [("mosaic_gpu", "needs a Hopper GPU"), ("mosaic_tpu", "needs a TPU")]:
+        message = f"{name!r} {needs}, and this program is for a cpu"
+        refuses(message, x, *W, implementation=name)
     refuses("'triton' is not one of xla, mosaic_gpu, mosaic_tpu", x, *W, implementation="triton")
     nf4.assert_is_product(nf4_matmul(x, *W, implementation="xla"), x, nf4.dense(*W, F32))

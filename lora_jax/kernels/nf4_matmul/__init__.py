@@ -3,6 +3,7 @@
 `reference.py` says what is right; `mosaic_gpu.py` (Hopper) and `mosaic_tpu.py` are the kernels.
 """
 
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Literal, get_args
@@ -10,10 +11,11 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from lora_jax.kernels.nf4_matmul import mosaic_tpu, reference
+from lora_jax.kernels.nf4_matmul import mosaic_gpu, mosaic_tpu, reference
 
 Implementation = Literal["xla", "mosaic_gpu", "mosaic_tpu"]
 PLATFORM: dict[Implementation, str] = {"mosaic_gpu": "cuda", "mosaic_tpu": "tpu"}
+HOPPER = re.compile(r"\bG?H(100|200|800|20)\b")
 
 
 def nf4_matmul(
@@ -68,11 +70,23 @@ def _contract(
     if implementation is not None:
         return runs[implementation](x, codes, absmax)
     kernels = {
-        PLATFORM[name]: runs[name] for name in PLATFORM if not _unfit(name, x, codes, absmax)
+        platform: runs[name]
+        for name, platform in PLATFORM.items()
+        if not _lack(name, x, codes, absmax) and _pays(name, x)
     }
     if not kernels:
         return runs["xla"](x, codes, absmax)
+    # The same trace may still be lowered for another platform, a host's CPU for one.
     return jax.lax.platform_dependent(x, codes, absmax, default=runs["xla"], **kernels)
+
+
+def _pays(implementation, x) -> bool:
+    """Whether a kernel is expected to beat decoding the weight first; predicted, not measured.
+
+    The Hopper kernel decodes a weight again for every 128 rows, and does not overlap that with its
+    own wgmma. XLA decodes once, and writes and reads a bfloat16 weight for it: 6 times the bytes.
+    """
+    return implementation != "mosaic_gpu" or x.size // x.shape[-1] <= 256
 
 
 def _forward(implementation, transpose, x, codes, absmax):
@@ -89,7 +103,11 @@ _contract.defvjp(_forward, _backward)
 def _run(implementation, transpose, x, codes, absmax):
     if implementation == "xla":
         return reference.matmul(x, codes, absmax, transpose=transpose)
-    kernel = partial(mosaic_tpu.matmul, transpose=transpose, device_kind=_device().device_kind)
+    if implementation == "mosaic_gpu":
+        kernel = partial(mosaic_gpu.matmul, transpose=transpose)
+    else:
+        kind = _device().device_kind
+        kernel = partial(mosaic_tpu.matmul, transpose=transpose, device_kind=kind)
     return over_rows(kernel, x, codes, absmax)
 
 
@@ -122,21 +140,21 @@ def _lack(implementation, x, codes, absmax) -> str | None:
         return f"is not one of {', '.join(get_args(Implementation))}"
     if implementation == "xla":
         return None
-    device, platform = _device(), PLATFORM[implementation]
-    if device.platform != platform:
-        return f"runs on a {platform} device, and this program is for a {device.device_kind}"
-    return _unfit(implementation, x, codes, absmax)
-
-
-def _unfit(implementation, x, codes, absmax) -> str | None:
-    """What keeps a kernel from taking these arguments on its platform; None where nothing does."""
+    device = _device()
+    if implementation == "mosaic_gpu" and not HOPPER.search(device.device_kind):
+        return f"needs a Hopper GPU, and this program is for a {device.device_kind}"
+    if implementation == "mosaic_tpu" and device.platform != "tpu":
+        return f"needs a TPU, and this program is for a {device.device_kind}"
     M, K, N = x.size // x.shape[-1], 2 * codes.shape[0], codes.shape[1]
     block = K // absmax.shape[0]
-    if implementation == "mosaic_gpu":
-        return "is to come"
-    if M and N and mosaic_tpu.tiles(M, K, N, block, _device().device_kind):
+    fits = (
+        mosaic_gpu.fits(K, N, block)
+        if implementation == "mosaic_gpu"
+        else mosaic_tpu.tiles(M, K, N, block, device.device_kind)
+    )
+    if M and N and fits:
         return None
-    return f"has no tiles for {M} rows, d_in = {K}, d_out = {N} in blocks of {block}"
+    return f"has no tiles for {M} rows, d_in = {K} and d_out = {N} in blocks of {block}"
 
 
 def _device():
