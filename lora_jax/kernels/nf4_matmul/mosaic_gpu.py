@@ -101,8 +101,8 @@ def matmul(
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=interpret,
     )
-    table = jnp.tile(jnp.asarray(CODEBOOK), THREADS // len(CODEBOOK))
-    y_S2RM = kernel(*_parities(x), words, *_parities(absmax), table)
+    table = np.tile(CODEBOOK, THREADS // len(CODEBOOK))
+    y_S2RM = kernel(_parities(x), words, _parities(absmax), table)
     y_2RM = y_S2RM.sum(0)[..., : M * terms]
     y_2RM = y_2RM.reshape(*y_2RM.shape[:2], terms, M).sum(2)
     return y_2RM.transpose(2, 1, 0).reshape(M, -1).astype(x.dtype if terms == 1 else jnp.float32)
@@ -123,8 +123,8 @@ def _terms(x, count):
 
 
 def _parities(x):
-    """The even and the odd columns."""
-    return x[:, 0::2], x[:, 1::2]
+    """The even and the odd columns, `[rows, n]` to `[2, rows, n / 2]`."""
+    return x.reshape(len(x), -1, 2).transpose(2, 0, 1)
 
 
 def _scratch(tile, interpret):
@@ -138,7 +138,7 @@ def _swizzled(width):
     return plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(2 * width)
 
 
-def _body(x0, x1, words, s0, s1, table, y, *, left=None, tile, block, terms, steps, transpose):
+def _body(x, words, absmax, table, y, *, left=None, tile, block, terms, steps, transpose):
     r, m, s = lax.axis_index("r"), lax.axis_index("m"), lax.axis_index("s")
     half = block // 2
     part = PART if transpose else min(half, PART)
@@ -148,9 +148,9 @@ def _body(x0, x1, words, s0, s1, table, y, *, left=None, tile, block, terms, ste
 
     shape = (tile.r, DEPTH) if transpose else (DEPTH, tile.r)
     x_spec = plgpu.BlockSpec(
-        (tile.m, DEPTH), lambda k: (m, s * steps + k), transforms=_swizzled(part)
+        (2, tile.m, DEPTH), lambda k: (0, m, s * steps + k), transforms=_swizzled(part)
     )
-    scale_spec = plgpu.BlockSpec((shape[0] // half, shape[1]), of_weight)
+    absmax_spec = plgpu.BlockSpec((2, shape[0] // half, shape[1]), lambda k: (0, *of_weight(k)))
     word_spec = plgpu.BlockSpec(
         shape, of_weight, transforms=_swizzled(part if transpose else WGMMA_ROWS)
     )
@@ -176,40 +176,41 @@ def _body(x0, x1, words, s0, s1, table, y, *, left=None, tile, block, terms, ste
             multiply=partial(_multiply, terms=terms, left=left),
         ),
         grid=(steps,),
-        in_specs=[x_spec, x_spec, word_spec, scale_spec, scale_spec],
+        in_specs=[x_spec, word_spec, absmax_spec],
         memory_registers=40,
         max_concurrent_steps=min(STAGES, steps),
         wg_axis="warpgroup",
         num_compute_wgs=tile.warpgroups,
         compute_context=accumulate,
-    )(x0, x1, words, s0, s1)
+    )(x, words, absmax)
 
 
-def _forward_step(_, x0, x1, words, s0, s1, carry, *, half, part, decode, multiply):
+def _forward_step(_, x, words, absmax, carry, *, half, part, decode, multiply):
     """Adds one step of `W.T @ x.T`: rows are columns of `W`, and the words are read transposed."""
     *accs, table = carry
     rows = pl.ds(lax.axis_index("warpgroup") * WGMMA_ROWS, WGMMA_ROWS)
     for start in range(0, DEPTH, part):
         at = pl.ds(start, part)
         word = words.at[at, rows].transpose((1, 0))[...].astype(jnp.int32)
-        for column, (scale, acc) in enumerate(zip((s0, s1), accs, strict=True)):
-            scale = lax.broadcast_in_dim(scale[start // half, rows], (WGMMA_ROWS, part), (0,))
-            for row, x in enumerate((x0, x1)):
-                multiply(acc, decode(table, word, row, column) * scale, x.at[:, at])
+        for column, acc in enumerate(accs):
+            scale = absmax[column, start // half, rows]
+            scale = lax.broadcast_in_dim(scale, (WGMMA_ROWS, part), (0,))
+            for row in range(2):
+                multiply(acc, decode(table, word, row, column) * scale, x.at[row, :, at])
     return carry
 
 
-def _backward_step(_, dy0, dy1, words, s0, s1, carry, *, half, part, decode, multiply):
+def _backward_step(_, dy, words, absmax, carry, *, half, part, decode, multiply):
     """Adds one step of `W @ dy.T`: rows are rows of `W`, as they lie."""
     *accs, table = carry
     start = lax.axis_index("warpgroup") * WGMMA_ROWS
     for offset in range(0, DEPTH, part):
         at = pl.ds(offset, part)
         word = words[pl.ds(start, WGMMA_ROWS), at].astype(jnp.int32)
-        for column, (scale, dy) in enumerate(((s0, dy0), (s1, dy1))):
-            scale = _over_blocks(scale, start // half, at, half)
+        for column in range(2):
+            scale = _over_blocks(absmax.at[column], start // half, at, half)
             for row, acc in enumerate(accs):
-                multiply(acc, decode(table, word, row, column) * scale, dy.at[:, at])
+                multiply(acc, decode(table, word, row, column) * scale, dy.at[column, :, at])
     return carry
 
 
