@@ -22,7 +22,7 @@ from lora_jax.kernels.nf4_matmul.reference import CODEBOOK
 
 LANES = 128
 STRIP = 256
-VMEM_LIMIT = 48 * 2**20
+VMEM_LIMIT = 24 * 2**20
 
 # The most rows and columns of an output tile, by generation. Decoding a tile takes the vector unit
 # 4 to 5 cycles for 1,024 weights, multiplying it by m rows takes a v5's MXUs m / 64 and a v6's
