@@ -19,7 +19,7 @@ from lora_jax.kernels.nf4_matmul import nf4_matmul
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda13_plugin") is None,
-    reason="no CUDA plugin: see requirements-aot-gpu.txt",
+    reason="no CUDA plugin: see requirements-aot.txt",
 )
 
 TARGET = (Path(__file__).parent / "h100_sxm_target.textproto").read_text()

@@ -15,7 +15,7 @@ from jax.experimental import topologies
 from lora_jax.kernels.nf4_matmul import mosaic_tpu, nf4_matmul
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="no libtpu: see requirements-aot-tpu.txt"
+    importlib.util.find_spec("libtpu") is None, reason="no libtpu: see requirements-aot.txt"
 )
 
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}

@@ -127,7 +127,8 @@ def over_rows(
             return rows(*args), True
 
         def each(i):
-            return rows(*(a[i] if b else a for a, b in zip(args, batched, strict=True)))
+            at = partial(jax.lax.dynamic_index_in_dim, index=i, keepdims=False)
+            return rows(*(at(a) if b else a for a, b in zip(args, batched, strict=True)))
 
         return jax.lax.map(each, jnp.arange(size)), True
 
