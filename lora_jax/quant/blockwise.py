@@ -229,7 +229,8 @@ class NF4(Blockwise):
     codebook: ClassVar[np.ndarray] = codebooks.NF4
 
     def matmul(self, x: jax.Array) -> jax.Array:
-        return nf4_matmul(x, self.codes, self.absmax_values())
+        served = x if x.dtype in (jnp.bfloat16, jnp.float32) else x.astype(jnp.float32)
+        return nf4_matmul(served, self.codes, self.absmax_values()).astype(x.dtype)
 
     def matmul_transposed(self, x: jax.Array) -> jax.Array:
         """The backward pass of the kernel, whose forward pass nothing needs here."""
