@@ -79,6 +79,13 @@ def lora_weight(leaf):
     return isinstance(leaf, lora.Weight)
 
 
+def test_formats_have_structures_of_their_own():
+    """JAX compares dataclasses by their fields: `jit` would mistake one for another."""
+    structures = [jax.tree.structure(quantized(format)) for format in FORMATS]
+    assert len(structures) == 5
+    assert not any(a == b for i, a in enumerate(structures) for b in structures[:i])
+
+
 def test_jitted_quantising_gives_the_same_bits(format, double_quant):
     def again(tree):
         return quantized(format, tree, double_quant=double_quant)
@@ -286,3 +293,36 @@ def test_state_dicts_convert_back_without_loss(double_quant):
         tree = quantized(format, double_quant=double_quant)
         weight = one_layer(tree)["up_proj"]
         cases.assert_equal(from_bitsandbytes(to_bitsandbytes(weight, "q"), "q"), weight)
+
+
+def test_weights_split_over_devices():
+    """Each device multiplies by the columns, or the rows, that it holds."""
+    weight = one_layer(quantized(double_quant=False))["up_proj"]
+    mesh = jax.make_mesh((4,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    P = jax.sharding.PartitionSpec
+
+    def split(x, w):
+        return jnp.sin(linear(x, w)).sum()[None]
+
+    spec = P(None, "model")
+    specs = {"in_specs": (P(), weight.partition(spec)), "out_specs": P("model")}
+    total = lambda x, w: jax.shard_map(split, mesh=mesh, **specs)(x, w).sum()  # noqa: E731
+    value, gradient = jax.jit(jax.value_and_grad(total))(X, weight)
+    whole = jax.value_and_grad(lambda x: jnp.sin(x @ weight.dense()).sum())(X)
+    cases.assert_close((value, gradient), whole)
+
+    specs = {"in_specs": (P(None, "model"), weight.partition(P("model", None))), "out_specs": P()}
+
+    def rows(x, w):
+        assert w.shape == (16, 40)
+        return jax.lax.psum(linear(x, w), "model")
+
+    cases.assert_close(jax.shard_map(rows, mesh=mesh, **specs)(X, weight), X @ weight.dense())
+
+
+def test_double_quantised_weights_split_along_layers_alone():
+    weight = quantized()["up_proj"]
+    spec = jax.sharding.PartitionSpec("layers", None, None)
+    assert weight.partition(spec).absmax.scale == jax.sharding.PartitionSpec("layers")
+    with pytest.raises(ValueError, match="cannot be split by .*give|double_quant=False"):
+        weight.partition(jax.sharding.PartitionSpec(None, None, "model"))
