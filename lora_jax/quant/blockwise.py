@@ -238,7 +238,7 @@ class NF4(Blockwise):
     def matmul_transposed(self, x: jax.Array) -> jax.Array:
         """The backward pass of the kernel, whose forward pass nothing needs here."""
         unused = jnp.zeros((*x.shape[:-1], 2 * self.codes.shape[0]), x.dtype)
-        _, backward = jax.vjp(self.matmul, unused)
+        _, backward = jax.vjp(self.matmul, vary(unused, like=x))
         return backward(x)[0]
 
 
