@@ -22,6 +22,8 @@ PyTree = Any
 # The name, for rematerialisation policies, of what an adapter computes on a narrow axis: a model
 # that keeps it spares the backward pass a product for a few bytes.
 NARROW = "adapter_narrow"
+# And of a layer's output before an adapter scales it: the gradient of the scale wants it again.
+UNSCALED = "adapter_unscaled"
 
 
 class Weight(abc.ABC):
@@ -49,6 +51,11 @@ class Weight(abc.ABC):
     def dense(self) -> jax.Array:
         """The plain array; builds it."""
 
+    def requantized(self, dense: jax.Array) -> "Weight":
+        """Another dense weight of this shape in this one's format."""
+        del dense
+        raise ValueError(f"{type(self).__name__} has no way to quantise a dense weight again.")
+
     @property
     @abc.abstractmethod
     def T(self) -> "Weight | jax.Array":  # noqa: N802 - as on arrays
@@ -57,11 +64,6 @@ class Weight(abc.ABC):
     def linear_transposed(self, x: jax.Array) -> jax.Array:
         """`x @ W.T` for `x [..., d_out]`, as a tied output head computes it."""
         return jnp.matmul(x, jnp.swapaxes(self.dense(), -1, -2))
-
-    def requantized(self, dense: jax.Array) -> "Weight":
-        """Another dense weight of this shape in this one's format."""
-        del dense
-        raise ValueError(f"{type(self).__name__} has no way to quantise a dense weight again.")
 
     @property
     def ndim(self) -> int:

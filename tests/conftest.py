@@ -42,8 +42,24 @@ def quick_compilation(request):
     jax.config.update("jax_disable_most_optimizations", not optimized)
 
 
+def pytest_collection_modifyitems(items):
+    """A test that takes both a case and a method runs over `cases.PAIRS`."""
+
+    def wanted(item):
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        pair = params.get("case"), params.get("method", params.get("mergeable"))
+        return None in pair or pair in cases.PAIRS
+
+    items[:] = [item for item in items if wanted(item)]
+
+
 @pytest.fixture(params=cases.METHODS)
 def method(request):
+    return cases.METHODS[request.param]
+
+
+@pytest.fixture(params=cases.MERGEABLE)
+def mergeable(request):
     return cases.METHODS[request.param]
 
 

@@ -156,6 +156,18 @@ def test_full_over_a_quantised_base(base):
     assert_close(ours, FORWARD(lora.merge(base, delta), TOKENS, CONFIG), rtol=1e-3, atol=1e-5)
 
 
+def test_every_method_over_a_quantised_base_is_that_method_over_its_dense_form(method):
+    dense = {"layers": {"q_proj": cases.stacked().params["layers"]["q_proj"]}}
+    base = {"layers": {"q_proj": quantized(dense["layers"]["q_proj"])}}
+    dense["layers"]["q_proj"] = base["layers"]["q_proj"].dense()
+    deltas = [moved(lora.lora_transform(tree, method, key=jax.random.key(0))[1])
+              for tree in (base, dense)]  # fmt: skip
+    assert_close(*deltas)
+    apply = cases.stacked().apply
+    ours, theirs = (apply(lora.bind(tree, deltas[1]), cases.X) for tree in (base, dense))
+    assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_counts_are_logical(base):
     found = lora.describe(base, delta_over(base))
     plain = lora.describe(PARAMS, delta_over(PARAMS))
@@ -193,7 +205,7 @@ class ToyPrompt(Method):
     def fresh(self, weight, *, layout, key):
         return None
 
-    def extras(self, weights, *, key):
+    def extras(self, weights, *, layouts, key):
         [table] = weights.values()
         return {"prompt": Prompt(jax.random.normal(key, (self.rows, table.shape[-1])))}
 

@@ -1,1 +1,1 @@
-"""One folder an operation: a reference in plain XLA, and kernels beside it."""
+"""Fused kernels, one folder an operation: a reference in plain XLA beside each backend."""

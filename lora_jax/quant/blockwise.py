@@ -233,10 +233,14 @@ class NF4(Blockwise):
     codebook: ClassVar[np.ndarray] = codebooks.NF4
 
     def matmul(self, x: jax.Array) -> jax.Array:
+        if x.dtype not in (jnp.bfloat16, jnp.float32):  # all that the kernels take
+            return super().matmul(x)
         return nf4_matmul(x, self.codes, self.absmax_values())
 
     def matmul_transposed(self, x: jax.Array) -> jax.Array:
         """The backward pass of the kernel, whose forward pass nothing needs here."""
+        if x.dtype not in (jnp.bfloat16, jnp.float32):
+            return super().matmul_transposed(x)
         unused = jnp.zeros((*x.shape[:-1], 2 * self.codes.shape[0]), x.dtype)
         _, backward = jax.vjp(self.matmul, vary(unused, like=x))
         return backward(x)[0]

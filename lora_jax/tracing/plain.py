@@ -22,8 +22,10 @@ def run(eqns: Sequence[Any], values: Mapping[Any, Any]) -> dict[Any, Any]:
     made = [var for eqn in eqns for var in eqn.outvars if not isinstance(var, core.DropVar)]
     defined = set(made)
     read = dict.fromkeys(v for eqn in eqns for v in variables(eqn) if v not in defined)
-    part = core.ClosedJaxpr(core.Jaxpr([], list(read), made, list(eqns)), [])
-    results = core.jaxpr_as_fun(part)(*(values[var] for var in read))
+    names = core.DebugInfo("adapt", "equations", ("",) * len(read), ("",) * len(made))
+    part = core.Jaxpr([], list(read), made, list(eqns), debug_info=names)
+    run_part = core.jaxpr_as_fun(core.ClosedJaxpr(part, []))
+    results = run_part(*(values[var] for var in read))
     return dict(zip(made, results, strict=True))
 
 

@@ -108,8 +108,8 @@ def layout_of(path: str, shape: tuple[int, ...], uses: Sequence[Use]) -> Layout 
         if other not in ((contracted, output), (output, contracted)):
             raise ValueError(
                 f"{path}, of shape {tuple(shape)}, is used as two different matrices: "
-                f"{Layout(contracted, output)} and {Layout(other[0], other[1])}. No factors serve both: leave "
-                "the path out."
+                f"{Layout(contracted, output)} and {Layout(other[0], other[1])}. No factors serve "
+                "both: leave the path out."
             )
     return Layout(contracted, output, gathered=any(use.lookup for use in uses))
 

@@ -1,10 +1,14 @@
-"""Dequantise, then multiply: the definition of right."""
+"""NF4 matmul in plain XLA: the definition of right, and the implementation wherever no kernel is.
+
+Dimension key: M rows, K = d_in, N = d_out, H = K / 2 bytes, B = blocks along K.
+"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-_CODEBOOK = np.array(
+# NormalFloat 4: quantiles of a normal distribution (QLoRA, Dettmers et al. 2023, appendix E).
+CODEBOOK = np.array(
     [
         -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
         -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
@@ -15,34 +19,39 @@ _CODEBOOK = np.array(
 )  # fmt: skip
 
 
-def nf4_matmul(
-    x: jax.Array, codes: jax.Array, absmax: jax.Array, *, implementation: str | None = None
+def dequantize(codes_HN: jax.Array, absmax_BN: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """`W[k, n] = CODEBOOK[code[k, n]] * absmax[k // block, n]`, a float32 product rounded once.
+
+    Args:
+      codes_HN: uint8 `[K / 2, N]`; the high half of byte `i` is the code of row `2 i`, the low half
+        that of row `2 i + 1`.
+      absmax_BN: float32 `[K / block, N]`.
+      dtype: of the result.
+
+    Returns:
+      The dense weight `[K, N]`.
+    """
+    blocks, N = absmax_BN.shape
+    nibbles = jnp.stack([codes_HN >> 4, codes_HN & 15], axis=1)
+    values = jnp.asarray(CODEBOOK).at[nibbles].get(mode="promise_in_bounds")
+    scaled = values.reshape(blocks, -1, N) * absmax_BN[:, None, :]
+    return scaled.reshape(-1, N).astype(dtype)
+
+
+def matmul(
+    x: jax.Array, codes_HN: jax.Array, absmax_BN: jax.Array, *, transpose: bool = False
 ) -> jax.Array:
-    """`x @ (codebook[codes] * absmax)`: x `[..., d_in]`, codes `[d_in / 2, d_out]` uint8, absmax
-    float32 `[d_in / block, d_out]`, to `[..., d_out]` of x's dtype. Only x gets a gradient."""
-    del implementation
-    return _matmul(x, codes, absmax)
+    """`x [..., K] @ W`, or `x [..., N] @ W.T`: accumulated in float32, returned in `x`'s dtype.
 
-
-def decode(codes: jax.Array, absmax: jax.Array, dtype) -> jax.Array:
-    values = jnp.asarray(_CODEBOOK)[jnp.stack([codes >> 4, codes & 15], axis=1)]
-    values = values.reshape(absmax.shape[0], -1, absmax.shape[1])
-    values = values * jnp.broadcast_to(absmax[:, None], values.shape)
-    return values.astype(dtype).reshape(2 * codes.shape[0], -1)
-
-
-@jax.custom_vjp
-def _matmul(x, codes, absmax):
-    return jnp.matmul(x, decode(codes, absmax, x.dtype))
-
-
-def _forward(x, codes, absmax):
-    return _matmul(x, codes, absmax), (codes, absmax)
-
-
-def _backward(saved, dy):
-    w = decode(*saved, dy.dtype)
-    return jax.lax.dot_general(dy, w, (((dy.ndim - 1,), (1,)), ((), ()))), None, None
-
-
-_matmul.defvjp(_forward, _backward)
+    In bfloat16 the decoded weight is rounded to bfloat16, once; in float32 nothing is rounded to a
+    shorter format on any platform.
+    """
+    W_KN = dequantize(codes_HN, absmax_BN, x.dtype)
+    contracted = ((x.ndim - 1,), (1 if transpose else 0,))
+    return jax.lax.dot_general(
+        x,
+        W_KN,
+        (contracted, ((), ())),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    ).astype(x.dtype)
