@@ -13,7 +13,7 @@ import lora_jax as lora
 from lora_jax.models import llama
 from lora_jax.models.config import LlamaConfig
 from lora_jax.quant import FORMATS, from_bitsandbytes, to_bitsandbytes
-from lora_jax.training.checkpoints import fingerprint
+from lora_jax.training import checkpoints
 from lora_jax.weights import linear, transpose
 
 W = {"up_proj": cases.normal(0, 3, 64, 40)}  # stacked layers
@@ -180,8 +180,9 @@ def test_merging_may_requantise():
 def test_quantised_trees_have_fingerprints(format):
     tree = quantized(format)
     other = dataclasses.replace(tree["up_proj"], codes=tree["up_proj"].codes.at[0, 0, 0].add(1))
-    assert fingerprint(tree) == fingerprint(quantized(format))
-    assert fingerprint(tree) != fingerprint({"up_proj": other})
+    name = checkpoints.fingerprint(tree)
+    assert name == checkpoints.fingerprint(quantized(format))
+    assert name != checkpoints.fingerprint({"up_proj": other})
 
 
 @pytest.mark.optimized
@@ -326,3 +327,11 @@ def test_double_quantised_weights_split_along_layers_alone():
     assert weight.partition(spec).absmax.scale == jax.sharding.PartitionSpec("layers")
     with pytest.raises(ValueError, match="cannot be split by .*give|double_quant=False"):
         weight.partition(jax.sharding.PartitionSpec(None, None, "model"))
+
+
+def test_checkpoints_keep_the_bytes(tmp_path, double_quant):
+    tree = quantized(double_quant=double_quant)
+    checkpoints.save(tmp_path, 1, tree, identity={}, position=None)
+    _, restored, _ = checkpoints.restore(tmp_path, tree, identity={})
+    cases.assert_equal(restored, tree)
+    assert restored["up_proj"].codes.dtype == jnp.uint8
