@@ -104,23 +104,23 @@ def training_step(x, codes, absmax):
     return jax.value_and_grad(loss)((jnp.ones((d, 16), x.dtype), jnp.zeros((16, d), x.dtype)))
 
 
-def test_more_devices_take_it_inside_shard_map():
+@pytest.mark.parametrize("manual", [True, False])
+def test_more_devices_take_the_kernel_inside_shard_map_alone(manual):
     topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
     four = jax.sharding.Mesh(topology.devices, ("data",))
-    sharded = jax.NamedSharding(four, jax.P("data"))
-    whole = jax.NamedSharding(four, jax.P())
-    x = jax.ShapeDtypeStruct((64, 4096), jnp.bfloat16, sharding=sharded)
-    w = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole) for a in weight(4096, 4096)]
+    specs = jax.P("data"), jax.P(), jax.P()
+    shaped = (jax.ShapeDtypeStruct((64, 4096), jnp.bfloat16), *weight(4096, 4096))
+    arguments = [
+        jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=jax.NamedSharding(four, spec))
+        for a, spec in zip(shaped, specs, strict=True)
+    ]
     rows = jax.shard_map(
-        nf4_matmul,
-        mesh=four,
-        in_specs=(jax.P("data"), jax.P(), jax.P()),
-        out_specs=jax.P("data"),
-        check_vma=False,
+        nf4_matmul, mesh=four, in_specs=specs, out_specs=jax.P("data"), check_vma=False
     )
     with jax.sharding.use_abstract_mesh(four.abstract_mesh):
-        lowered = jax.jit(rows).trace(x, *w).lower(lowering_platforms=("tpu",))
-    assert 'custom_call_target="tpu_custom_call"' in lowered.compile().as_text()
+        traced = jax.jit(rows if manual else nf4_matmul).trace(*arguments)
+        program = traced.lower(lowering_platforms=("tpu",)).compile()
+    assert program.as_text().count('custom_call_target="tpu_custom_call"') == manual
 
 
 def test_tiles_follow_the_generation():
