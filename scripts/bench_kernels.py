@@ -64,7 +64,6 @@ def arguments(rows: int, K: int, N: int, backward: bool, copies: int) -> tuple[A
     x = rng.standard_normal((rows, N if backward else K), np.float32)
     codes = rng.integers(0, 256, (K // 2, N), np.uint8)
     absmax = rng.uniform(0.01, 0.1, (K // BLOCK, N)).astype(np.float32)
-    # The copies differ, and are drawn once.
     return x, [(np.roll(codes, i, 1), np.roll(absmax, i, 1)) for i in range(copies)]
 
 
@@ -101,7 +100,7 @@ def prepare(side: str, f: Callable, rows: int, K: int, N: int, backward: bool, c
     x, weights = arguments(rows, K, N, backward, copies)
     x = jnp.asarray(x, jnp.bfloat16)
     weights = [tuple(map(jnp.asarray, weight)) for weight in weights]
-    dense = jax.jit(partial(reference.dequantize, dtype=jnp.bfloat16))
+    dense = jax.jit(partial(reference.dequantize, dtype=x.dtype))
     exact = np.asarray(dense(*weights[0])).astype(np.float64)
     if not PACKED[side]:
         weights = [dense(*weight) for weight in weights]
@@ -111,7 +110,7 @@ def prepare(side: str, f: Callable, rows: int, K: int, N: int, backward: bool, c
         ys = []
         for weight in weights:
             ys.append(f(x, weight, backward))
-            x, ys[-1] = jax.lax.optimization_barrier((x, ys[-1]))
+            x, ys[-1] = jax.lax.optimization_barrier((x, ys[-1]))  # one after the other
         return ys
 
     y = np.asarray(calls(x, weights)[0][:8]).astype(np.float64)
@@ -252,8 +251,8 @@ def least_times(kind: str) -> str:
                 1e6 * floor(rows, K, N, packed=packed, limit=LIMITS[kind])
                 for packed in (False, True)
             )
-            ratio = dense / packed
-            lines.append(f"| {K} x {N} | {rows} | {dense:.1f} | {packed:.1f} | {ratio:.2f} |")
+            times = f"{dense:.1f} | {packed:.1f} | {dense / packed:.2f}"
+            lines.append(f"| {K} x {N} | {rows} | {times} |")
     return "\n".join(lines)
 
 
