@@ -11,14 +11,19 @@ import jax.numpy as jnp
 class Layout:
     """Which axes of a leaf an activation is contracted with, and which ones it gains.
 
-    Axes are negative, counted from the end, in the order in which the matrix takes them; those that
-    neither tuple names are stack axes. The default is a matrix `[stack..., d_in, d_out]`; a Flax
-    attention kernel `[d, heads, head_dim]` is `Layout(contracted=(-3,), output=(-2, -1))`, and a
-    weight that is applied from the left, `w @ x`, is `Layout(contracted=(-1,), output=(-2,))`.
+    Attributes:
+      contracted, output: the axes, negative, in the order in which the matrix takes them.
+      gathered: whether rows are looked up in it by index, as in an embedding; "all-linear" leaves
+        such a leaf out.
+
+    Axes that neither tuple names are stack axes. The default is a matrix `[stack..., d_in, d_out]`;
+    a Flax attention kernel `[d, heads, head_dim]` is `Layout(contracted=(-3,), output=(-2, -1))`,
+    and a weight applied from the left, `w @ x`, is `Layout(contracted=(-1,), output=(-2,))`.
     """
 
     contracted: tuple[int, ...] = (-2,)
     output: tuple[int, ...] = (-1,)
+    gathered: bool = dataclasses.field(default=False, compare=False)
 
     def stack_axes(self, ndim: int) -> tuple[int, ...]:
         """The other axes of a leaf of `ndim` axes, negative, in order."""

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from lora_jax.layouts import Layout
 from lora_jax.paths import nearest
 
 Targets = str | Sequence[str]
@@ -46,6 +47,11 @@ def is_matrix_name(path: str) -> bool:
     return not any(_NORM.fullmatch(part) for part in (*parents[-1:], last))
 
 
+def guessed_layout(path: str, leaf: Any) -> Layout | None:
+    """A leaf of two axes or more is a stack of matrices, unless its name says otherwise."""
+    return Layout() if len(getattr(leaf, "shape", ())) >= 2 and is_matrix_name(path) else None
+
+
 def is_embedding_or_head(path: str) -> bool:
     parts = path.split("/")
     if any(_EMBEDDING.fullmatch(part) for part in parts):
@@ -65,22 +71,33 @@ def rule_matcher(rule: str) -> Callable[[str], bool]:
     return lambda path: bool(pattern.fullmatch(path))
 
 
-def match_rules(leaves: Mapping[str, Any], rules: Mapping[str, Any]) -> list[Match]:
+def match_rules(
+    leaves: Mapping[str, Any],
+    rules: Mapping[str, Any],
+    layouts: Mapping[str, Layout | None] | None = None,
+) -> list[Match]:
     """The paths that `rules` pick, in tree order; the first rule that matches a path wins.
 
     Args:
       leaves: `{path: leaf}`.
+      layouts: what is known of the leaves' axes, None for a leaf that is no matrix; names and
+        shapes tell the rest.
       rules: `{target: method}`; a method passes over leaves that it does not accept, and the
         method None leaves what it matches frozen.
 
     Raises:
       ValueError: for a rule that matches nothing, naming the nearest paths that exist.
     """
+    guessed = {path: guessed_layout(path, leaf) for path, leaf in leaves.items()}
+    layouts = {**guessed, **(layouts or {})}
+    gathered = {path for path, layout in layouts.items() if layout and layout.gathered}
     taken: dict[str, Match] = {}
     for rule, method in rules.items():
         matches = rule_matcher(rule)
         named = [path for path in leaves if matches(path)]
-        fitting = [p for p in named if method is None or method.accepts(p, leaves[p])]
+        if rule in PRESETS:
+            named = [path for path in named if path not in gathered]
+        fitting = [p for p in named if method is None or method.accepts(p, leaves[p], layouts[p])]
         fresh = [path for path in fitting if path not in taken]
         if not fresh:
             raise ValueError(_explain(rule, method, list(leaves), named, fitting, taken))
@@ -118,8 +135,8 @@ def _explain(rule, method, paths, named, fitting, taken) -> str:
     if named:
         return (
             f"target {rule!r} matches {', '.join(named[:5])}, but {type(method).__name__} adapts "
-            "matrices (two axes or more, neither a norm's scale nor a bias). Target a matrix, or "
-            "use Full for such leaves."
+            "matrices (two axes or more, neither a norm's scale nor a bias, and contracted with an "
+            "activation where layouts tell). Target a matrix, or use Full for such leaves."
         )
     if rule in PRESETS:
         hint = "Name your tree's own paths by regular expressions"

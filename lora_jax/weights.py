@@ -8,11 +8,12 @@ a model written with `linear` and `embed` takes them all without knowing any.
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from lora_jax.layouts import Layout
 
@@ -21,6 +22,8 @@ PyTree = Any
 # The name, for rematerialisation policies, of what an adapter computes on a narrow axis: a model
 # that keeps it spares the backward pass a product for a few bytes.
 NARROW = "adapter_narrow"
+# And of a layer's output before an adapter scales it: the gradient of the scale wants it again.
+UNSCALED = "adapter_unscaled"
 
 
 class Weight(abc.ABC):
@@ -48,14 +51,34 @@ class Weight(abc.ABC):
     def dense(self) -> jax.Array:
         """The plain array; builds it."""
 
+    def requantized(self, dense: jax.Array) -> "Weight":
+        """Another dense weight of this shape in this one's format."""
+        del dense
+        raise ValueError(f"{type(self).__name__} has no way to quantise a dense weight again.")
+
     @property
     @abc.abstractmethod
     def T(self) -> "Weight | jax.Array":  # noqa: N802 - as on arrays
         """The weight of the transposed matrix, as a tied output head needs it."""
 
+    def linear_transposed(self, x: jax.Array) -> jax.Array:
+        """`x @ W.T` for `x [..., d_out]`, as a tied output head computes it."""
+        return jnp.matmul(x, jnp.swapaxes(self.dense(), -1, -2))
+
     @property
     def ndim(self) -> int:
         return len(self.shape)
+
+    @property
+    def layout(self) -> Layout:
+        """What its axes are."""
+        return Layout()
+
+    def partition(self, spec: PartitionSpec) -> "Weight":
+        """The same tree with the partition spec of each array, where a plain array's would be
+        `spec`, with an entry for each axis of the matrix `[stack..., d_in, d_out]`. Raises
+        ValueError where its blocks do not follow from the blocks of such an array."""
+        raise ValueError(f"{type(self).__name__} cannot be split by {spec}.")
 
     def as_matrix(self, layout: Layout) -> "Weight | jax.Array":
         """The same weight with its axes laid out as `[stack..., d_in, d_out]`."""
@@ -95,9 +118,9 @@ def transpose(w: jax.Array | Weight) -> jax.Array | Weight:
 
 @flax.struct.dataclass
 class Transposed(Weight):
-    """An array `[..., d_out, d_in]` read as its transpose, as a tied output head reads a table."""
+    """A weight `[..., d_out, d_in]` read as its transpose, as a tied output head reads a table."""
 
-    table: jax.Array
+    table: jax.Array | Weight
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -108,17 +131,26 @@ class Transposed(Weight):
         return self.table.dtype
 
     @property
-    def T(self) -> jax.Array:  # noqa: N802
+    def T(self) -> jax.Array | Weight:  # noqa: N802
         return self.table
 
     def linear(self, x: jax.Array) -> jax.Array:
+        if isinstance(self.table, Weight):
+            return self.table.linear_transposed(x)
         return jax.lax.dot_general(x, self.table, (((x.ndim - 1,), (1,)), ((), ())))
 
     def embed(self, tokens: jax.Array) -> jax.Array:
-        return jnp.moveaxis(jnp.take(self.table, tokens, axis=1), 0, -1)
+        return jnp.moveaxis(jnp.take(dense(self.table), tokens, axis=1), 0, -1)
 
     def dense(self) -> jax.Array:
-        return jnp.swapaxes(self.table, -1, -2)
+        return jnp.swapaxes(dense(self.table), -1, -2)
+
+
+def vary(x: jax.Array, *, like: jax.Array) -> jax.Array:
+    """Inside a shard_map: `x` said to differ along the mesh axes that `like` differs along, so that
+    its gradient is summed over them."""
+    missing = jax.typeof(like).manual_axis_type.varying - jax.typeof(x).manual_axis_type.varying
+    return jax.lax.pcast(x, tuple(missing), to="varying") if missing else x
 
 
 @flax.struct.dataclass
@@ -156,6 +188,21 @@ class Adapted(Weight):
     @property
     def dtype(self) -> Any:
         return self.base.dtype
+
+    @property
+    def layout(self) -> Layout:
+        return self.node.layout
+
+    def partition(self, spec: PartitionSpec) -> "Adapted":
+        stack = PartitionSpec(*spec[:-2])
+        base = self.base.partition(spec) if isinstance(self.base, Weight) else spec
+        return dataclasses.replace(
+            self,
+            base=cast(Any, base),
+            node=self.node.partition(spec),
+            dropout_key=cast(Any, stack if self.dropout_key is not None else None),
+            adapter_ids=None if self.adapter_ids is None else Shared(PartitionSpec()),
+        )
 
     def as_matrix(self, layout: Layout) -> "Adapted":
         return dataclasses.replace(

@@ -15,9 +15,9 @@ LAYERS = [
     ["targets", "kernels"],
     ["weights"],
     ["quant"],
-    ["methods"],
+    ["methods", "tracing"],
     ["transform", "adapt"],
-    ["masks", "stacking"],
+    ["masks", "stacking", "arithmetic", "allocation", "starts"],
     ["describe"],
     ["models"],
     ["data"],
@@ -46,6 +46,12 @@ def part(dotted: str) -> str | None:
     """`lora_jax.models.llama` belongs to `models`; None for other packages."""
     first, _, rest = dotted.partition(".")
     return rest.partition(".")[0] if first == "lora_jax" and rest else None
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_private_module_is_imported(module):
+    parts = {part for name in imported(module) for part in name.split(".")}
+    assert not {part for part in parts if part.startswith("_") and not part.startswith("__")}
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -11,7 +11,8 @@ README = Path(__file__).parents[1] / "README.md"
 @pytest.mark.mixed_dtypes
 def test_blocks_run_in_order(capsys):
     blocks = re.findall(r"<!-- test: (.+?) -->\n```python\n(.*?)```", README.read_text(), re.S)
-    assert [name for name, _ in blocks] == ["custom step", "targets", "sweep", "rows"]
+    names = ["custom step", "targets", "methods", "sweep", "rows", "flax"]
+    assert [name for name, _ in blocks] == names
     assert README.read_text().count("```python") == len(blocks)
     scope: dict = {}
     for name, code in blocks:
@@ -19,4 +20,5 @@ def test_blocks_run_in_order(capsys):
     assert "trainable params: 16,384" in capsys.readouterr().out
     assert scope["value"] < 5.0
     assert scope["losses"].shape == (3,)
-    assert scope["logits"].shape == (4, 33, 320)
+    assert scope["weights"]["embed"].shape == (320, 64)
+    assert scope["logits"].shape == (2, 6, 100)

@@ -11,12 +11,21 @@ from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from lora_jax.layouts import Layout
-from lora_jax.targets import is_matrix_name
-from lora_jax.weights import Adapted, Shared, Weight, dense
+from lora_jax.weights import Adapted, Shared, Weight, dense, is_shared
 
 AnyWeight = jax.Array | Weight
+
+
+def require_shape(path: str, made_for: tuple[int, ...], base: AnyWeight) -> None:
+    """Raises ValueError unless `base` has the shape that a node at `path` was made for."""
+    if tuple(made_for) != tuple(base.shape):
+        raise ValueError(
+            f"{path}: the delta was made for a weight of shape {tuple(made_for)}, the base has "
+            f"{tuple(base.shape)}. Bind the delta to the base that it was made for."
+        )
 
 
 class DeltaNode(abc.ABC):
@@ -76,6 +85,23 @@ class DeltaNode(abc.ABC):
             )
         return self
 
+    def partition(self, spec: PartitionSpec) -> Self:
+        """The same tree with the partition spec of each leaf, for a weight `[stack..., d_in,
+        d_out]` that is split by `spec`. Raises ValueError where a block of the weight does not
+        tell its own output."""
+        *stack, d_in, d_out = spec
+        if d_in is not None or d_out is not None:
+            raise ValueError(
+                f"{type(self).__name__} needs whole matrices: split none of the matrix's own axes."
+            )
+        return self._partitioned(PartitionSpec(*stack))
+
+    def _partitioned(self, spec: PartitionSpec) -> Self:
+        def split(leaf):
+            return Shared(PartitionSpec()) if is_shared(leaf) else spec
+
+        return jax.tree.map(split, self, is_leaf=is_shared)
+
     def resolve(self, extras: Mapping[str, "Extra"]) -> Self:
         """The node with what it shares with others, stored once at the delta's root, filled in."""
         del extras
@@ -130,7 +156,14 @@ class Extra(DeltaNode):
     """
 
     in_weights: ClassVar[bool] = True
-    stack_ndim = 0
+
+    @property
+    def stack_ndim(self) -> int:
+        return 0
+
+    def bound(self) -> "Extra":
+        """What the model reads in this entry's place."""
+        return self
 
     def linear(self, x, base, dropout_key):
         raise ValueError(f"{type(self).__name__} is not a weight: no activation is applied to it.")
@@ -148,9 +181,16 @@ class Method(abc.ABC):
 
     needs_matrix: ClassVar[bool] = True  # whether only leaves of two axes or more are adapted
 
-    def accepts(self, path: str, weight: AnyWeight) -> bool:
-        """Whether the leaf at `path` is one that this method can adapt."""
-        return not self.needs_matrix or (weight.ndim >= 2 and is_matrix_name(path))
+    def accepts(self, path: str, weight: AnyWeight, layout: Layout | None) -> bool:
+        """Whether the leaf at `path` is one that this method can adapt; `layout` is None for one
+        that is no matrix."""
+        del path, weight
+        return not self.needs_matrix or layout is not None
+
+    def at(self, path: str) -> "Method":
+        """The method of one path; what `fresh` and `corrected` are asked of."""
+        del path
+        return self
 
     @abc.abstractmethod
     def fresh(self, weight: AnyWeight, *, layout: Layout, key: jax.Array) -> DeltaNode | None:
@@ -168,13 +208,16 @@ class Method(abc.ABC):
         del node
         return weight
 
-    def extras(self, weights: Mapping[str, AnyWeight], *, key: jax.Array) -> dict[str, Extra]:
+    def extras(
+        self, weights: Mapping[str, AnyWeight], *, layouts: Mapping[str, Layout], key: jax.Array
+    ) -> dict[str, Extra]:
         """Further entries `{path: Extra}` of the delta: what the nodes of this method share, or
         parameters that a model reads by itself.
 
         Args:
           weights: `{path: weight}` of all that this method was targeted at.
+          layouts: their axes, by path.
           key: the key that `lora_transform` was given.
         """
-        del weights, key
+        del weights, layouts, key
         return {}

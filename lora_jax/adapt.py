@@ -1,0 +1,174 @@
+"""The function transform for models that know nothing of us."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax import paths
+from lora_jax.layouts import Layout
+from lora_jax.tracing import plain
+from lora_jax.tracing.axes import Axes
+from lora_jax.tracing.interpreter import evaluate
+from lora_jax.tracing.lazy import Lazy
+from lora_jax.tracing.probe import Probe, Use, layout_of
+from lora_jax.tracing.tracked import RefusedError, is_tracked
+from lora_jax.weights import PyTree, is_weight
+
+
+def adapt(fn: Callable) -> Callable:
+    """`fn`, unchanged, for weights of any type where it took arrays: `adapt(fn)(bind(base, delta),
+    *args)` is `fn(merge(base, delta), *args)`, in value and in the gradient of the delta.
+
+    `fn` is traced, and its jaxpr evaluated with adapted and quantised weights in place; the dense
+    adapted weight is never built. Where no argument holds such a weight, it is `fn` itself. What
+    becomes of a weight, by what the program does with it:
+
+    =====================================================  ===========
+    einsum, matmul: contracted with an activation          applied
+    batched einsum over stacked weights (experts)          applied
+    lookup of rows, slices of rows                         applied
+    tied table: rows, and its transpose as output head     applied
+    transpose, swapaxes, moveaxis                          followed
+    reshape within one side of the matrix                  followed
+    cast, stop_gradient, copies, barriers, constraints     followed
+    one layer of a stack: index, slice, dynamic index      followed
+    jit                                                    walked into
+    checkpoint                                             walked into
+    scan over stacked weights                              walked into
+    while_loop, fori_loop                                  walked into
+    cond, switch                                           walked into
+    vmap over stacked weights                              walked into
+    shard_map                                              walked into
+    custom_jvp, custom_vjp that take a weight              walked into
+    pallas_call, custom_vjp and others without a weight    as they are
+    pallas_call that takes a weight                        ValueError
+    convolution with a weight                              ValueError
+    elementwise product, sum or norm of a weight           ValueError
+    reshape that mixes both sides of the matrix            ValueError
+    product of two weights                                 ValueError
+    =====================================================  ===========
+
+    It composes with jit, grad, vmap, checkpoint, scan, shard_map, pmap, eval_shape and itself. A
+    custom gradient of a function that takes a weight is kept, in reverse mode, and gives the dense
+    weight a gradient, as it does in `fn`. Forward mode passes wherever the delta's own rule has it
+    (LoRA's product with B has none). A sharding constraint on a weight is dropped: shard the base.
+
+    Args:
+      fn: any function of pytrees. Leaves that are no arrays (numbers, strings, functions) are
+        passed on as they are.
+
+    Returns:
+      A function with the same signature.
+
+    Raises:
+      ValueError: from the call, where the program would build a dense weight or contracts other
+        axes than its delta was made for; names the path, the primitive, the line and the ways out.
+    """
+
+    def adapted(*args, **kwargs):
+        leaves = paths.flatten((args, kwargs), is_leaf=is_weight)
+        if not any(is_weight(leaf) for leaf in leaves.values()):
+            return fn(*args, **kwargs)
+        operands = [
+            Lazy.of_leaf(_in_argument(path), leaf) if is_weight(leaf) else leaf
+            for path, leaf in leaves.items()
+        ]
+        program = _trace(fn, (args, kwargs), operands)
+        try:
+            results = evaluate(program.jaxpr, program.operands)
+        except RefusedError as error:
+            raise ValueError(error.message()) from error
+        untouched = dict(zip(map(id, operands), leaves.values(), strict=True))
+        return program.structure.unflatten([_returned(r, untouched) for r in results])
+
+    return adapted
+
+
+def infer_layouts(fn: Callable, params: PyTree, *args, **kwargs) -> dict[str, Layout | None]:
+    """How `fn(params, *args, **kwargs)` uses each floating-point leaf of `params`.
+
+    `fn` is traced, never run: arrays and `jax.ShapeDtypeStruct`s serve alike.
+
+    Returns:
+      `{path: Layout}` for `lora_transform(..., layouts=...)`: which axes of a leaf are contracted
+      with an activation, which ones it gains, and which are stacked (scanned, mapped or indexed
+      over). A table that is read both by rows and by its transpose gets the layout of the rows.
+      None for a leaf that nothing is contracted with: a norm's scale, a bias, a convolution.
+
+    Raises:
+      ValueError: for a leaf that is used as two different matrices.
+    """
+    uses: dict[str, list[Use]] = {}
+
+    def note(path, use):
+        uses.setdefault(path, []).append(use)
+
+    def watched(path, leaf):
+        if not (_is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)):
+            return leaf
+        uses[path] = []
+        return Probe(plain.shapes(leaf), path, Axes.of_leaf(leaf.shape), note)
+
+    leaves = paths.flatten(params, is_leaf=is_weight)
+    others = jax.tree.leaves((args, kwargs), is_leaf=is_weight)
+    probes = [watched(path, leaf) for path, leaf in leaves.items()]
+    program = _trace(fn, ((params, *args), kwargs), [*probes, *map(_abstract, others)])
+    jax.eval_shape(functools.partial(evaluate, program.jaxpr), program.operands)
+    return {path: layout_of(path, leaves[path].shape, found) for path, found in uses.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Program:
+    """A traced call: its jaxpr, the operands that it takes, the structure of its results."""
+
+    jaxpr: Any
+    operands: list[Any]
+    structure: Any
+
+
+def _trace(fn: Callable, call: Any, operands: list[Any]) -> _Program:
+    """`fn(*args, **kwargs)` for `call = (args, kwargs)` with `operands` for its leaves. What is no
+    array (a Python number, a string, a function) is passed on as it is."""
+    treedef = jax.tree.structure(call, is_leaf=is_weight)
+    given = {i: value for i, value in enumerate(operands) if is_tracked(value) or _is_array(value)}
+    structure: Any = None
+
+    def flat(*arrays):
+        nonlocal structure
+        values = dict(zip(given, arrays, strict=True))
+        args, kwargs = treedef.unflatten([values.get(i, v) for i, v in enumerate(operands)])
+        results, structure = jax.tree.flatten(fn(*args, **kwargs))
+        return results
+
+    jaxpr = jax.make_jaxpr(flat)(
+        *(plain.shapes(value) if is_tracked(value) else value for value in given.values())
+    )
+    return _Program(jaxpr, list(given.values()), structure)
+
+
+def _is_array(value: Any) -> bool:
+    return hasattr(value, "shape") and hasattr(value, "dtype")
+
+
+def _abstract(value: Any) -> Any:
+    return plain.shapes(value) if _is_array(value) else value
+
+
+def _in_argument(path: str) -> str:
+    """`0/0/params/kernel`, a leaf of the first argument, as its user knows it: `params/kernel`."""
+    return path.split("/", 2)[-1]
+
+
+def _returned(result: Any, untouched: dict[int, Any]) -> Any:
+    if not is_tracked(result):
+        return result
+    if id(result) not in untouched:
+        raise ValueError(
+            f"{result.path}: the function returns this weight in another form than it was given. "
+            "Return what the function computes; the weights are at hand outside."
+        )
+    return untouched[id(result)]

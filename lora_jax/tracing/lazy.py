@@ -1,0 +1,233 @@
+"""A weight that is applied, and never built, wherever the program puts its axes."""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from lora_jax.layouts import Layout
+from lora_jax.tracing.applying import arranged, as_traced, cast, over_stack
+from lora_jax.tracing.axes import Atom, Axes
+from lora_jax.tracing.tracked import Lookup, Product, RefusedError, Tracked
+from lora_jax.weights import Adapted, Weight, as_matrix, dense, embed, is_shared, linear, transpose
+
+# The ways out, for the path of an adapted weight and of one that is only quantised.
+ADAPTED = (
+    "Leave this path out ({{{path!r}: None, ...}} in lora_transform's mapping of targets), or run "
+    "fn(merge(base, delta), ...) inside the loss, which builds the dense weights."
+)
+FROZEN = "Leave {path!r} out of quantize's targets, or run fn on dequantize(params)."
+INFER = (
+    "Give lora_transform the axes as the program uses them: layouts=infer_layouts(fn, params, "
+    "*args). "
+)
+
+
+@flax.struct.dataclass
+class Lazy(Tracked):
+    """A weight `[stack..., d_in, d_out]` and the form in which the program holds it now.
+
+    Every array in `weight` leads with the stack axes that `axes` still has, in the leaf's order.
+    """
+
+    weight: Any
+    path: str = flax.struct.field(pytree_node=False)
+    axes: Axes = flax.struct.field(pytree_node=False)
+    dtype: Any = flax.struct.field(pytree_node=False)
+    layout: Layout = flax.struct.field(pytree_node=False)
+
+    @classmethod
+    def of_leaf(cls, path: str, weight: Weight) -> "Lazy":
+        return cls(
+            weight=as_matrix(weight, weight.layout),
+            path=path,
+            axes=Axes.of_leaf(weight.shape),
+            dtype=jnp.dtype(weight.dtype),
+            layout=weight.layout,
+        )
+
+    def stack(self) -> list[Atom]:
+        named = (*self.layout.contracted, *self.layout.output)
+        return sorted(atom for atom in self.axes.all() if atom.axis not in named)
+
+    def side(self, axes: Sequence[int]) -> list[Atom]:
+        """The atoms of the contracted or of the output axes, in the order of the matrix."""
+        ours = [atom for atom in self.axes.all() if atom.axis in axes]
+        return sorted(ours, key=lambda atom: (axes.index(atom.axis), atom.part))
+
+    def sides(self) -> tuple[list[Atom], list[Atom]]:
+        return self.side(self.layout.contracted), self.side(self.layout.output)
+
+    def moved(self, axes: Axes, move: Callable) -> "Lazy":
+        new = dataclasses.replace(self, axes=axes)
+        d_in, d_out = new.sides()
+        for atoms in axes.atoms:
+            if not any(set(atoms) <= set(group) for group in (d_in, d_out, new.stack())):
+                self._refuse("mixes the axes of its matrix")
+        old, stack = ([atom.size for atom in lazy.stack()] for lazy in (self, new))
+        if old == stack:
+            return new
+        return new._each_stacked(lambda leaf: leaf.reshape(*stack, *leaf.shape[len(old) :]))
+
+    def cast(self, dtype: Any) -> "Lazy":
+        return dataclasses.replace(self, weight=cast(self.weight, dtype), dtype=jnp.dtype(dtype))
+
+    def each(self, change: Callable) -> "Lazy":
+        return dataclasses.replace(self, weight=jax.tree.map(change, self.weight))
+
+    def window(self, axis: int, start: Any, size: int, stride: int) -> "Lazy | jax.Array":
+        atoms, stack = self.axes.atoms[axis], self.stack()
+        if len(atoms) == 1 and atoms[0] in stack:
+            place = stack.index(atoms[0])
+            axes = self.axes.replaced(axis, (dataclasses.replace(atoms[0], size=size),))
+            picked = start + stride * jnp.arange(size)
+            return dataclasses.replace(self, axes=axes)._each_stacked(
+                lambda leaf: jnp.take(leaf, picked, axis=place, mode="clip")
+            )
+        others = [i for i in range(len(self.shape)) if i != axis]
+        start = jnp.clip(start, 0, self.shape[axis] - 1 - stride * (size - 1))
+        lookup = Lookup(axis, tuple(range(1, len(self.shape))))
+        rows = self.rows(start + stride * jnp.arange(size), lookup)
+        return arranged(rows, [axis, *others], list(range(rows.ndim)))
+
+    def scanned(self) -> tuple[Any, Callable]:
+        atoms, stack = self.axes.atoms[0], self.stack()
+        if len(atoms) != 1 or atoms[0] not in stack:
+            self._contradict("slices it along an axis that is not stacked")
+        place = stack.index(atoms[0])
+        leaves, treedef = jax.tree.flatten(self.weight, is_leaf=is_shared)
+        slices = [None if is_shared(leaf) else jnp.moveaxis(leaf, place, 0) for leaf in leaves]
+        inner = self.axes.without((0,))
+
+        def layer(sliced):
+            pairs = zip(leaves, sliced, strict=True)
+            weight = treedef.unflatten([w if s is None else s for w, s in pairs])
+            return dataclasses.replace(self, weight=weight, axes=inner)
+
+        return slices, layer
+
+    def sharded(self, spec: Sequence[Any], blocks: Callable) -> tuple[Any, Any, Callable]:
+        entries = dict(zip(self.axes.atoms, spec, strict=True))
+        stack = [entries.get((atom,)) for atom in self.stack()]
+        matrix = [entries.get(tuple(side[:1])) for side in self.sides()]
+        split = sum(entry is not None for entry in spec)
+        if split != sum(entry is not None for entry in (*stack, *matrix)):
+            self._contradict("splits an axis that is not the first on its side of the matrix")
+        specs = self._explained(lambda: self.weight.partition(PartitionSpec(*stack, *matrix)))
+        axes = self.axes.resized(lambda axis, atom: atom.size // blocks(spec[axis]))
+        return self.weight, specs, lambda block: dataclasses.replace(self, weight=block, axes=axes)
+
+    def contract(self, x: jax.Array, product: Product) -> jax.Array:
+        contracted, batch = (
+            self.axes.chosen(axes) for axes in (product.w_contracted, product.w_batch)
+        )
+        (d_in, d_out), stack = self.sides(), self.stack()
+        forward = _same(contracted, d_in)
+        if not forward:
+            d_in, d_out = d_out, d_in
+        if not _same(contracted, d_in) or not set(batch) <= set(stack):
+            self._contradict(f"contracts the axes {product.w_contracted} of its form {self.shape}")
+        meets = dict(zip(product.x_contracted, product.w_contracted, strict=True))
+        meets |= dict(zip(product.x_batch, product.w_batch, strict=True))
+        x_labels = [self.axes.atoms[meets[i]] if i in meets else (i,) for i in range(x.ndim)]
+        free = [i for i in range(x.ndim) if i not in meets]
+        along = [atom in batch for atom in stack]
+
+        labels = [label for group in x_labels for label in group]
+        sizes = [label.size if isinstance(label, Atom) else x.shape[label] for label in labels]
+        batched = [atom for atom in stack if atom in batch]
+        rows = arranged(x.reshape(sizes), labels, [*batched, *free, *_in(labels, d_in)])
+        rows = rows.reshape(*rows.shape[: len(batched) + len(free)], _size(d_in))
+
+        def apply(weight, rows):
+            return linear(rows, weight if forward else transpose(weight))
+
+        weight = as_traced(self.weight, x.dtype, product.precision, product.dtype)
+        with _precision(product.precision):
+            y = self._explained(
+                lambda: over_stack(apply, weight, rows.astype(product.dtype), along)
+            )
+        y = y.astype(product.dtype).reshape(*y.shape[:-1], *(atom.size for atom in d_out))
+        labels = [*stack, *free, *d_out]
+        ours = _in(labels, self.axes.without((*product.w_contracted, *product.w_batch)).all())
+        wanted = [*batch, *ours, *free] if product.w_first else [*batch, *free, *ours]
+        return arranged(y, labels, wanted).reshape(product.shape)
+
+    def rows(self, ids: jax.Array, lookup: Lookup) -> jax.Array:
+        (d_in, d_out), stack = self.sides(), self.stack()
+        looked = self.axes.atoms[lookup.axis]
+        forward = _same(looked, d_in)
+        if not forward:
+            d_in, d_out = d_out, d_in
+        if not _same(looked, d_in) or _size(stack) > 1:
+            self._contradict(f"looks up entries along axis {lookup.axis} of its form {self.shape}")
+
+        def apply(weight, ids):
+            return embed(ids, weight if forward else transpose(weight))
+
+        y = self._explained(lambda: over_stack(apply, self.weight, ids, [False] * len(stack)))
+        y = y.astype(self.dtype).reshape(*y.shape[:-1], *(atom.size for atom in d_out))
+        others = self.axes.without((lookup.axis,))
+        y = arranged(y, [*stack, *range(ids.ndim), *d_out], [*range(ids.ndim), *others.all()])
+        y = y.reshape(*ids.shape, *others.shape)
+        places = range(ids.ndim, y.ndim)
+        return jnp.moveaxis(y, places, lookup.offset_dims)
+
+    def read(self, primitive: str) -> NoReturn:
+        self._refuse("would build the dense weight")
+
+    def dense(self) -> jax.Array:
+        stack, (d_in, d_out) = self.stack(), self.sides()
+        matrix = dense(self.weight)
+        atoms = [*stack, *d_in, *d_out]
+        entries = matrix.astype(self.dtype).reshape([atom.size for atom in atoms])
+        return arranged(entries, atoms, self.axes.all()).reshape(self.shape)
+
+    def _each_stacked(self, change: Callable) -> "Lazy":
+        def changed(leaf):
+            return leaf if is_shared(leaf) else change(leaf)
+
+        return dataclasses.replace(
+            self, weight=jax.tree.map(changed, self.weight, is_leaf=is_shared)
+        )
+
+    def _explained(self, make: Callable) -> Any:
+        try:
+            return make()
+        except ValueError as error:
+            raise RefusedError(self.path, str(error), "") from error
+
+    def _refuse(self, reason: str, first: str = "") -> NoReturn:
+        ways_out = ADAPTED if isinstance(self.weight, Adapted) else FROZEN
+        raise RefusedError(self.path, reason, first + ways_out.format(path=self.path))
+
+    def _contradict(self, reason: str) -> NoReturn:
+        if self.layout == Layout():
+            self._refuse(f"{reason}, but it was adapted as a stack of matrices", INFER)
+        self._refuse(f"{reason}, but it was adapted as {self.layout}")
+
+
+def _same(ours: Sequence[Atom], theirs: Sequence[Atom]) -> bool:
+    return {a for a in ours if a.size > 1} == {a for a in theirs if a.size > 1}
+
+
+def _size(atoms: Sequence[Atom]) -> int:
+    return math.prod(atom.size for atom in atoms)
+
+
+def _in(labels: Sequence[Any], atoms: Sequence[Atom]) -> list[Atom]:
+    # Atoms of size 1 may have been dropped by a reshape.
+    return [atom for atom in atoms if atom in labels]
+
+
+def _precision(precision: Any) -> Any:
+    """The program's precision of a product, for the products of an adapter too."""
+    if isinstance(precision, tuple) and isinstance(precision[0], jax.lax.Precision):
+        return jax.default_matmul_precision(precision[0].name.lower())
+    return contextlib.nullcontext()

@@ -1,0 +1,128 @@
+"""A plain array that notes which of its leaf's axes a program contracts, stacks or gains."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from lora_jax.layouts import Layout
+from lora_jax.tracing.axes import Atom, Axes
+from lora_jax.tracing.tracked import Lookup, Product, Tracked
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One product or lookup of a leaf, in its own axes.
+
+    Attributes:
+      contracted, output: atoms of the leaf; its other axes are stacked here.
+      lookup: whether it was an embedding's lookup.
+    """
+
+    contracted: tuple[Atom, ...]
+    output: tuple[Atom, ...]
+    lookup: bool
+
+
+@flax.struct.dataclass
+class Probe(Tracked):
+    """The array itself; `note(path, use)` is told of each use."""
+
+    value: jax.Array
+    path: str = flax.struct.field(pytree_node=False)
+    axes: Axes = flax.struct.field(pytree_node=False)
+    note: Callable[[str, Use], None] = flax.struct.field(pytree_node=False)
+
+    @property
+    def dtype(self) -> Any:
+        return self.value.dtype
+
+    def moved(self, axes: Axes, move: Callable) -> "Probe":
+        return dataclasses.replace(self, value=move(self.value), axes=axes)
+
+    def cast(self, dtype: Any) -> "Probe":
+        return dataclasses.replace(self, value=self.value.astype(dtype))
+
+    def each(self, change: Callable) -> "Probe":
+        return dataclasses.replace(self, value=change(self.value))
+
+    def window(self, axis: int, start: Any, size: int, stride: int) -> "Probe":
+        picked = jnp.clip(start + stride * jnp.arange(size), 0, self.shape[axis] - 1)
+        return dataclasses.replace(
+            self,
+            value=jnp.take(self.value, picked, axis=axis),
+            axes=self.axes.resized(lambda i, atom: size if i == axis else atom.size),
+        )
+
+    def scanned(self) -> tuple[Any, Callable]:
+        inner = self.axes.without((0,))
+        return self.value, lambda value: dataclasses.replace(self, value=value, axes=inner)
+
+    def sharded(self, spec: Sequence[Any], blocks: Callable) -> tuple[Any, Any, Callable]:
+        axes = self.axes.resized(lambda axis, atom: atom.size // blocks(spec[axis]))
+        return (
+            self.value,
+            jax.sharding.PartitionSpec(*spec),
+            lambda value: dataclasses.replace(self, value=value, axes=axes),
+        )
+
+    def contract(self, x: jax.Array, product: Product) -> jax.Array:
+        gained = self.axes.without((*product.w_contracted, *product.w_batch))
+        self._note(self.axes.chosen(product.w_contracted), gained.all(), lookup=False)
+        return product.of_arrays(x, self.value)
+
+    def rows(self, ids: jax.Array, lookup: Lookup) -> jax.Array:
+        gained = self.axes.without((lookup.axis,))
+        self._note(self.axes.atoms[lookup.axis], gained.all(), lookup=True)
+        rows = jnp.take(self.value, ids, axis=lookup.axis)
+        places = [lookup.axis + i for i in range(ids.ndim)]
+        rows = jnp.moveaxis(rows, places, range(ids.ndim))
+        return jnp.moveaxis(rows, range(ids.ndim, rows.ndim), lookup.offset_dims)
+
+    def read(self, primitive: str) -> jax.Array:
+        del primitive
+        return self.value
+
+    def dense(self) -> jax.Array:
+        return self.value
+
+    def _note(self, contracted: Sequence[Atom], output: Sequence[Atom], *, lookup: bool) -> None:
+        self.note(self.path, Use(tuple(contracted), tuple(output), lookup))
+
+
+def layout_of(path: str, shape: tuple[int, ...], uses: Sequence[Use]) -> Layout | None:
+    """The one layout that serves all uses of a leaf; None where nothing is contracted with it.
+
+    Raises:
+      ValueError: where two uses factor the leaf in different ways.
+    """
+    lookups_first = sorted(uses, key=lambda use: not use.lookup)
+    roles = [pair for use in lookups_first if (pair := _roles(path, shape, use))]
+    if not roles:
+        return None
+    contracted, output = roles[0]
+    for other in roles:
+        if other not in ((contracted, output), (output, contracted)):
+            raise ValueError(
+                f"{path}, of shape {tuple(shape)}, is used as two different matrices: "
+                f"{Layout(contracted, output)} and {Layout(other[0], other[1])}. No factors serve "
+                "both: leave the path out."
+            )
+    return Layout(contracted, output, gathered=any(use.lookup for use in uses))
+
+
+def _roles(path: str, shape: tuple[int, ...], use: Use) -> tuple[tuple[int, ...], ...] | None:
+    """The leaf's contracted and output axes in one use; None where one side has none."""
+    contracted, output = ({atom.axis for atom in atoms} for atoms in (use.contracted, use.output))
+    if both := contracted & output:
+        raise ValueError(
+            f"{path}, of shape {tuple(shape)}, has an axis ({', '.join(map(str, sorted(both)))}) "
+            "of which one part is contracted and another is not. No factors serve that: leave the "
+            "path out."
+        )
+    if not (contracted and output):
+        return None
+    return tuple(sorted(contracted)), tuple(sorted(output))

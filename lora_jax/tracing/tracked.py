@@ -1,0 +1,144 @@
+"""What stands for a leaf of the user's tree while a jaxpr is evaluated."""
+
+import abc
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import jax
+
+from lora_jax.tracing.axes import Axes
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A `dot_general` of a tracked value with an array `x`.
+
+    Attributes:
+      w_contracted: the axes of the tracked value that are summed over; `x_contracted` are those of
+        `x` that they meet.
+      w_batch: the axes of the tracked value that run along with `x_batch`.
+      w_first: whether the tracked value is the left operand.
+      precision: the `precision` parameter.
+      dtype: of the result.
+      shape: of the result.
+    """
+
+    w_contracted: tuple[int, ...]
+    x_contracted: tuple[int, ...]
+    w_batch: tuple[int, ...]
+    x_batch: tuple[int, ...]
+    w_first: bool
+    precision: Any
+    dtype: Any
+    shape: tuple[int, ...]
+
+    def of_arrays(self, x: jax.Array, w: jax.Array) -> jax.Array:
+        ours = (self.w_contracted, self.w_batch), (self.x_contracted, self.x_batch)
+        (left, left_batch), (right, right_batch) = ours if self.w_first else ours[::-1]
+        return jax.lax.dot_general(
+            *((w, x) if self.w_first else (x, w)),
+            ((left, right), (left_batch, right_batch)),
+            precision=self.precision,
+            preferred_element_type=self.dtype,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Lookup:
+    """A `gather` of whole slices of a tracked value along one axis, by integer `ids`.
+
+    Attributes:
+      axis: the axis of the tracked value that the ids index.
+      offset_dims: the axes of the result that the other axes of the tracked value become.
+    """
+
+    axis: int
+    offset_dims: tuple[int, ...]
+
+
+class RefusedError(Exception):
+    """A leaf is used in a way that what stands for it does not allow.
+
+    Attributes:
+      path: of the leaf.
+      reason: what the program did with it.
+      advice: the ways out.
+      primitive, line: what read it and where, filled in on the way out of the walk.
+    """
+
+    primitive: str | None = None
+    line: str | None = None
+
+    def __init__(self, path: str, reason: str, advice: str):
+        super().__init__(path, reason, advice)
+        self.path, self.reason, self.advice = path, reason, advice
+
+    def message(self) -> str:
+        where = f"{self.primitive}, at {self.line or 'an unknown line'},"
+        return f"{self.path}: {where} {self.reason}. {self.advice}".rstrip()
+
+
+class Tracked(abc.ABC):
+    """A leaf in its present form. Subclasses are `flax.struct.dataclass`es with static fields
+    `path` (of the leaf), `axes` (where its axes are now) and `dtype` (what it was cast to)."""
+
+    path: str
+    axes: Axes
+    dtype: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.axes.shape
+
+    @abc.abstractmethod
+    def moved(self, axes: Axes, move: Callable[[jax.Array], jax.Array]) -> Self:
+        """The same entries in the form of `axes`, which `move` makes of a plain array."""
+
+    @abc.abstractmethod
+    def cast(self, dtype: Any) -> Self:
+        """The same values in another dtype."""
+
+    @abc.abstractmethod
+    def each(self, change: Callable[[jax.Array], jax.Array]) -> Self:
+        """With `change`, which keeps values and shapes, applied to every array inside."""
+
+    @abc.abstractmethod
+    def window(self, axis: int, start: Any, size: int, stride: int) -> "Self | jax.Array":
+        """`size` entries along one axis; the axis stays, even at size 1."""
+
+    @abc.abstractmethod
+    def scanned(self) -> tuple[Any, Callable[[Any], "Self | jax.Array"]]:
+        """What a scan slices along its leading axis, and what makes one layer of a slice."""
+
+    @abc.abstractmethod
+    def sharded(
+        self, spec: Sequence[Any], blocks: Callable[[Any], int]
+    ) -> tuple[Any, Any, Callable[[Any], Self]]:
+        """What a shard_map takes for this, its partition specs, and what makes one device's block.
+
+        Args:
+          spec: for each axis, the mesh axes that it is split over, or None.
+          blocks: the number of blocks that an entry of `spec` means.
+        """
+
+    @abc.abstractmethod
+    def contract(self, x: jax.Array, product: Product) -> jax.Array:
+        """The product's result."""
+
+    @abc.abstractmethod
+    def rows(self, ids: jax.Array, lookup: Lookup) -> jax.Array:
+        """The lookup's result."""
+
+    @abc.abstractmethod
+    def read(self, primitive: str) -> jax.Array:
+        """The plain array, for a primitive that has no rule. Raises RefusedError where that must
+        not be built."""
+
+    @abc.abstractmethod
+    def dense(self) -> jax.Array:
+        """The plain array in its present form; builds it."""
+
+
+def is_tracked(value: Any) -> bool:
+    return isinstance(value, Tracked)

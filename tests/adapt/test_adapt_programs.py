@@ -1,0 +1,97 @@
+"""Each line of `adapt`'s table is true."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import assert_close, moved
+from programs import FOLLOWED, REFUSED, Program
+
+import lora_jax as lora
+
+METHOD = lora.LoRA(rank=2, alpha=4.0)
+BFLOAT16 = {"cast, stop_gradient, copies, barriers, constraints": 0}
+
+
+def adapted(program: Program):
+    layouts = lora.infer_layouts(program.run, program.params, *program.args)
+    layouts = {path: layout for path, layout in layouts.items() if layout}
+    base, delta = lora.lora_transform(
+        program.params, METHOD, targets=".*", key=jax.random.key(0), layouts=layouts
+    )
+    return base, moved(delta)
+
+
+def loss_and_gradient(run, weigh, base, delta, args):
+    """A loss that tells all results apart, its gradient for the delta and, where it has one, for
+    the last argument."""
+    x = args[-1]
+    floating = jnp.issubdtype(x.dtype, jnp.floating)
+
+    def loss(delta, x):
+        results = run(weigh(base, delta), *args[:-1], x)
+        return jnp.sum(jnp.sin(results)), results
+
+    which = (0, 1) if floating else 0
+    grads, results = jax.jit(jax.grad(loss, which, has_aux=True))(delta, x)
+    return results, [grads[0], grads[1]] if floating else [grads]
+
+
+def trained(grads):
+    (of_delta, *others) = grads
+    mask = lora.trainable_mask(of_delta)
+    return [jax.tree.map(lambda g, t: g if t else 0 * g, of_delta, mask), *others]
+
+
+CASES = [(name, i) for name, programs in FOLLOWED.items() for i in range(len(programs))]
+
+
+@pytest.mark.parametrize(("name", "i"), CASES)
+def test_it_is_the_merged_function(name, i):
+    program = FOLLOWED[name][i]
+    base, delta = adapted(program)
+    ours = loss_and_gradient(lora.adapt(program.run), lora.bind, base, delta, program.args)
+    theirs = loss_and_gradient(program.run, lora.merge, base, delta, program.args)
+    loose = BFLOAT16.get(name) == i
+    tolerance = {"rtol": 0.1, "atol": 0.02} if loose else {"rtol": 2e-5, "atol": 3e-6}
+    assert_close(ours[0], theirs[0], **tolerance)
+    assert_close(trained(ours[1]), trained(theirs[1]), **tolerance)
+
+
+REFUSALS = [
+    (name, i, primitive)
+    for name, programs in REFUSED.items()
+    for i, (primitive, _) in enumerate(programs)
+]
+
+
+@pytest.mark.parametrize(("name", "i", "primitive"), REFUSALS)
+def test_it_refuses(name, i, primitive):
+    _, program = REFUSED[name][i]
+    base, delta = lora.lora_transform(program.params, METHOD, targets=".*", key=jax.random.key(0))
+    with pytest.raises(ValueError, match=rf"^w: {primitive}, at .*programs\.py:\d+, ") as error:
+        jax.eval_shape(lora.adapt(program.run), lora.bind(base, delta), *program.args)
+    assert "{'w': None, ...}" in str(error.value) and "fn(merge(base, delta)" in str(error.value)
+
+
+def test_the_table_in_the_docstring_is_what_was_run():
+    table = re.search(r"(?:=+ +=+\n)(.*?)(?: *=+ +=+)", lora.adapt.__doc__, re.DOTALL)[1]
+    lines = [re.split(r"  +", line.strip()) for line in table.strip().splitlines()]
+    outcomes = {"applied": FOLLOWED, "followed": FOLLOWED, "walked into": FOLLOWED}
+    outcomes |= {"as they are": FOLLOWED, "ValueError": REFUSED}
+    assert [name for name, _ in lines] == [*FOLLOWED, *REFUSED]
+    assert all(name in outcomes[outcome] for name, outcome in lines)
+
+
+def test_out_of_bounds_lookups_are_those_of_the_program():
+    ids = np.array([-10, -1, 9, 12], np.int32)
+    for mode in ("fill", "clip"):
+
+        def run(params, ids, mode=mode):
+            return jnp.take(params["w"], ids, axis=0, mode=mode)
+
+        base, delta = adapted(FOLLOWED["lookup of rows, slices of rows"][0])
+        ours = lora.adapt(run)(lora.bind(base, delta), ids)
+        np.testing.assert_allclose(ours, run(lora.merge(base, delta), ids), rtol=1e-5, atol=1e-6)
