@@ -6,6 +6,8 @@ from lora_jax.allocation import allocate_ranks as allocate_ranks
 from lora_jax.allocation import gradient_importance as gradient_importance
 from lora_jax.allocation import input_covariances as input_covariances
 from lora_jax.allocation import input_importance as input_importance
+from lora_jax.arithmetic import combine as combine
+from lora_jax.arithmetic import extract as extract
 from lora_jax.describe import Description as Description
 from lora_jax.describe import describe as describe
 from lora_jax.layouts import Layout as Layout
@@ -25,6 +27,9 @@ from lora_jax.methods import Prompt as Prompt
 from lora_jax.methods import VeRA as VeRA
 from lora_jax.methods import allocate_budget as allocate_budget
 from lora_jax.methods import orthogonality as orthogonality
+from lora_jax.quant import NF4 as NF4
+from lora_jax.quant import dequantize as dequantize
+from lora_jax.quant import quantize as quantize
 from lora_jax.stacking import stack as stack
 from lora_jax.stacking import unstack as unstack
 from lora_jax.starts import as_plain_lora as as_plain_lora

@@ -61,7 +61,8 @@ def lora_transform(
     nodes: dict[str, DeltaNode] = {}
     by_method: dict[Method, dict[str, Any]] = {}
     for match in match_rules(flat, rules, layouts):
-        weight, layout = flat[match.path], layouts.get(match.path) or Layout()
+        weight = flat[match.path]
+        layout = layouts.get(match.path) or (weight.layout if is_weight(weight) else Layout())
         _require_float(match.path, weight)
         by_method.setdefault(match.method, {})[match.path] = weight
         method_here = match.method.at(match.path)
@@ -127,16 +128,22 @@ def bind(
     return weights
 
 
-def merge(base: PyTree, delta: Delta) -> PyTree:
+def merge(base: PyTree, delta: Delta, *, requantize: bool = False) -> PyTree:
     """Plain arrays again: each adapted weight as one dense matrix of its base's dtype.
 
     `W + scale * a @ b`, summed in float32 and rounded once. Merging into a quantised base
-    dequantises the adapted weights.
+    dequantises the adapted weights; with `requantize` they return to their base's format, which
+    rounds the sum to its codes.
 
     Raises:
       ValueError: for a method without a merged form, or a delta that does not fit the base.
     """
-    return _map_adapted(base, delta, lambda node, weight: node.merge(weight))
+
+    def merged(node, weight):
+        whole = node.merge(weight)
+        return weight.requantized(whole) if requantize and is_weight(weight) else whole
+
+    return _map_adapted(base, delta, merged)
 
 
 def unmerge(params: PyTree, delta: Delta) -> PyTree:

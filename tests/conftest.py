@@ -20,6 +20,7 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "mixed_dtypes: runs code of jax or optax that promotes")
+    config.addinivalue_line("markers", "optimized: compiles with all of XLA's optimisations")
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +38,8 @@ def strict_dtypes(request):
 def quick_compilation(request):
     """Small models compile for longer than they run; a model of real size is worth optimizing."""
     of_real_size = bool({"interop", "experiments"} & set(request.path.parts))
-    jax.config.update("jax_disable_most_optimizations", not of_real_size)
+    optimized = of_real_size or request.node.get_closest_marker("optimized")
+    jax.config.update("jax_disable_most_optimizations", not optimized)
 
 
 def pytest_collection_modifyitems(items):

@@ -12,7 +12,7 @@ from gguf.quants import dequantize
 from jax.typing import DTypeLike
 
 from lora_jax.interop.gguf_header import Header, TensorInfo, read_header
-from lora_jax.interop.llama_leaves import assemble, check_tensors
+from lora_jax.interop.llama_leaves import Finish, as_it_is, assemble, check_tensors
 from lora_jax.interop.model import Pretrained
 from lora_jax.interop.tokenizers import tokenizer_from_gguf
 from lora_jax.models.config import LlamaConfig, RopeScaling
@@ -20,7 +20,9 @@ from lora_jax.models.config import LlamaConfig, RopeScaling
 _ROPE_FACTORS = "rope_freqs.weight"
 
 
-def load_gguf(path: str | os.PathLike, *, dtype: DTypeLike = jnp.float32) -> Pretrained:
+def load_gguf(
+    path: str | os.PathLike, *, dtype: DTypeLike = jnp.float32, finish: Finish = as_it_is
+) -> Pretrained:
     """Loads a Llama from a GGUF file of any ggml type, one tensor at a time, as `dtype`.
 
     Query and key rows come back from llama.cpp's interleaved rotary order to the rotate-half
@@ -45,7 +47,7 @@ def load_gguf(path: str | os.PathLike, *, dtype: DTypeLike = jnp.float32) -> Pre
         return tensor
 
     return Pretrained(
-        params=assemble(config, "gguf", read, dtype),
+        params=assemble(config, "gguf", read, dtype, finish),
         config=config,
         tokenizer=tokenizer_from_gguf(path, header.metadata),
         name=path.stem,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
-from lora_jax.interop.llama_leaves import assemble, check_tensors
+from lora_jax.interop.llama_leaves import Finish, as_it_is, assemble, check_tensors
 from lora_jax.interop.model import Pretrained
 from lora_jax.interop.tokenizers import read_json, tokenizer_from_huggingface
 from lora_jax.models.config import LlamaConfig, RopeScaling
@@ -20,7 +20,9 @@ _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SUFFIX = ".safetensors"
 
 
-def load_huggingface(folder: str | os.PathLike, *, dtype: DTypeLike = jnp.float32) -> Pretrained:
+def load_huggingface(
+    folder: str | os.PathLike, *, dtype: DTypeLike = jnp.float32, finish: Finish = as_it_is
+) -> Pretrained:
     """Loads a Llama from a folder that holds config.json, safetensors and tokenizer.json.
 
     One file or many shards with an index; any float type, read tensor by tensor as `dtype`.
@@ -44,7 +46,9 @@ def load_huggingface(folder: str | os.PathLike, *, dtype: DTypeLike = jnp.float3
                     f"{folder}: the tensor {name!r} is {piece.get_dtype()}, expected one of "
                     f"{', '.join(_FLOATS)}; load the unquantised model, quantise it here."
                 )
-        params = assemble(config, "huggingface", lambda name: tensors[name].get_tensor(name), dtype)
+        params = assemble(
+            config, "huggingface", lambda name: tensors[name].get_tensor(name), dtype, finish
+        )
     return Pretrained(
         params=params,
         config=config,

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from lora_jax.models.config import LlamaConfig
 
 Naming = Literal["gguf", "huggingface"]
+Finish = Callable[[str, np.ndarray], Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,13 +91,24 @@ def check_tensors(
             )
 
 
+def as_it_is(path: str, leaf: np.ndarray) -> jax.Array:
+    """The `finish` that changes nothing."""
+    del path
+    return jnp.asarray(leaf)
+
+
 def assemble(
-    config: LlamaConfig, naming: Naming, read: Callable[[str], np.ndarray], dtype: DTypeLike
+    config: LlamaConfig,
+    naming: Naming,
+    read: Callable[[str], np.ndarray],
+    dtype: DTypeLike,
+    finish: Finish = as_it_is,
 ) -> dict:
     """Builds the params tree leaf by leaf; the host holds a stacked leaf or two beside the result.
 
     `read(name)` returns the named tensor as the file orders it, (out, in). Leaves other than the
-    embedding come out transposed, since the model applies weights from the right.
+    embedding come out transposed, since the model applies weights from the right. The tree holds
+    what `finish(path, leaf)` makes of each.
     """
     params: dict = {}
     for leaf in llama_leaves(config):
@@ -104,19 +116,21 @@ def assemble(
         for key in leaf.path[:-1]:
             node = node.setdefault(key, {})
         names = leaf.names(naming, config.num_layers)
-        node[leaf.path[-1]] = _load_leaf(leaf, map(read, names), len(names), dtype)
+        loaded = _load_leaf(leaf, map(read, names), len(names), dtype)
+        node[leaf.path[-1]] = finish("/".join(leaf.path), loaded)
+        del loaded  # before the next is read
     return params
 
 
 def _load_leaf(
     leaf: Leaf, tensors: Iterable[np.ndarray], count: int, dtype: DTypeLike
-) -> jax.Array:
+) -> np.ndarray:
     is_stacked, is_applied = leaf.path[0] == "layers", leaf.path != ("embed",)
     shape = leaf.shape[::-1] if is_applied else leaf.shape
     stacked = np.empty((count, *shape), jnp.dtype(dtype))
     for i, tensor in enumerate(tensors):
         stacked[i] = tensor.T if is_applied else tensor
-    return jnp.asarray(stacked if is_stacked else stacked[0])
+    return stacked if is_stacked else stacked[0]
 
 
 def _listed(names: Iterable[str], limit: int = 8) -> str:

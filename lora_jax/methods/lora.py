@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from lora_jax.layouts import Layout
 from lora_jax.methods.base import Additive, AnyWeight, DeltaNode, Method, require_shape
 from lora_jax.methods.decompositions import STARTS, factors_of
-from lora_jax.weights import NARROW, Weight, as_matrix, dense, embed, linear
+from lora_jax.weights import NARROW, Weight, as_matrix, dense, embed, linear, vary
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -237,14 +237,7 @@ def widen(inner: jax.Array, b: jax.Array) -> jax.Array:
     JAX's own rule puts the cotangent `dy [..., d_out]` first in the product that makes `db`, and
     XLA's CPU backend then copies it into its transpose: an eighth of a whole training step.
     """
-    return _widen(_vary(inner, like=b), _vary(b, like=inner))
-
-
-def _vary(x: jax.Array, *, like: jax.Array) -> jax.Array:
-    """Inside a shard_map: `x` said to differ along the mesh axes that `like` differs along, so that
-    its gradient is summed over them."""
-    missing = jax.typeof(like).manual_axis_type.varying - jax.typeof(x).manual_axis_type.varying
-    return jax.lax.pcast(x, tuple(missing), to="varying") if missing else x
+    return _widen(vary(inner, like=b), vary(b, like=inner))
 
 
 @jax.custom_vjp

@@ -9,13 +9,17 @@ import torch
 import transformers
 
 
-def adapted(case: dict) -> torch.nn.Module:
+def base() -> torch.nn.Module:
     values = small_llamas.VARIANTS[family_cases.MODEL]
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**values)).float()
     weights = {k: torch.from_numpy(v) for k, v in small_llamas.draw_weights(values).items()}
     model.load_state_dict(weights, strict=False)
+    return model
+
+
+def adapted(case: dict) -> torch.nn.Module:
     kind, arguments = case["config"]
-    model = peft.get_peft_model(model, getattr(peft, kind)(**arguments))
+    model = peft.get_peft_model(base(), getattr(peft, kind)(**arguments))
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if hasattr(model.base_model, "vera_A"):
         trained["base_model.vera_A.default"] = model.base_model.vera_A["default"]
