@@ -22,11 +22,9 @@ METHODS = {
     "full": lora.Full(),
     "dora": lora.DoRA(rank=2, alpha=2.0, dropout=0.5),
     "ia3": lora.IA3(),
-    "ia3_input": lora.IA3(scales="input"),
     "vera": lora.VeRA(rank=4, dropout=0.5),
     "adalora": lora.AdaLoRA(rank=3, target_rank=2, total_steps=10, alpha=6.0, dropout=0.5),
     "bottleneck": lora.Bottleneck(size=2, activation="gelu"),
-    "bottleneck_parallel": lora.Bottleneck(size=2, parallel=True, scale=4.0),
 }
 EVERYWHERE = ("lora", "lora_variant", "full")  # on trees of every kind; the others on "stacked"
 MERGEABLE = [name for name in METHODS if not name.startswith("bottleneck")]

@@ -150,8 +150,9 @@ def test_remat_changes_nothing(case, method):
     assert_close(again, plain, atol=5e-6)
 
 
-def test_pmap(method):
-    case = cases.stacked()
+@pytest.mark.parametrize("name", cases.EVERYWHERE)
+def test_pmap(name):
+    case, method = cases.stacked(), cases.METHODS[name]
     base, delta = transform(case, method)
     delta, count = moved(delta), jax.local_device_count()
     assert count > 1

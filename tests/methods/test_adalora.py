@@ -1,5 +1,7 @@
 """AdaLoRA: its formula, its penalty, and how its budget is spent."""
 
+import functools
+
 import cases
 import jax
 import jax.numpy as jnp
@@ -16,14 +18,23 @@ METHOD = lora.AdaLoRA(rank=4, target_rank=1, total_steps=12, warmup=2, final=3, 
 PARAMS = {"layers": {"q_proj": cases.normal(0, 3, 6, 6)}, "out": cases.normal(1, 6, 6)}
 TARGETS = ("q_proj", "out")
 KEY = jax.random.key(0)
+ALLOCATE = jax.jit(lora.allocate_budget)
 
 
-def made(method=METHOD, params=PARAMS, **kwargs):
-    return lora.lora_transform(params, method, key=KEY, **({"targets": TARGETS} | kwargs))
+def made(method=METHOD, targets=TARGETS):
+    rules = tuple(method.items()) if isinstance(method, dict) else method
+    return PARAMS, dict(fresh(rules, targets))
+
+
+@functools.cache
+def fresh(rules, targets):
+    method = dict(rules) if isinstance(rules, tuple) else rules
+    make = jax.jit(lambda p: lora.lora_transform(p, method, key=KEY, targets=targets)[1])
+    return make(PARAMS)
 
 
 def test_formula():
-    base, delta = made(targets="out")
+    base, delta = made()
     delta = moved(delta)
     node, x = delta["out"], cases.normal(2, 3, 6)
     update = 8 / (4 + 1e-5) * node.a @ jnp.diag(node.e) @ node.b
@@ -32,23 +43,23 @@ def test_formula():
 
 
 def test_draws():
-    node = made(targets="q_proj")[1]["layers"]["q_proj"]
+    node = made()[1]["layers"]["q_proj"]
     assert not np.any(node.e) and 0.01 < np.std(node.a) < 0.03 and 0.01 < np.std(node.b) < 0.03
 
 
 def test_penalty_is_the_mean_distance_from_orthogonality():
-    _, delta = made()
-    delta = moved(delta)
+    delta = moved(made()[1])
     distances = []
-    for node in delta["layers"]["q_proj"], jax.tree.map(lambda x: x[None], delta["out"]):
+    nodes = jax.tree.map(np.asarray, delta)
+    for node in nodes["layers"]["q_proj"], jax.tree.map(lambda x: x[None], nodes["out"]):
         for a, b in zip(node.a, node.b, strict=True):
             distances += [np.linalg.norm(a.T @ a - np.eye(4)), np.linalg.norm(b @ b.T - np.eye(4))]
     assert len(distances) == 8
-    assert_close(lora.orthogonality(delta), 0.3 * np.mean(distances))
+    assert_close(jax.jit(lora.orthogonality)(delta), 0.3 * np.mean(distances))
     others = {"layers": made(lora.LoRA(rank=2), targets="q_proj")[1]["layers"]}
     assert lora.orthogonality(others) == 0
-    orthogonal = made(METHOD, targets="out")[1]["out"].replace(a=jnp.eye(6, 4), b=jnp.eye(4, 6))
-    slope = jax.grad(lora.orthogonality)({"out": orthogonal})
+    orthogonal = made()[1]["out"].replace(a=jnp.eye(6, 4), b=jnp.eye(4, 6))
+    slope = jax.jit(jax.grad(lora.orthogonality))({"out": orthogonal})
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(slope))
 
 
@@ -91,7 +102,7 @@ def test_the_least_important_go_first_wherever_they_are():
     delta = moved(made()[1])
     delta["out"] = jax.tree.map(lambda x: 1e-3 * x, delta["out"])
     grads = moved(delta, seed=3)
-    after = lora.allocate_budget(delta, grads, 4)
+    after = ALLOCATE(delta, grads, 4)
     assert not np.any(after["out"].mask)
     assert np.count_nonzero(after["layers"]["q_proj"].mask) == 8
 
@@ -108,8 +119,8 @@ def test_stacked_layers_are_so_many_matrices():
             for i in range(3)
         }
 
-    after = lora.allocate_budget(delta, grads, 4)
-    flat = lora.allocate_budget(unstacked(delta), unstacked(grads), 4)
+    after = ALLOCATE(delta, grads, 4)
+    flat = ALLOCATE(unstacked(delta), unstacked(grads), 4)
     assert_close(unstacked(after), flat)
 
 

@@ -1,5 +1,7 @@
 """Bottleneck adapters and the fusion of several: formulas, exact stacks, errors."""
 
+import functools
+
 import cases
 import jax
 import jax.numpy as jnp
@@ -13,9 +15,16 @@ PARAMS = {"o_proj": cases.normal(0, 6, 5), "down_proj": cases.normal(1, 6, 5)}
 X, KEY = cases.normal(2, 3, 6), jax.random.key(0)
 
 
+@functools.cache
+def fresh(method):
+    return jax.jit(lambda p: lora.lora_transform(p, method, key=KEY)[1])(PARAMS)
+
+
 def made(method, seed=1, params=PARAMS, **kwargs):
-    base, delta = lora.lora_transform(params, method, key=KEY, **kwargs)
-    return base, moved(delta, seed, size=0.7)
+    if params is PARAMS and not kwargs:
+        return params, moved(fresh(method), seed, size=0.7)
+    delta = jax.jit(lambda p: lora.lora_transform(p, method, key=KEY, **kwargs)[1])(params)
+    return params, moved(delta, seed, size=0.7)
 
 
 def mlp(node, read, f):
@@ -44,8 +53,8 @@ def test_sizes_and_absent_targets_stack_exactly():
         weights = lora.bind(PARAMS, delta)
         return sum(jnp.sin(lora.linear(X, weight)).sum() for weight in weights.values())
 
-    values, gradients = jax.vmap(jax.value_and_grad(loss))(lora.stack([one, both]))
-    alone, gradient = jax.value_and_grad(loss)(one)
+    values, gradients = jax.jit(jax.vmap(jax.value_and_grad(loss)))(lora.stack([one, both]))
+    alone, gradient = jax.jit(jax.value_and_grad(loss))(one)
     assert np.isclose(values[0], alone, rtol=1e-5)
     members = lora.unstack(gradients)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(members[0]["down_proj"]))
@@ -75,8 +84,8 @@ def test_fusion_formula():
     node, h = delta["o_proj"], X @ PARAMS["o_proj"]
     z = jnp.stack([mlp(d["o_proj"], h, jax.nn.relu) for d in deltas])
     query = h @ node.query + node.query_bias[None]
-    weights = jax.nn.softmax(jnp.einsum("td,ntd->nt", query, z @ node.key), axis=0)
-    expected = jnp.einsum("nt,ntd->td", weights, z + h[None]) @ node.value
+    weights = jax.nn.softmax((query[None] * (z @ node.key)).sum(-1), axis=0)
+    expected = (weights[..., None] * (z + h[None])).sum(0) @ node.value
     assert_close(lora.linear(X, lora.bind(base, delta)["o_proj"]), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -96,13 +105,13 @@ def test_fusion_trains_the_attention_alone_over_scanned_layers():
     def loss(delta):
         return jnp.sin(case.apply(lora.bind(base, delta), x)).sum()
 
-    gradient = jax.grad(loss)(delta)
+    gradient = jax.jit(jax.grad(loss))(delta)
     received = jax.tree.map(lambda g: bool(np.any(g)), gradient)
     assert received == lora.trainable_mask(delta)
     layers = {"layers": [{"q_proj": w} for w in case.params["layers"]["q_proj"]]}
     flat = {"layers": {str(i): jax.tree.map(lambda leaf: leaf[i], delta["layers"])  # noqa: B023
                        for i in range(3)}}  # fmt: skip
-    unscanned = cases.layer_list().apply(lora.bind(layers, flat), x)
+    unscanned = jax.jit(lambda d: cases.layer_list().apply(lora.bind(layers, d), x))(flat)
     assert_close(case.apply(lora.bind(base, delta), x), unscanned, rtol=1e-4, atol=1e-5)
     trained = 3 * (3 * 36 + 6)
     assert lora.describe(base, delta).trainable_params == trained

@@ -18,8 +18,8 @@ KEY = jax.random.key(0)
 
 def made(params=PARAMS, seed=1, **kwargs):
     method = lora.DoRA(**({"rank": 3, "alpha": 2.0} | kwargs))
-    base, delta = lora.lora_transform(params, method, key=KEY, targets=".*")
-    return base, moved(delta, seed)
+    delta = jax.jit(lambda p: lora.lora_transform(p, method, key=KEY, targets=".*")[1])(params)
+    return params, moved(delta, seed)
 
 
 def by_definition(node, w):
@@ -69,7 +69,7 @@ def test_norm_is_not_differentiated(dropout):
         bound = lora.bind(base, delta, dropout_key=KEY)["q_proj"]
         return jnp.sin(lora.linear(X, bound)).sum()
 
-    ours, theirs = jax.grad(loss)(delta)["q_proj"], jax.grad(fixed)(node)
+    ours, theirs = jax.jit(jax.grad(loss))(delta)["q_proj"], jax.jit(jax.grad(fixed))(node)
     for read in (lambda n: n.low.a, lambda n: n.low.b, lambda n: n.magnitude):
         assert_close(read(ours), read(theirs), rtol=1e-4, atol=1e-5)
 
@@ -121,8 +121,8 @@ def test_ranks_and_absent_targets_stack_exactly():
         ).sum()
 
     stacked = lora.stack([one, both])
-    values, gradients = jax.vmap(jax.value_and_grad(loss))(stacked)
-    alone, gradient = jax.value_and_grad(loss)(one)
+    values, gradients = jax.jit(jax.vmap(jax.value_and_grad(loss)))(stacked)
+    alone, gradient = jax.jit(jax.value_and_grad(loss))(one)
     assert np.isclose(values[0], alone, rtol=1e-5) and np.isclose(values[1], loss(both), rtol=1e-5)
     member = lora.unstack(gradients)[0]
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(member["k_proj"]))
