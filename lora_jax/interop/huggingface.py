@@ -2,18 +2,18 @@
 
 import contextlib
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
+from lora_jax.interop.huggingface_config import config_from_huggingface
 from lora_jax.interop.llama_leaves import assemble, check_tensors
 from lora_jax.interop.model import Pretrained
-from lora_jax.interop.tokenizers import read_json, tokenizer_from_huggingface
-from lora_jax.models.config import LlamaConfig, RopeScaling
+from lora_jax.interop.read_json import read_json
+from lora_jax.interop.tokenizers import check_vocabulary, tokenizer_from_huggingface
+from lora_jax.models.config import LlamaConfig
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -32,6 +32,8 @@ def load_huggingface(folder: str | os.PathLike, *, dtype: DTypeLike = jnp.float3
     """
     folder = Path(folder)
     config = config_from_huggingface(folder)
+    tokenizer = tokenizer_from_huggingface(folder)
+    check_vocabulary(tokenizer, config.vocab_size, str(folder))
     with contextlib.ExitStack() as stack:
         tensors = _open_tensors(folder, stack)
         _drop_redundant(tensors, config)
@@ -48,90 +50,9 @@ def load_huggingface(folder: str | os.PathLike, *, dtype: DTypeLike = jnp.float3
     return Pretrained(
         params=params,
         config=config,
-        tokenizer=tokenizer_from_huggingface(folder),
+        tokenizer=tokenizer,
         name=folder.resolve().name,
         source=str(folder),
-    )
-
-
-def config_from_huggingface(folder: Path) -> LlamaConfig:
-    """The model's shape, from config.json; refuses options that our Llama has not."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder} has no config.json; expected a Hugging Face model folder (config.json, "
-            "*.safetensors, tokenizer.json)."
-        )
-    values = read_json(path)
-    _refuse_other_models(path, values)
-
-    def number(key: str, default: float | None = None) -> float:
-        value = default if values.get(key) is None else values[key]
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise ValueError(f"{path}: {key} is {value!r}, expected a positive number.")
-        return value
-
-    hidden_size, num_heads = int(number("hidden_size")), int(number("num_attention_heads"))
-    rope_theta, rope_scaling = _rope(path, values)
-    return LlamaConfig(
-        vocab_size=int(number("vocab_size")),
-        hidden_size=hidden_size,
-        intermediate_size=int(number("intermediate_size")),
-        num_layers=int(number("num_hidden_layers")),
-        num_heads=num_heads,
-        num_kv_heads=int(number("num_key_value_heads", num_heads)),
-        head_dim=int(number("head_dim", hidden_size // num_heads)),
-        context_length=int(number("max_position_embeddings", 2048)),
-        rope_theta=rope_theta,
-        rope_scaling=rope_scaling,
-        norm_eps=number("rms_norm_eps", 1e-6),
-        tie_embeddings=bool(values.get("tie_word_embeddings", False)),
-    )
-
-
-def _refuse_other_models(path: Path, values: Mapping[str, Any]) -> None:
-    required = {
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "quantization_config": None,
-        "pretraining_tp": 1,
-    }
-    found = {"model_type": values.get("model_type")}
-    found |= {key: values.get(key, required[key]) for key in required if key != "model_type"}
-    wrong = [
-        f"{key}={value!r} (supported: {required[key]!r})"
-        for key, value in found.items()
-        if value != required[key]
-    ]
-    if wrong:
-        raise ValueError(
-            f"{path}: unsupported {', '.join(wrong)}. Llama 2, Llama 3.x and SmolLM2 checkpoints "
-            "in plain floats can be loaded."
-        )
-
-
-def _rope(path: Path, values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Theta and scaling; transformers 5 keeps both in rope_parameters, before it they lay apart."""
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    theta = float(rope.get("rope_theta") or values.get("rope_theta") or 10_000.0)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return theta, None
-    if kind != "llama3":
-        raise ValueError(
-            f"{path}: RoPE scaling {kind!r} is not supported; supported: 'default' and 'llama3'."
-        )
-    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    if missing := [name for name in names if name not in rope]:
-        raise ValueError(f"{path}: the RoPE scaling 'llama3' lacks {', '.join(missing)}.")
-    factor, low, high, original = (rope[name] for name in names)
-    return theta, RopeScaling(
-        factor=float(factor),
-        low_freq_factor=float(low),
-        high_freq_factor=float(high),
-        original_context=int(original),
     )
 
 

@@ -28,30 +28,59 @@ class Leaf:
         return [template.format(i) for i in range(num_layers)] if "{}" in template else [template]
 
 
+def family_of(config: LlamaConfig) -> str:
+    """ "llama", "qwen2" or "qwen3": what config.json and GGUF call models of this shape.
+
+    Raises:
+      ValueError: no family has both biases and query/key norms.
+    """
+    if config.qkv_bias and config.qk_norm:
+        raise ValueError("no family has both qkv_bias and qk_norm; no other program would load it.")
+    return "qwen2" if config.qkv_bias else "qwen3" if config.qk_norm else "llama"
+
+
 def llama_leaves(config: LlamaConfig) -> list[Leaf]:
     """The leaves of a model of this shape, in the tree's order."""
     d, f, v = config.hidden_size, config.intermediate_size, config.vocab_size
-    q, k = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    h = config.head_dim
+    q, k = config.num_heads * h, config.num_kv_heads * h
+    layer, attn, mlp = (f"model.layers.{{}}.{part}" for part in ("", "self_attn.", "mlp."))
     rows = [
-        ("embed", "token_embd", "model.embed_tokens", (v, d)),
-        ("layers/attn_norm", "blk.{}.attn_norm", "model.layers.{}.input_layernorm", (d,)),
-        ("layers/attn/q_proj", "blk.{}.attn_q", "model.layers.{}.self_attn.q_proj", (q, d)),
-        ("layers/attn/k_proj", "blk.{}.attn_k", "model.layers.{}.self_attn.k_proj", (k, d)),
-        ("layers/attn/v_proj", "blk.{}.attn_v", "model.layers.{}.self_attn.v_proj", (k, d)),
-        ("layers/attn/o_proj", "blk.{}.attn_output", "model.layers.{}.self_attn.o_proj", (d, q)),
-        ("layers/mlp_norm", "blk.{}.ffn_norm", "model.layers.{}.post_attention_layernorm", (d,)),
-        ("layers/mlp/gate_proj", "blk.{}.ffn_gate", "model.layers.{}.mlp.gate_proj", (f, d)),
-        ("layers/mlp/up_proj", "blk.{}.ffn_up", "model.layers.{}.mlp.up_proj", (f, d)),
-        ("layers/mlp/down_proj", "blk.{}.ffn_down", "model.layers.{}.mlp.down_proj", (d, f)),
-        ("norm", "output_norm", "model.norm", (d,)),
+        ("embed", "token_embd.weight", "model.embed_tokens.weight", (v, d)),
+        ("layers/attn_norm", "blk.{}.attn_norm.weight", layer + "input_layernorm.weight", (d,)),
+        ("layers/attn/q_proj", "blk.{}.attn_q.weight", attn + "q_proj.weight", (q, d)),
+        ("layers/attn/k_proj", "blk.{}.attn_k.weight", attn + "k_proj.weight", (k, d)),
+        ("layers/attn/v_proj", "blk.{}.attn_v.weight", attn + "v_proj.weight", (k, d)),
+        ("layers/attn/o_proj", "blk.{}.attn_output.weight", attn + "o_proj.weight", (d, q)),
+        (
+            "layers/mlp_norm",
+            "blk.{}.ffn_norm.weight",
+            layer + "post_attention_layernorm.weight",
+            (d,),
+        ),
+        ("layers/mlp/gate_proj", "blk.{}.ffn_gate.weight", mlp + "gate_proj.weight", (f, d)),
+        ("layers/mlp/up_proj", "blk.{}.ffn_up.weight", mlp + "up_proj.weight", (f, d)),
+        ("layers/mlp/down_proj", "blk.{}.ffn_down.weight", mlp + "down_proj.weight", (d, f)),
+        ("norm", "output_norm.weight", "model.norm.weight", (d,)),
     ]
+    if config.qkv_bias:
+        rows += [
+            ("layers/attn/q_bias", "blk.{}.attn_q.bias", attn + "q_proj.bias", (q,)),
+            ("layers/attn/k_bias", "blk.{}.attn_k.bias", attn + "k_proj.bias", (k,)),
+            ("layers/attn/v_bias", "blk.{}.attn_v.bias", attn + "v_proj.bias", (k,)),
+        ]
+    if config.qk_norm:
+        rows += [
+            ("layers/attn/q_norm", "blk.{}.attn_q_norm.weight", attn + "q_norm.weight", (h,)),
+            ("layers/attn/k_norm", "blk.{}.attn_k_norm.weight", attn + "k_norm.weight", (h,)),
+        ]
     if not config.tie_embeddings:
-        rows.append(("lm_head", "output", "lm_head", (v, d)))
+        rows.append(("lm_head", "output.weight", "lm_head.weight", (v, d)))
     return [
         Leaf(
             path=tuple(path.split("/")),
-            gguf=gguf + ".weight",
-            huggingface=huggingface + ".weight",
+            gguf=gguf,
+            huggingface=huggingface,
             shape=shape,
         )
         for path, gguf, huggingface, shape in rows

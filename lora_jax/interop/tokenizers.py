@@ -1,6 +1,5 @@
 """Tokenizers out of checkpoints: from a GGUF's metadata, and from a Hugging Face folder."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Core
 
 from lora_jax.data.tokenizer import Tokenizer
+from lora_jax.interop.read_json import read_json
 
 _CONTROL, _USER_DEFINED = 3, 4
 _LLAMA3_SPLIT = (
@@ -141,17 +141,14 @@ def tokenizer_from_huggingface(folder: Path) -> Tokenizer:
     )
 
 
-def read_json(path: Path) -> dict:
-    """The object in a JSON file; an empty one if there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, expected a JSON object.")
-    return value
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, source: str) -> None:
+    """Raises ValueError if the tokenizer may yield an id that the embedding has no row for."""
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"{source}: the tokenizer yields {tokenizer.vocab_size} tokens, more than the model's "
+            f"vocabulary of {vocab_size}; they belong to different models, or tokens were added "
+            "without resizing the embedding."
+        )
 
 
 def _token_id(core: Core, token: str | dict | None) -> int | None:

@@ -6,9 +6,11 @@ import pytest
 import small_checkpoints
 import small_llamas
 
+from lora_jax.data import byte_tokenizer
 from lora_jax.interop import load_huggingface
 from lora_jax.interop.tokenizers import tokenizer_from_huggingface
 from lora_jax.models import llama
+from lora_jax.models.generate import generate
 
 torch = pytest.importorskip("torch", reason="requirements-parity.txt is not installed")
 transformers = pytest.importorskip("transformers", reason="requirements-parity.txt")
@@ -20,22 +22,30 @@ def relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 @pytest.mark.parametrize("name", small_llamas.VARIANTS)
 def test_folders_saved_by_transformers(tmp_path, name):
-    """Its own config.json, shards and index."""
-    config = transformers.LlamaConfig(**small_llamas.VARIANTS[name], eos_token_id=1)
+    """Its own config.json, shards and index; then fifty greedy tokens."""
+    config = transformers.AutoConfig.for_model(**small_llamas.VARIANTS[name], eos_token_id=78)
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     model.save_pretrained(tmp_path, max_shard_size="100KB")
-    small_checkpoints.byte_tokenizer().core.save(str(tmp_path / "tokenizer.json"))
+    small_checkpoints.small_tokenizer().save(str(tmp_path / "tokenizer.json"))
     ours = load_huggingface(tmp_path)
     tokens = small_llamas.TOKENS
     with torch.no_grad():
         theirs = model(torch.from_numpy(tokens)).logits.numpy()
+        prompt, count = small_llamas.PROMPT[:1], small_llamas.GREEDY
+        options = {"max_new_tokens": count, "do_sample": False, "eos_token_id": None}
+        continued = model.generate(torch.from_numpy(prompt), **options).numpy()
     logits = llama.forward(ours.params, jnp.asarray(tokens), ours.config)
     assert relative_error(np.asarray(logits), theirs) <= 1e-4
+    lengths = jnp.array([prompt.shape[1]])
+    generated = generate(
+        ours.params, jnp.asarray(prompt), lengths, ours.config, max_new_tokens=count, eos_id=-1
+    )
+    np.testing.assert_array_equal(generated, continued[:, prompt.shape[1] :])
 
 
 def test_tokenizer_saved_by_transformers(tmp_path):
-    core = small_checkpoints.byte_tokenizer().core
+    core = byte_tokenizer().core
     theirs = transformers.PreTrainedTokenizerFast(
         tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|pad|>"
     )
