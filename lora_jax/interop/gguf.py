@@ -9,14 +9,20 @@ from jax.typing import DTypeLike
 
 from lora_jax.interop.gguf_config import ROPE_FACTORS, config_from_gguf
 from lora_jax.interop.gguf_header import read_header
-from lora_jax.interop.gguf_tensors import read_tensor
+from lora_jax.interop.gguf_tensors import StoredTensor, rotate_half_rows
 from lora_jax.interop.llama_leaves import assemble, check_tensors, family_of
 from lora_jax.interop.model import Pretrained
+from lora_jax.interop.placing import Place, on_device
 from lora_jax.interop.tokenizers import check_vocabulary, tokenizer_from_gguf
+from lora_jax.models.config import LlamaConfig
 
 
-def load_gguf(path: str | os.PathLike, *, dtype: DTypeLike = jnp.float32) -> Pretrained:
+def load_gguf(
+    path: str | os.PathLike, *, dtype: DTypeLike = jnp.float32, place: Place = on_device
+) -> Pretrained:
     """Loads a Llama from a GGUF file of any ggml type, one tensor at a time, as `dtype`.
+
+    `place(path, leaf)` makes each leaf of the tree from what lies in the file.
 
     Query and key rows come back from llama.cpp's interleaved rotary order to the rotate-half
     order of our model (and of Hugging Face's).
@@ -33,18 +39,14 @@ def load_gguf(path: str | os.PathLike, *, dtype: DTypeLike = jnp.float32) -> Pre
     tokenizer = tokenizer_from_gguf(path, header.metadata)
     check_vocabulary(tokenizer, config.vocab_size, str(path))
 
-    def read(name: str) -> np.ndarray:
-        tensor = read_tensor(path, name, header.tensors[name])
-        if family_of(config) != "llama":  # llama.cpp turns halves in those, as we do
-            return tensor
-        if name.endswith("attn_q.weight"):
-            return _unpermute(tensor, config.num_heads)
-        if name.endswith("attn_k.weight"):
-            return _unpermute(tensor, config.num_kv_heads)
-        return tensor
+    permuted = _permuted_rows(config)
+
+    def read(name: str) -> StoredTensor:
+        rows = permuted.get(name.split(".")[-2])
+        return StoredTensor(path=path, name=name, info=header.tensors[name], rows=rows)
 
     return Pretrained(
-        params=assemble(config, "gguf", read, dtype),
+        params=assemble(config, "gguf", read, dtype, place),
         config=config,
         tokenizer=tokenizer,
         name=path.stem,
@@ -52,8 +54,9 @@ def load_gguf(path: str | os.PathLike, *, dtype: DTypeLike = jnp.float32) -> Pre
     )
 
 
-def _unpermute(tensor: np.ndarray, num_heads: int) -> np.ndarray:
-    """Rows of a head from (pair, half) to (half, pair) order."""
-    rows, columns = tensor.shape
-    pairs = tensor.reshape(num_heads, rows // num_heads // 2, 2, columns)
-    return pairs.swapaxes(1, 2).reshape(rows, columns)
+def _permuted_rows(config: LlamaConfig) -> dict[str, np.ndarray]:
+    """llama.cpp rotates neighbours in Llamas, and halves, as we do, in the other families."""
+    if family_of(config) != "llama":
+        return {}
+    heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}
+    return {name: rotate_half_rows(n * config.head_dim, n) for name, n in heads.items()}

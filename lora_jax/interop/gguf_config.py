@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.interop.gguf_header import Header
-from lora_jax.interop.gguf_tensors import read_tensor
+from lora_jax.interop.gguf_tensors import StoredTensor
 from lora_jax.models.config import LlamaConfig, RopeScaling
 
 ROPE_FACTORS = "rope_freqs.weight"
@@ -97,12 +97,12 @@ def _rope_scaling(
     """
     if ROPE_FACTORS not in header.tensors:
         return None
-    stored = read_tensor(path, ROPE_FACTORS, header.tensors[ROPE_FACTORS])
+    info = header.tensors[ROPE_FACTORS]
+    if info.shape != (head_dim // 2,):
+        raise ValueError(f"{path}: {ROPE_FACTORS} is {info.shape}, expected ({head_dim // 2},).")
+    stored = StoredTensor(path=path, name=ROPE_FACTORS, info=info)[:,]
     scaling = RopeScaling(factor=float(stored.max()), original_context=context)
-    is_followed = stored.shape == (head_dim // 2,) and np.allclose(
-        stored, rope_divisors(scaling, theta, head_dim), rtol=1e-4
-    )
-    if not is_followed:
+    if not np.allclose(stored, rope_divisors(scaling, theta, head_dim), rtol=1e-4):
         raise ValueError(
             f"{path}: {ROPE_FACTORS} does not follow Llama 3.1's rule for {scaling}; "
             "load the model from its Hugging Face folder instead, whose config.json names the rule."

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from lora_jax.interop.huggingface_config import config_from_huggingface
 from lora_jax.interop.llama_leaves import assemble, check_tensors
 from lora_jax.interop.model import Pretrained
+from lora_jax.interop.placing import Place, on_device
 from lora_jax.interop.read_json import read_json
 from lora_jax.interop.tokenizers import check_vocabulary, tokenizer_from_huggingface
 from lora_jax.models.config import LlamaConfig
@@ -18,12 +19,20 @@ from lora_jax.models.config import LlamaConfig
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SUFFIX = ".safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+CONVERT_PICKLES = (
+    "Where you trust it, convert it to safetensors: "
+    "AutoModelForCausalLM.from_pretrained(old).save_pretrained(new), and the tokenizer likewise."
+)
 
 
-def load_huggingface(folder: str | os.PathLike, *, dtype: DTypeLike = jnp.float32) -> Pretrained:
+def load_huggingface(
+    folder: str | os.PathLike, *, dtype: DTypeLike = jnp.float32, place: Place = on_device
+) -> Pretrained:
     """Loads a Llama from a folder that holds config.json, safetensors and tokenizer.json.
 
     One file or many shards with an index; any float type, read tensor by tensor as `dtype`.
+    `place(path, leaf)` makes each leaf of the tree from what lies in the file.
 
     Raises:
       FileNotFoundError: the folder or one of its files is missing.
@@ -46,7 +55,7 @@ def load_huggingface(folder: str | os.PathLike, *, dtype: DTypeLike = jnp.float3
                     f"{folder}: the tensor {name!r} is {piece.get_dtype()}, expected one of "
                     f"{', '.join(_FLOATS)}; load the unquantised model, quantise it here."
                 )
-        params = assemble(config, "huggingface", lambda name: tensors[name].get_tensor(name), dtype)
+        params = assemble(config, "huggingface", slices.__getitem__, dtype, place)
     return Pretrained(
         params=params,
         config=config,
@@ -64,10 +73,14 @@ def _open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, safe_o
             raise ValueError(f"{folder / _INDEX} has no weight_map; download it again.")
     elif (folder / _SINGLE).is_file():
         index = None
+    elif pickles := sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES):
+        raise ValueError(
+            f"{folder} holds its weights as pickles ({', '.join(pickles[:3])}), which run what "
+            f"their writer wants when they are read, so they are refused. {CONVERT_PICKLES}"
+        )
     else:
         raise FileNotFoundError(
-            f"{folder} has neither {_SINGLE} nor {_INDEX}. If its weights are .bin or .pth files, "
-            "convert them: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)."
+            f"{folder} has neither {_SINGLE} nor {_INDEX}; download the weights too."
         )
     shards = {
         shard: stack.enter_context(_open_shard(folder, shard))

@@ -1,15 +1,19 @@
 """The Llama params tree, leaf by leaf, under the names that checkpoints give its tensors."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from lora_jax.interop.placing import Place, StoredLeaf, on_device
+from lora_jax.interop.progress import byte_progress
 from lora_jax.models.config import LlamaConfig
+from lora_jax.paths import flatten, nest
 
 Naming = Literal["gguf", "huggingface"]
 
@@ -22,6 +26,15 @@ class Leaf:
     gguf: str
     huggingface: str
     shape: tuple[int, ...]
+
+    @property
+    def is_stacked(self) -> bool:
+        return self.path[0] == "layers"
+
+    @property
+    def is_transposed(self) -> bool:
+        """The model applies matrices from the right, but looks rows of the embedding up."""
+        return self.path != ("embed",)
 
     def names(self, naming: Naming, num_layers: int) -> list[str]:
         template = getattr(self, naming)
@@ -103,13 +116,13 @@ def check_tensors(
     }
     if missing := expected.keys() - found.keys():
         raise ValueError(
-            f"{source} lacks {_listed(missing)}, which a Llama of {config.num_layers} layers "
-            "needs; the file is incomplete, or its config is another model's."
+            f"{source} lacks {_listed(missing)}, which a model of {config.num_layers} layers and "
+            "this config needs; the file is incomplete, or its config is another model's."
         )
     if unexpected := found.keys() - expected.keys():
         raise ValueError(
-            f"{source} holds {_listed(unexpected)}, which our Llama has no place for; only "
-            "Llama 2, Llama 3.x and SmolLM2 without biases or experts are supported."
+            f"{source} holds {_listed(unexpected)}, which a model of this config has no place "
+            "for; experts and further biases or norms are not supported."
         )
     for name, shape in expected.items():
         if tuple(found[name]) != shape:
@@ -120,32 +133,88 @@ def check_tensors(
 
 
 def assemble(
-    config: LlamaConfig, naming: Naming, read: Callable[[str], np.ndarray], dtype: DTypeLike
+    config: LlamaConfig,
+    naming: Naming,
+    read: Callable[[str], Any],
+    dtype: DTypeLike,
+    place: Place = on_device,
 ) -> dict:
-    """Builds the params tree leaf by leaf; the host holds a stacked leaf or two beside the result.
+    """Builds the params tree leaf by leaf: `place` makes each of what lies in the file.
 
-    `read(name)` returns the named tensor as the file orders it, (out, in). Leaves other than the
-    embedding come out transposed, since the model applies weights from the right.
+    `read(name)` returns the named tensor as the file orders it, (out, in): an array, or what gives
+    one when it is indexed. Leaves other than the embedding come out transposed, since the model
+    applies weights from the right.
     """
-    params: dict = {}
-    for leaf in llama_leaves(config):
-        node = params
-        for key in leaf.path[:-1]:
-            node = node.setdefault(key, {})
-        names = leaf.names(naming, config.num_layers)
-        node[leaf.path[-1]] = _load_leaf(leaf, map(read, names), len(names), dtype)
-    return params
+    leaves = {"/".join(leaf.path): leaf for leaf in llama_leaves(config)}
+    with byte_progress(only_on_terminal=True) as bar:
+        task = bar.add_task("loading")
+        stored = {
+            path: _stored(leaf, config, naming, read, dtype, lambda count: bar.advance(task, count))
+            for path, leaf in leaves.items()
+        }
+        bar.update(task, total=sum(leaf.nbytes for leaf in stored.values()))
+        params = {}
+        for path, leaf in stored.items():
+            bar.update(task, description=path)
+            params[path] = place(path, leaf)
+    return nest(params)
 
 
-def _load_leaf(
-    leaf: Leaf, tensors: Iterable[np.ndarray], count: int, dtype: DTypeLike
-) -> jax.Array:
-    is_stacked, is_applied = leaf.path[0] == "layers", leaf.path != ("embed",)
-    shape = leaf.shape[::-1] if is_applied else leaf.shape
-    stacked = np.empty((count, *shape), jnp.dtype(dtype))
-    for i, tensor in enumerate(tensors):
-        stacked[i] = tensor.T if is_applied else tensor
-    return jnp.asarray(stacked if is_stacked else stacked[0])
+def _stored(
+    leaf: Leaf,
+    config: LlamaConfig,
+    naming: Naming,
+    read: Callable[[str], Any],
+    dtype: DTypeLike,
+    on_read: Callable[[int], None],
+) -> StoredLeaf:
+    shape = leaf.shape[::-1] if leaf.is_transposed else leaf.shape
+    names = leaf.names(naming, config.num_layers)
+    return StoredLeaf(
+        shape=(config.num_layers, *shape) if leaf.is_stacked else shape,
+        dtype=jnp.dtype(dtype),
+        tensors=[functools.partial(read, name) for name in names],
+        is_stacked=leaf.is_stacked,
+        is_transposed=leaf.is_transposed,
+        on_read=on_read,
+    )
+
+
+def disassemble(
+    params: Mapping[str, Any], config: LlamaConfig, naming: Naming
+) -> dict[str, Callable[[], np.ndarray]]:
+    """What `assemble` undoes: the file's tensors by name, each fetched to the host when called.
+
+    Raises:
+      ValueError: a leaf is missing, unexpected, of the wrong shape, or no plain array.
+    """
+    leaves = {"/".join(leaf.path): leaf for leaf in llama_leaves(config)}
+    found = flatten(params, is_leaf=lambda node: not isinstance(node, Mapping))
+    if found.keys() != leaves.keys():
+        raise ValueError(
+            f"the params and the config differ: missing {sorted(leaves.keys() - found.keys())}, "
+            f"unexpected {sorted(found.keys() - leaves.keys())}."
+        )
+    tensors: dict[str, Callable[[], np.ndarray]] = {}
+    for path, leaf in leaves.items():
+        array, names = found[path], leaf.names(naming, config.num_layers)
+        if not isinstance(array, jax.Array | np.ndarray):
+            raise ValueError(
+                f"{path} is a {type(array).__name__}, and only plain arrays can be exported: "
+                "merge adapters and dequantise first."
+            )
+        shape = leaf.shape[::-1] if leaf.is_transposed else leaf.shape
+        shape = (len(names), *shape) if leaf.is_stacked else shape
+        if array.shape != shape:
+            raise ValueError(f"{path} has shape {array.shape}, but the config asks for {shape}.")
+        for i, name in enumerate(names):
+            tensors[name] = functools.partial(_tensor, array, leaf, i)
+    return tensors
+
+
+def _tensor(array: Any, leaf: Leaf, layer: int) -> np.ndarray:
+    tensor = np.asarray(array[layer] if leaf.is_stacked else array)
+    return np.ascontiguousarray(tensor.T if leaf.is_transposed else tensor)
 
 
 def _listed(names: Iterable[str], limit: int = 8) -> str:

