@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
@@ -39,6 +40,18 @@ class Leaf:
     def names(self, naming: Naming, num_layers: int) -> list[str]:
         template = getattr(self, naming)
         return [template.format(i) for i in range(num_layers)] if "{}" in template else [template]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FileTensor:
+    """A tensor as a file will hold it, (out, in); `fetch` brings it to the host."""
+
+    shape: tuple[int, ...]
+    fetch: Callable[[], np.ndarray]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
 
 
 def family_of(config: LlamaConfig) -> str:
@@ -182,8 +195,8 @@ def _stored(
 
 def disassemble(
     params: Mapping[str, Any], config: LlamaConfig, naming: Naming
-) -> dict[str, Callable[[], np.ndarray]]:
-    """What `assemble` undoes: the file's tensors by name, each fetched to the host when called.
+) -> dict[str, FileTensor]:
+    """What `assemble` undoes: the file's tensors by name, each to be fetched in its turn.
 
     Raises:
       ValueError: a leaf is missing, unexpected, of the wrong shape, or no plain array.
@@ -195,7 +208,7 @@ def disassemble(
             f"the params and the config differ: missing {sorted(leaves.keys() - found.keys())}, "
             f"unexpected {sorted(found.keys() - leaves.keys())}."
         )
-    tensors: dict[str, Callable[[], np.ndarray]] = {}
+    tensors: dict[str, FileTensor] = {}
     for path, leaf in leaves.items():
         array, names = found[path], leaf.names(naming, config.num_layers)
         if not isinstance(array, jax.Array | np.ndarray):
@@ -208,7 +221,8 @@ def disassemble(
         if array.shape != shape:
             raise ValueError(f"{path} has shape {array.shape}, but the config asks for {shape}.")
         for i, name in enumerate(names):
-            tensors[name] = functools.partial(_tensor, array, leaf, i)
+            fetch = functools.partial(_tensor, array, leaf, i)
+            tensors[name] = FileTensor(shape=leaf.shape, fetch=fetch)
     return tensors
 
 

@@ -1,5 +1,7 @@
 """Parity with the transformers installed here, without golden files in between."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ import small_checkpoints
 import small_llamas
 
 from lora_jax.data import byte_tokenizer
-from lora_jax.interop import load_huggingface
+from lora_jax.interop import load_gguf, load_huggingface, save_huggingface
 from lora_jax.interop.tokenizers import tokenizer_from_huggingface
 from lora_jax.models import llama
 from lora_jax.models.generate import generate
@@ -42,6 +44,28 @@ def test_folders_saved_by_transformers(tmp_path, name):
         ours.params, jnp.asarray(prompt), lengths, ours.config, max_new_tokens=count, eos_id=-1
     )
     np.testing.assert_array_equal(generated, continued[:, prompt.shape[1] :])
+
+
+@pytest.mark.parametrize("name", small_llamas.VARIANTS)
+def test_folders_for_transformers(tmp_path, name):
+    """From a GGUF, so that all is written anew; with the tokenizer and its chat template."""
+    source = small_checkpoints.write_gguf(tmp_path / "m.gguf", *small_checkpoints.small(name))
+    ours = load_gguf(source)
+    tokenizer = dataclasses.replace(ours.tokenizer, chat_template="{{ messages[0]['content'] }}")
+    ours = dataclasses.replace(ours, tokenizer=tokenizer)
+    save_huggingface(tmp_path / "out", ours, shard_bytes=100_000)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(small_llamas.TOKENS)).logits.numpy()
+    logits = llama.forward(ours.params, jnp.asarray(small_llamas.TOKENS), ours.config)
+    assert relative_error(np.asarray(logits), theirs) <= 1e-5
+    weights = model.lm_head.weight, model.model.embed_tokens.weight
+    assert (weights[0].data_ptr() == weights[1].data_ptr()) == ours.config.tie_embeddings
+    assert model.generation_config.eos_token_id == 78
+    reader = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    text = reader.apply_chat_template([{"role": "user", "content": "ab0"}], tokenize=False)
+    assert (text, reader(text).input_ids) == ("ab0", tokenizer.encode("ab0"))
+    assert (reader.eos_token_id, reader.pad_token_id) == (78, 79)
 
 
 def test_tokenizer_saved_by_transformers(tmp_path):
