@@ -1,5 +1,6 @@
 """Models, tokenizers and adapters in other projects' formats."""
 
+from lora_jax.interop.export_gguf import save_gguf as save_gguf
 from lora_jax.interop.export_huggingface import save_huggingface as save_huggingface
 from lora_jax.interop.gguf import load_gguf as load_gguf
 from lora_jax.interop.huggingface import load_huggingface as load_huggingface

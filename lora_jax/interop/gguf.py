@@ -4,17 +4,16 @@ import os
 from pathlib import Path
 
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 
 from lora_jax.interop.gguf_config import ROPE_FACTORS, config_from_gguf
 from lora_jax.interop.gguf_header import read_header
-from lora_jax.interop.gguf_tensors import StoredTensor, rotate_half_rows
-from lora_jax.interop.llama_leaves import assemble, check_tensors, family_of
+from lora_jax.interop.gguf_tensors import StoredTensor, permuted_rows
+from lora_jax.interop.gguf_tokenizer import tokenizer_from_gguf
+from lora_jax.interop.llama_leaves import assemble, check_tensors
 from lora_jax.interop.model import Pretrained
 from lora_jax.interop.placing import Place, on_device
-from lora_jax.interop.tokenizers import check_vocabulary, tokenizer_from_gguf
-from lora_jax.models.config import LlamaConfig
+from lora_jax.interop.tokenizers import check_vocabulary
 
 
 def load_gguf(
@@ -39,7 +38,7 @@ def load_gguf(
     tokenizer = tokenizer_from_gguf(path, header.metadata)
     check_vocabulary(tokenizer, config.vocab_size, str(path))
 
-    permuted = _permuted_rows(config)
+    permuted = permuted_rows(config)
 
     def read(name: str) -> StoredTensor:
         rows = permuted.get(name.split(".")[-2])
@@ -52,11 +51,3 @@ def load_gguf(
         name=path.stem,
         source=str(path),
     )
-
-
-def _permuted_rows(config: LlamaConfig) -> dict[str, np.ndarray]:
-    """llama.cpp rotates neighbours in Llamas, and halves, as we do, in the other families."""
-    if family_of(config) != "llama":
-        return {}
-    heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}
-    return {name: rotate_half_rows(n * config.head_dim, n) for name, n in heads.items()}

@@ -9,6 +9,8 @@ from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import dequantize
 
 from lora_jax.interop.gguf_header import TensorInfo
+from lora_jax.interop.llama_leaves import family_of
+from lora_jax.models.config import LlamaConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,8 +61,14 @@ class StoredTensor:
         return tensor.reshape(stop - start, -1)
 
 
-def rotate_half_rows(num_rows: int, num_heads: int) -> np.ndarray:
-    """Where llama.cpp keeps each row of our queries or keys: (pair, half) in place of (half, pair)
-    within a head."""
-    stored = np.arange(num_rows).reshape(num_heads, num_rows // num_heads // 2, 2)
-    return stored.swapaxes(1, 2).ravel()
+def permuted_rows(config: LlamaConfig) -> dict[str, np.ndarray]:
+    """Where llama.cpp keeps the rows of our queries and keys, for the names of those tensors.
+
+    In a Llama it rotates neighbours, (pair, half), where we rotate halves, (half, pair); in the
+    other families it rotates as we do.
+    """
+    if family_of(config) != "llama":
+        return {}
+    heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}
+    rows = {name: np.arange(n * config.head_dim).reshape(n, -1, 2) for name, n in heads.items()}
+    return {name: stored.swapaxes(1, 2).ravel() for name, stored in rows.items()}

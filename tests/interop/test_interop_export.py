@@ -12,7 +12,15 @@ import small_checkpoints
 import small_llamas
 
 import lora_jax as lora
-from lora_jax.interop import Pretrained, load_gguf, load_huggingface, save_huggingface
+from lora_jax.interop import (
+    Pretrained,
+    load_gguf,
+    load_huggingface,
+    save_gguf,
+    save_huggingface,
+)
+from lora_jax.interop.gguf_header import read_header
+from lora_jax.models import llama
 
 
 def read(folder: Path, name: str) -> dict:
@@ -135,3 +143,54 @@ def test_only_plain_params_of_the_config_are_written(tmp_path):
     )
     save({**model.params, "head": model.params["norm"]}, r"missing \[\], unexpected \['head'\]")
     save({**model.params, "norm": model.params["norm"][1:]}, r"norm has shape \(71,\)")
+
+
+def half(tree):
+    """Values that float16 holds exactly."""
+    return jax.tree.map(lambda x: np.asarray(x, np.float16).astype(np.float32), tree)
+
+
+@pytest.mark.parametrize("name", small_llamas.VARIANTS)
+def test_round_trip_of_a_gguf_in_f16(tmp_path, name):
+    """Vectors stay float32; of the matrices all bits of float16 survive."""
+    model = small_model(tmp_path, name)
+    model = dataclasses.replace(model, params=half(model.params))
+    save_gguf(tmp_path / "m.gguf", model)
+    again = load_gguf(tmp_path / "m.gguf")
+    assert again.name == "m" and not list(tmp_path.glob(".*"))
+    assert_same(again, model)
+
+
+def test_q8_0_is_within_half_a_step_of_its_blocks(tmp_path):
+    model = small_model(tmp_path, "llama2")
+    save_gguf(tmp_path / "m.gguf", model, kind="Q8_0")
+    info = read_header(tmp_path / "m.gguf").tensors
+    kinds = {name.removesuffix(".weight"): tensor.kind.name for name, tensor in info.items()}
+    # 112 columns do not fill blocks of 32.
+    assert (kinds["blk.0.attn_q"], kinds["blk.0.ffn_down"]) == ("Q8_0", "F16")
+    assert (kinds["output"], kinds["output_norm"]) == ("Q8_0", "F32")
+    loaded = load_gguf(tmp_path / "m.gguf").params["lm_head"].T.reshape(80, 2, 32)
+    exact = model.params["lm_head"].T.reshape(80, 2, 32)
+    step = np.abs(exact).max(-1, keepdims=True) / 127
+    assert (np.abs(loaded - exact) <= step * (0.5 + 127 / 2048)).all()  # its scale is a float16
+
+
+def test_gguf_refuses(tmp_path):
+    model = small_model(tmp_path)
+    (tmp_path / "m.gguf").write_bytes(b"mine")
+
+    def save(message, path="other.gguf", kind="F16", **changes):
+        with pytest.raises(ValueError, match=message):
+            save_gguf(tmp_path / path, dataclasses.replace(model, **changes), kind=kind)
+
+    save(r"m\.gguf exists already and is never overwritten", path="m.gguf")
+    assert (tmp_path / "m.gguf").read_bytes() == b"mine"
+    save(r"kind='Q4_K': expected one of F16, Q8_0", kind="Q4_K")
+    large = model.params | {"embed": jnp.full_like(model.params["embed"], 1e5)}
+    save(r"token_embd\.weight holds values that float16 cannot", params=large)
+    odd = dataclasses.replace(model.config, qkv_bias=True, qk_norm=True)
+    attn = jax.eval_shape(lambda: llama.init(odd, key=jax.random.key(0)))["layers"]["attn"]
+    attn = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), attn)
+    layers = model.params["layers"] | {"attn": attn}
+    save(r"no family has both", params=model.params | {"layers": layers}, config=odd)
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "m.gguf"}

@@ -9,13 +9,15 @@ import small_checkpoints
 import small_llamas
 
 from lora_jax.data import byte_tokenizer
-from lora_jax.interop import load_gguf, load_huggingface, save_huggingface
+from lora_jax.interop import load_gguf, load_huggingface, save_gguf, save_huggingface
 from lora_jax.interop.tokenizers import tokenizer_from_huggingface
 from lora_jax.models import llama
 from lora_jax.models.generate import generate
 
 torch = pytest.importorskip("torch", reason="requirements-parity.txt is not installed")
 transformers = pytest.importorskip("transformers", reason="requirements-parity.txt")
+
+UNSCALED = [name for name, v in small_llamas.VARIANTS.items() if v["rope_scaling"] is None]
 
 
 def relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:
@@ -66,6 +68,24 @@ def test_folders_for_transformers(tmp_path, name):
     text = reader.apply_chat_template([{"role": "user", "content": "ab0"}], tokenize=False)
     assert (text, reader(text).input_ids) == ("ab0", tokenizer.encode("ab0"))
     assert (reader.eos_token_id, reader.pad_token_id) == (78, 79)
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q8_0"])
+@pytest.mark.parametrize("name", UNSCALED)
+def test_gguf_files_for_another_reader(tmp_path, name, kind):
+    """transformers knows no Llama 3.1 scaling in a GGUF, and takes all of Qwen3's heads for 128."""
+    values = small_llamas.VARIANTS[name] | ({"head_dim": 128} if name == "qwen3" else {})
+    weights = small_llamas.draw_weights(values)
+    folder = small_checkpoints.write_huggingface(tmp_path / "s", values, weights)
+    save_gguf(tmp_path / "m.gguf", load_huggingface(folder), kind=kind)
+    ours = load_gguf(tmp_path / "m.gguf")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="m.gguf", dtype=torch.float32
+    ).eval()
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(small_llamas.TOKENS)).logits.numpy()
+    logits = llama.forward(ours.params, jnp.asarray(small_llamas.TOKENS), ours.config)
+    assert relative_error(np.asarray(logits), theirs) <= 1e-5
 
 
 def test_tokenizer_saved_by_transformers(tmp_path):
