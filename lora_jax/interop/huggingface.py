@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -82,10 +84,8 @@ def _open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, safe_o
         raise FileNotFoundError(
             f"{folder} has neither {_SINGLE} nor {_INDEX}; download the weights too."
         )
-    shards = {
-        shard: stack.enter_context(_open_shard(folder, shard))
-        for shard in ([_SINGLE] if index is None else dict.fromkeys(index.values()))
-    }
+    names = [_SINGLE] if index is None else _shard_names(folder, index)
+    shards = {name: stack.enter_context(_open_shard(folder, name)) for name in names}
     if index is None:
         return dict.fromkeys(shards[_SINGLE].keys(), shards[_SINGLE])
     held = {shard: set(file.keys()) for shard, file in shards.items()}
@@ -98,12 +98,17 @@ def _open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, safe_o
     return {name: shards[shard] for name, shard in index.items()}
 
 
-def _open_shard(folder: Path, shard: object) -> safe_open:
-    if not isinstance(shard, str) or Path(shard).name != shard or Path(shard).suffix != _SUFFIX:
-        raise ValueError(
-            f"{folder / _INDEX} names the shard {shard!r}, expected a .safetensors file in the "
-            "folder itself."
-        )
+def _shard_names(folder: Path, index: Mapping[str, Any]) -> list[str]:
+    for shard in index.values():
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(_SUFFIX):
+            raise ValueError(
+                f"{folder / _INDEX} names the shard {shard!r}, expected a {_SUFFIX} file in the "
+                "folder itself."
+            )
+    return list(dict.fromkeys(index.values()))
+
+
+def _open_shard(folder: Path, shard: str) -> safe_open:
     path = folder / shard
     if not path.is_file():
         raise FileNotFoundError(f"{folder} lacks the shard {shard}; finish the download.")

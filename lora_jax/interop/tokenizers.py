@@ -30,16 +30,17 @@ def tokenizer_from_huggingface(folder: Path) -> Tokenizer:
         core = Core.from_file(str(path))
     except Exception as error:  # the Rust library raises bare Exception
         raise ValueError(f"{path} is not a tokenizer: {error}") from None
-    settings = read_json(folder / "tokenizer_config.json")
-    eos_id = _token_id(core, settings.get("eos_token"))
+    stated = folder / "tokenizer_config.json"
+    settings = read_json(stated)
+    eos_id = _token_id(core, stated, settings, "eos_token")
     if eos_id is None:
         eos_id = _generation_eos(folder)
     return Tokenizer(
         core=core,
         chat_template=_chat_template(folder, settings),
-        bos_id=_token_id(core, settings.get("bos_token")),
+        bos_id=_token_id(core, stated, settings, "bos_token"),
         eos_id=eos_id,
-        pad_id=_token_id(core, settings.get("pad_token")),
+        pad_id=_token_id(core, stated, settings, "pad_token"),
     )
 
 
@@ -53,18 +54,24 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, source: str) -> None
         )
 
 
-def _token_id(core: Core, token: str | dict | None) -> int | None:
+def _token_id(core: Core, path: Path, settings: Mapping[str, Any], key: str) -> int | None:
+    token = settings.get(key)
     text = token.get("content") if isinstance(token, dict) else token
-    return None if text is None else core.token_to_id(text)
+    if text is None:
+        return None
+    if not isinstance(text, str):
+        raise ValueError(f"{path}: {key} is {token!r}, expected a token's text.")
+    return core.token_to_id(text)
 
 
 def _generation_eos(folder: Path) -> int:
-    eos = read_json(folder / "generation_config.json").get("eos_token_id")
+    path = folder / "generation_config.json"
+    eos = read_json(path).get("eos_token_id")
     eos = eos[0] if isinstance(eos, list) and eos else eos
-    if not isinstance(eos, int):
+    if type(eos) is not int or eos < 0:
         raise ValueError(
             f"{folder} names no end token: neither eos_token in tokenizer_config.json nor "
-            "eos_token_id in generation_config.json. Add one of them."
+            f"eos_token_id in {path.name}, which says {eos!r}. Add one of them."
         )
     return eos
 
@@ -72,8 +79,17 @@ def _generation_eos(folder: Path) -> int:
 def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8: {error}") from None
     template = settings.get("chat_template")
     if isinstance(template, list):  # several, by name
-        template = {item["name"]: item["template"] for item in template}.get("default")
+        named = [item for item in template if isinstance(item, dict)]
+        default = [item.get("template") for item in named if item.get("name") == "default"]
+        template = default[0] if default else None
+    if not isinstance(template, str | None):
+        raise ValueError(
+            f"{folder / 'tokenizer_config.json'}: chat_template is {template!r}, expected a text."
+        )
     return template
