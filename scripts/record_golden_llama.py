@@ -3,7 +3,8 @@
     python scripts/record_golden_llama.py      # wants requirements-parity.txt; about 90 seconds
 
 Writes into tests/golden/:
-  llama_logits.npz      float32 logits of the small random Llamas of tests/interop/small_llamas.py
+  llama_logits.npz      float32 logits of the small random Llamas of tests/interop/small_llamas.py,
+                        and the fifty tokens that greedy decoding adds to a prompt
   smollm2_logits.npz    of the default model, read from its GGUF: logits at some positions, and the
                         fifty tokens that greedy decoding adds to a prompt
   smollm2_tokens.json   token ids of many strings by the default model's tokenizer
@@ -53,14 +54,20 @@ STRINGS = [
 def record_small() -> None:
     logits = {"transformers": np.array(transformers.__version__)}
     for name, values in small_llamas.VARIANTS.items():
-        config = transformers.LlamaConfig(**values)
-        model = transformers.LlamaForCausalLM(config).float().eval()
+        config = transformers.AutoConfig.for_model(**values)
+        model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
         weights = {k: torch.from_numpy(v) for k, v in small_llamas.draw_weights(values).items()}
         missing, unexpected = model.load_state_dict(weights, strict=False)
         assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
         model.tie_weights()
         with torch.no_grad():
             logits[name] = model(torch.from_numpy(small_llamas.TOKENS)).logits.numpy()
+            logits[f"{name}/greedy"] = model.generate(
+                torch.from_numpy(small_llamas.PROMPT),
+                max_new_tokens=small_llamas.GREEDY,
+                do_sample=False,
+                eos_token_id=None,
+            ).numpy()
     np.savez_compressed(GOLDEN / "llama_logits.npz", **logits)
 
 

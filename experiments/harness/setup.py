@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from lora_jax import data
-from lora_jax.interop import Pretrained, load
+from lora_jax.interop import Pretrained, load, quantized
 from lora_jax.models import llama
 from lora_jax.models.config import LlamaConfig
 from lora_jax.models.shapes import SHAPES
-from lora_jax.quant import quantize, quantizer
+from lora_jax.quant import quantize
 
 
 def shape_of(config: ConfigDict) -> LlamaConfig:
@@ -31,7 +31,7 @@ def load_model(config: ConfigDict) -> Pretrained:
     if config.model.source != "random":
         if config.base.quantize == "none":
             return load(config.model.source, dtype=dtype)
-        return load(config.model.source, dtype=dtype, finish=quantizer(**_format(config)))
+        return load(config.model.source, dtype=dtype, place=quantized(**_format(config)))
     shape = shape_of(config)
     return Pretrained(
         params=as_configured(config, llama.init(shape, key=jax.random.key(0), dtype=dtype)),

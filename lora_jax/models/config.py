@@ -19,7 +19,12 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
-    """The shape of a Llama 2, Llama 3.x or SmolLM2 model; a static argument of `jit`."""
+    """The shape of a Llama 2, Llama 3.x, SmolLM2, Mistral, Qwen2 or Qwen3; a static argument of
+    `jit`.
+
+    `qkv_bias` adds biases to queries, keys and values (Qwen2), `qk_norm` an RMS norm over each
+    head of queries and keys before they are rotated (Qwen3).
+    """
 
     vocab_size: int
     hidden_size: int
@@ -33,6 +38,8 @@ class LlamaConfig:
     rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:

@@ -1,4 +1,4 @@
-"""Llama 2, Llama 3.x and SmolLM2 as pure functions over a params tree.
+"""Llama 2, Llama 3.x, SmolLM2, Mistral, Qwen2 and Qwen3 as pure functions over a params tree.
 
 Dimensions: B batch, T positions, D hidden, F intermediate, V vocabulary, L layers,
 N query heads, K key/value heads, H head size.
@@ -8,6 +8,8 @@ The tree, with weights applied from the right and layers stacked on the leading 
     embed [V, D]
     layers/attn_norm [L, D]
     layers/attn/{q_proj [L, D, N*H], k_proj [L, D, K*H], v_proj [L, D, K*H], o_proj [L, N*H, D]}
+    layers/attn/{q_bias [L, N*H], k_bias [L, K*H], v_bias [L, K*H]}     (Qwen2)
+    layers/attn/{q_norm [L, H], k_norm [L, H]}                          (Qwen3)
     layers/mlp_norm [L, D]
     layers/mlp/{gate_proj [L, D, F], up_proj [L, D, F], down_proj [L, F, D]}
     norm [D]
@@ -32,7 +34,9 @@ from lora_jax.weights import NARROW, UNSCALED, embed, linear, scan_layers, trans
 
 Params = dict[str, Any]
 Remat = Literal["none", "elementwise", "full"]
-SAVED = ("query", "key", "value", "attended", "residual", "gate", "up", NARROW, UNSCALED)
+SAVED = (
+    "projected", "query", "key", "value", "attended", "residual", "gate", "up", NARROW, UNSCALED
+)  # fmt: skip
 
 
 @flax.struct.dataclass
@@ -59,7 +63,7 @@ def init(config: LlamaConfig, *, key: jax.Array, dtype: Any = jnp.float32) -> Pa
         draw = jax.random.normal(next(keys), shape, jnp.float32) / math.sqrt(fan_in)
         return draw.astype(dtype)
 
-    params = {
+    params: Params = {
         "embed": normal(config.vocab_size, D, fan_in=D),
         "layers": {
             "attn_norm": jnp.ones((L, D), dtype),
@@ -78,6 +82,11 @@ def init(config: LlamaConfig, *, key: jax.Array, dtype: Any = jnp.float32) -> Pa
         },
         "norm": jnp.ones((D,), dtype),
     }
+    attn = params["layers"]["attn"]
+    if config.qkv_bias:
+        attn |= {f"{name}_bias": jnp.zeros_like(attn[f"{name}_proj"][:, 0]) for name in "qkv"}
+    if config.qk_norm:
+        attn |= {f"{name}_norm": jnp.ones((L, config.head_dim), dtype) for name in "qk"}
     if not config.tie_embeddings:
         params["lm_head"] = normal(D, config.vocab_size, fan_in=D)
     return params
@@ -247,12 +256,18 @@ def project(
     attn = weights["attn"]
     x_BTD = rms_norm(x_BTD, weights["attn_norm"], config.norm_eps)
 
-    def heads(weight, count):
-        return linear(x_BTD, weight).reshape(*x_BTD.shape[:2], count, config.head_dim)
+    def heads(name, count):
+        y = linear(x_BTD, attn[f"{name}_proj"])
+        if config.qkv_bias:
+            y += jnp.broadcast_to(attn[f"{name}_bias"], y.shape)
+        y = y.reshape(*x_BTD.shape[:2], count, config.head_dim)
+        if config.qk_norm and name != "v":
+            y = rms_norm(checkpoint_name(y, "projected"), attn[f"{name}_norm"], config.norm_eps)
+        return y
 
-    q_BTNH = rotate(heads(attn["q_proj"], config.num_heads), positions_BT, config)
-    k_BTKH = rotate(heads(attn["k_proj"], config.num_kv_heads), positions_BT, config)
-    v_BTKH = heads(attn["v_proj"], config.num_kv_heads)
+    q_BTNH = rotate(heads("q", config.num_heads), positions_BT, config)
+    k_BTKH = rotate(heads("k", config.num_kv_heads), positions_BT, config)
+    v_BTKH = heads("v", config.num_kv_heads)
     return (
         checkpoint_name(q_BTNH, "query"),
         checkpoint_name(k_BTKH, "key"),

@@ -9,11 +9,11 @@ import gguf
 import numpy as np
 import small_llamas
 from safetensors.numpy import save_file
-
-from lora_jax.data.tokenizer import byte_tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 CHARACTERS = [chr(c) for c in range(ord("0"), ord("0") + 76)]
 TOKENS = [*CHARACTERS, "ab", "<s>", "</s>", "<pad>"]
+TOKENIZER_CONFIG = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 Q8_0 = gguf.GGMLQuantizationType.Q8_0
 GGUF_NAMES = {
     "model.embed_tokens": "token_embd",
@@ -24,6 +24,8 @@ GGUF_NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
@@ -46,9 +48,19 @@ def write_huggingface(
             save_file(held, folder / name)
             weight_map |= dict.fromkeys(held, name)
         write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
-    byte_tokenizer().core.save(str(folder / "tokenizer.json"))
-    write_json(folder / "tokenizer_config.json", {"eos_token": "<|im_end|>"})
+    small_tokenizer().save(str(folder / "tokenizer.json"))
+    write_json(folder / "tokenizer_config.json", TOKENIZER_CONFIG)
     return folder
+
+
+def small_tokenizer() -> Tokenizer:
+    """The one that `write_gguf` writes, as GPT-2's kind."""
+    vocab = {token: i for i, token in enumerate(TOKENS)}
+    core = Tokenizer(models.BPE(vocab=vocab, merges=[("a", "b")]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(TOKENS[77:])
+    return core
 
 
 def write_json(path: Path, value: Mapping) -> None:
@@ -60,11 +72,12 @@ def write_gguf(
     config: Mapping,
     weights: Mapping[str, np.ndarray],
     *,
-    architecture: str = "llama",
+    architecture: str | None = None,
     pre: str = "gpt-2",
     q8: tuple[str, ...] = (),
 ) -> Path:
-    writer = gguf.GGUFWriter(path, architecture)
+    is_llama = config["model_type"] in ("llama", "mistral")
+    writer = gguf.GGUFWriter(path, architecture or ("llama" if is_llama else config["model_type"]))
     rope = config["rope_scaling"]
     _add_metadata(writer, config)
     _add_tokenizer(writer, pre)
@@ -74,9 +87,9 @@ def write_gguf(
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
         writer.add_tensor("rope_freqs.weight", np.array(divisors, np.float32))
     for name, weight in weights.items():
-        if "q_proj" in name:
+        if is_llama and "q_proj" in name:
             weight = _interleave(weight, config["num_attention_heads"])
-        if "k_proj" in name:
+        if is_llama and "k_proj" in name:
             weight = _interleave(weight, config["num_key_value_heads"])
         if name in q8:
             weight = gguf.quants.quantize(weight, Q8_0)
@@ -89,11 +102,11 @@ def write_gguf(
 
 
 def gguf_name(name: str) -> str:
-    stem = name.removesuffix(".weight")
+    stem, _, kind = name.rpartition(".")
     if not stem.startswith("model.layers."):
-        return f"{GGUF_NAMES.get(stem, stem)}.weight"
+        return f"{GGUF_NAMES.get(stem, stem)}.{kind}"
     _, _, layer, rest = stem.split(".", 3)
-    return f"blk.{layer}.{GGUF_NAMES.get(rest, rest)}.weight"
+    return f"blk.{layer}.{GGUF_NAMES.get(rest, rest)}.{kind}"
 
 
 def rope_divisors(rope: Mapping, theta: float, head_dim: int) -> list[float]:
@@ -119,6 +132,8 @@ def _add_metadata(writer: gguf.GGUFWriter, config: Mapping) -> None:
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
+    if "head_dim" in config:
+        writer.add_key_length(config["head_dim"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(config["rope_theta"])
 

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import small_checkpoints
 import small_llamas
+from small_checkpoints import write_json
 
+from lora_jax.data import byte_tokenizer
 from lora_jax.interop import load_huggingface
 from lora_jax.models import llama
 from lora_jax.models.config import RopeScaling
@@ -31,11 +33,17 @@ def write(tmp_path: Path, name: str, *, shards: int = 1, **changes) -> Path:
 
 
 @pytest.mark.parametrize("name", small_llamas.VARIANTS)
-def test_logits_agree_with_transformers(tmp_path, name):
+def test_logits_and_greedy_tokens_agree_with_transformers(tmp_path, name):
+    """Each of the fifty tokens is the likeliest after those before it."""
     model = load_huggingface(write(tmp_path, name))
-    logits = llama.forward(model.params, jnp.asarray(small_llamas.TOKENS), model.config)
-    error = np.abs(logits - GOLDEN[name]).max() / np.abs(GOLDEN[name]).max()
-    assert error <= 1e-4
+    tokens, greedy = small_llamas.TOKENS, GOLDEN[f"{name}/greedy"]
+    padded = np.pad(tokens, [(0, 0), (0, greedy.shape[1] - tokens.shape[1])])
+    both = jnp.asarray(np.concatenate([padded, greedy]), jnp.int32)
+    logits = np.asarray(llama.forward(model.params, both, model.config))
+    error = np.abs(logits[:2, : tokens.shape[1]] - GOLDEN[name]).max()
+    assert error <= 1e-4 * np.abs(GOLDEN[name]).max()
+    start = small_llamas.PROMPT.shape[1]
+    np.testing.assert_array_equal(logits[2:, start - 1 : -1].argmax(-1), greedy[:, start:])
 
 
 def test_shards_hold_the_same_model(tmp_path, folder):
@@ -86,11 +94,26 @@ def test_config_that_is_not_json(folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mistral"}, r"model_type='mistral' \(supported: 'llama'\)"),
+        ({"model_type": "gemma"}, r"model_type='gemma' \(supported: 'llama', 'mistral', 'qwen2'"),
+        ({"model_type": ["llama"]}, r"unsupported model_type=\['llama'\]"),
+        (
+            {"model_type": "mistral", "sliding_window": 16},
+            r"sliding_window=16 .* max_position_embeddings=64",
+        ),
+        (
+            {"model_type": "qwen2"},
+            r"lacks 6 tensor\(s\): model\.layers\.0\.self_attn\.k_proj\.bias",
+        ),
+        ({"model_type": "qwen3"}, r"lacks 4 tensor\(s\): model\.layers\.0\.self_attn\.k_norm"),
+        ({"layer_types": ["sliding_attention"]}, r"sliding_window=None is not supported below"),
+        ({"layer_types": ["linear_attention"]}, r"layer_types is \['linear_attention'\]"),
         ({"attention_bias": True}, r"attention_bias=True"),
         ({"quantization_config": {"bits": 4}}, r"quantization_config="),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, r"RoPE scaling 'linear'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, r"lacks low_freq_factor"),
+        ({"rope_scaling": [1.0]}, r"the RoPE scaling is \[1\.0\], expected an object"),
+        ({"rms_norm_eps": float("inf")}, r"rms_norm_eps is inf, expected a positive number"),
+        ({"vocab_size": 80.5}, r"vocab_size is 80\.5, expected a count"),
         ({"hidden_size": "large"}, r"hidden_size is 'large', expected a positive number"),
         ({"num_hidden_layers": 3}, r"lacks 9 tensor\(s\): model\.layers\.2"),
         ({"num_hidden_layers": 1}, r"holds 9 tensor\(s\): model\.layers\.1"),
@@ -100,6 +123,26 @@ def test_config_that_is_not_json(folder):
 def test_unsupported_or_contradictory_config(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         load_huggingface(write(tmp_path, "llama2", **changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sliding_window": 64},
+        {"sliding_window": 16, "max_position_embeddings": 16},
+        {"sliding_window": 16, "use_sliding_window": False},
+        {"sliding_window": 16, "layer_types": ["full_attention"] * 2},
+    ],
+)
+def test_sliding_window_that_hides_nothing(tmp_path, changes):
+    assert load_huggingface(write(tmp_path, "mistral", **changes)).config.num_layers == 2
+
+
+def test_tokenizer_of_a_larger_vocabulary(tmp_path, folder):
+    byte_tokenizer().core.save(str(folder / "tokenizer.json"))
+    write_json(folder / "tokenizer_config.json", {"eos_token": "<|im_end|>"})
+    with pytest.raises(ValueError, match=r"tokenizer .* 259 tokens, .* vocabulary of 80"):
+        load_huggingface(folder)
 
 
 def test_no_weights(folder):

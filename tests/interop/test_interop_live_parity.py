@@ -1,17 +1,23 @@
 """Parity with the transformers installed here, without golden files in between."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_checkpoints
 import small_llamas
 
-from lora_jax.interop import load_huggingface
+from lora_jax.data import byte_tokenizer
+from lora_jax.interop import load_gguf, load_huggingface, save_gguf, save_huggingface
 from lora_jax.interop.tokenizers import tokenizer_from_huggingface
 from lora_jax.models import llama
+from lora_jax.models.generate import generate
 
 torch = pytest.importorskip("torch", reason="requirements-parity.txt is not installed")
 transformers = pytest.importorskip("transformers", reason="requirements-parity.txt")
+
+UNSCALED = [name for name, v in small_llamas.VARIANTS.items() if v["rope_scaling"] is None]
 
 
 def relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:
@@ -20,22 +26,70 @@ def relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 @pytest.mark.parametrize("name", small_llamas.VARIANTS)
 def test_folders_saved_by_transformers(tmp_path, name):
-    """Its own config.json, shards and index."""
-    config = transformers.LlamaConfig(**small_llamas.VARIANTS[name], eos_token_id=1)
+    """Its own config.json, shards and index; then fifty greedy tokens."""
+    config = transformers.AutoConfig.for_model(**small_llamas.VARIANTS[name], eos_token_id=78)
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     model.save_pretrained(tmp_path, max_shard_size="100KB")
-    small_checkpoints.byte_tokenizer().core.save(str(tmp_path / "tokenizer.json"))
+    small_checkpoints.small_tokenizer().save(str(tmp_path / "tokenizer.json"))
     ours = load_huggingface(tmp_path)
     tokens = small_llamas.TOKENS
     with torch.no_grad():
         theirs = model(torch.from_numpy(tokens)).logits.numpy()
+        prompt, count = small_llamas.PROMPT[:1], small_llamas.GREEDY
+        options = {"max_new_tokens": count, "do_sample": False, "eos_token_id": None}
+        continued = model.generate(torch.from_numpy(prompt), **options).numpy()
     logits = llama.forward(ours.params, jnp.asarray(tokens), ours.config)
     assert relative_error(np.asarray(logits), theirs) <= 1e-4
+    lengths = jnp.array([prompt.shape[1]])
+    generated = generate(
+        ours.params, jnp.asarray(prompt), lengths, ours.config, max_new_tokens=count, eos_id=-1
+    )
+    np.testing.assert_array_equal(generated, continued[:, prompt.shape[1] :])
+
+
+@pytest.mark.parametrize("name", small_llamas.VARIANTS)
+def test_folders_for_transformers(tmp_path, name):
+    """From a GGUF, so that all is written anew; with the tokenizer and its chat template."""
+    source = small_checkpoints.write_gguf(tmp_path / "m.gguf", *small_checkpoints.small(name))
+    ours = load_gguf(source)
+    tokenizer = dataclasses.replace(ours.tokenizer, chat_template="{{ messages[0]['content'] }}")
+    ours = dataclasses.replace(ours, tokenizer=tokenizer)
+    save_huggingface(tmp_path / "out", ours, shard_bytes=100_000)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(small_llamas.TOKENS)).logits.numpy()
+    logits = llama.forward(ours.params, jnp.asarray(small_llamas.TOKENS), ours.config)
+    assert relative_error(np.asarray(logits), theirs) <= 1e-5
+    weights = model.lm_head.weight, model.model.embed_tokens.weight
+    assert (weights[0].data_ptr() == weights[1].data_ptr()) == ours.config.tie_embeddings
+    assert model.generation_config.eos_token_id == 78
+    reader = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    text = reader.apply_chat_template([{"role": "user", "content": "ab0"}], tokenize=False)
+    assert (text, reader(text).input_ids) == ("ab0", tokenizer.encode("ab0"))
+    assert (reader.eos_token_id, reader.pad_token_id) == (78, 79)
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q8_0"])
+@pytest.mark.parametrize("name", UNSCALED)
+def test_gguf_files_for_another_reader(tmp_path, name, kind):
+    """transformers knows no Llama 3.1 scaling in a GGUF, and takes all of Qwen3's heads for 128."""
+    values = small_llamas.VARIANTS[name] | ({"head_dim": 128} if name == "qwen3" else {})
+    weights = small_llamas.draw_weights(values)
+    folder = small_checkpoints.write_huggingface(tmp_path / "s", values, weights)
+    save_gguf(tmp_path / "m.gguf", load_huggingface(folder), kind=kind)
+    ours = load_gguf(tmp_path / "m.gguf")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="m.gguf", dtype=torch.float32
+    ).eval()
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(small_llamas.TOKENS)).logits.numpy()
+    logits = llama.forward(ours.params, jnp.asarray(small_llamas.TOKENS), ours.config)
+    assert relative_error(np.asarray(logits), theirs) <= 1e-5
 
 
 def test_tokenizer_saved_by_transformers(tmp_path):
-    core = small_checkpoints.byte_tokenizer().core
+    core = byte_tokenizer().core
     theirs = transformers.PreTrainedTokenizerFast(
         tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|pad|>"
     )

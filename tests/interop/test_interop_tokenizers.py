@@ -1,5 +1,6 @@
 """Tokenizers out of checkpoints."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import small_checkpoints
 import tokenizers
 
 from lora_jax.data.tokenizer import byte_tokenizer
-from lora_jax.interop.tokenizers import tokenizer_from_gguf, tokenizer_from_huggingface
+from lora_jax.interop.gguf_tokenizer import tokenizer_from_gguf, tokenizer_to_gguf
+from lora_jax.interop.tokenizers import tokenizer_from_huggingface
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "smollm2_tokens.json").read_text())
 ALPHABET = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
@@ -136,3 +138,25 @@ def test_huggingface_corrupt_tokenizer(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer"):
         tokenizer_from_huggingface(tmp_path)
+
+
+@pytest.mark.parametrize("pre", ["smollm", "gpt-2", "llama-bpe", "qwen2"])
+def test_metadata_of_a_tokenizer_is_what_it_was_read_from(pre):
+    entries = metadata(pre) | {"tokenizer.chat_template": "{{ messages }}"}
+    tokenizer = tokenizer_from_gguf(Path("x.gguf"), entries)
+    written = tokenizer_to_gguf(tokenizer, 262)
+    filled = {"tokens": ["[PAD260]", "[PAD261]"], "token_type": [5, 5]}
+    for key, more in filled.items():
+        assert written[f"tokenizer.ggml.{key}"] == entries[f"tokenizer.ggml.{key}"] + more
+    assert written["tokenizer.ggml.add_bos_token"] == (pre == "llama-bpe")
+    same = entries.keys() - {f"tokenizer.ggml.{key}" for key in filled}
+    assert {key: written[key] for key in same} == {key: entries[key] for key in same}
+
+
+def test_tokenizers_that_gguf_cannot_name():
+    with pytest.raises(ValueError, match=r"is none of smollm, gpt-2, llama-bpe, qwen2"):
+        tokenizer_to_gguf(byte_tokenizer(), 259)
+    core = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True))
+    spelt = dataclasses.replace(byte_tokenizer(), core=core)
+    with pytest.raises(ValueError, match=r"takes byte-level BPE .* byte_fallback=True"):
+        tokenizer_to_gguf(spelt, 259)

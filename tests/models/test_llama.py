@@ -15,6 +15,7 @@ from lora_jax.models import llama
 from lora_jax.models.attention import attend, causal_mask
 from lora_jax.models.config import RopeScaling
 from lora_jax.models.rope import inverse_frequencies, rotate
+from lora_jax.models.shapes import SHAPES
 
 SCALING = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=16)
 VARIANTS = {
@@ -211,3 +212,18 @@ def test_rope_scaling_formula():
 def test_impossible_configs(changes, message):
     with pytest.raises(ValueError, match=message):
         cases.tiny_llama(**changes)
+
+
+@pytest.mark.parametrize("extras", [{"q_bias", "k_bias", "v_bias"}, {"q_norm", "k_norm"}])
+def test_biases_and_head_norms_are_no_targets(extras):
+    config = dataclasses.replace(
+        SHAPES["tiny"], qkv_bias="q_bias" in extras, qk_norm="q_norm" in extras
+    )
+    key = jax.random.key(0)
+    params = jax.eval_shape(lambda: llama.init(config, key=key))
+    projections = {f"{name}_proj" for name in "qkvo"}
+    assert set(params["layers"]["attn"]) == projections | extras
+    _, delta = jax.eval_shape(lambda p: lora.lora_transform(p, lora.LoRA(), key=key), params)
+    assert set(delta["layers"]["attn"]) == projections
+    assert set(delta["layers"]["mlp"]) == {"gate_proj", "up_proj", "down_proj"}
+    assert set(delta) == {"layers"} and set(delta["layers"]) == {"attn", "mlp"}

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from lora_jax.interop.peft import adalora, full, lora, prompts, vectors
 from lora_jax.interop.peft.model import Model, Tensors, model_of
 from lora_jax.interop.peft.names import Names
-from lora_jax.interop.tokenizers import read_json
+from lora_jax.interop.read_json import read_json
 from lora_jax.layouts import Layout
 from lora_jax.methods import (
     DecomposedLowRank,
@@ -162,12 +162,15 @@ def _encoded(
             "ADALORA": adalora.to_peft,
         }[kind]
         config, tensors = encode(others, model)
-    saved, values = full.to_peft(whole, model)
+    adapted = {
+        slot.module for slot in model.slots_at(path for path in others if path in model.names)
+    }
+    stated, values = full.to_peft(whole, model, adapted)
     tensors = {
         name if name.startswith("base_model.") or name == prompts.TABLE else _PREFIX + name: value
         for name, value in (tensors | values).items()
     }
-    return config | {"modules_to_save": saved or None}, tensors
+    return config | stated, tensors
 
 
 def _vera(nodes: Mapping[str, Any], model: Model) -> tuple[dict[str, Any], Tensors]:

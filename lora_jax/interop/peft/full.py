@@ -11,8 +11,14 @@ from lora_jax.interop.peft.model import Model, Tensors
 from lora_jax.methods import DenseDelta
 
 
-def to_peft(nodes: Mapping[str, DenseDelta], model: Model) -> tuple[list[str], Tensors]:
-    """The names for modules_to_save, and the trained values of their weights."""
+def to_peft(
+    nodes: Mapping[str, DenseDelta], model: Model, adapted: set[str]
+) -> tuple[dict[str, Any], Tensors]:
+    """What adapter_config.json says of them, and the trained values.
+
+    `adapted` are the modules that the adapter's own method is on: PEFT keeps their biases under
+    another name.
+    """
     tensors: Tensors = {}
     for path, node in nodes.items():
         if path not in model.names:
@@ -23,17 +29,25 @@ def to_peft(nodes: Mapping[str, DenseDelta], model: Model) -> tuple[list[str], T
         template = model.names[path]
         for layer in range(len(merged)) if "{}" in template else [None]:
             value = merged if layer is None else merged[layer]
-            tensors[f"{template.format(layer)}.weight"] = _turned(value, template)
-    return sorted(name.removesuffix(".weight") for name in tensors), tensors
+            tensors[_tensor(template).format(layer)] = _turned(value, template)
+    saved = sorted(name.removesuffix(".weight") for name in tensors if name.endswith(".weight"))
+    config: dict[str, Any] = {"modules_to_save": saved or None}
+    if biases := {name.removesuffix(".bias") for name in tensors if name.endswith(".bias")}:
+        config["bias"] = "lora_only" if biases <= adapted else "all"
+    for module in biases & adapted:
+        tensors[f"{module}.base_layer.bias"] = tensors.pop(f"{module}.bias")
+    return config, tensors
 
 
 def from_peft(tensors: Tensors, model: Model) -> dict[str, DenseDelta]:
     """Removes from `tensors` what holds a whole leaf of the model, or a layer of one."""
+    for name in [name for name in tensors if name.endswith(".base_layer.bias")]:
+        tensors[name.replace(".base_layer.", ".")] = tensors.pop(name)
     found: dict[str, Any] = {}
     for path, template in model.names.items():
         leaf, stacked = model.leaf(path), "{}" in template
         for layer in range(leaf.shape[0]) if stacked else [None]:
-            name = f"{template.format(layer)}.weight"
+            name = _tensor(template).format(layer)
             if name not in tensors:
                 continue
             value = _turned(np.asarray(tensors.pop(name), np.float32), template)
@@ -53,6 +67,10 @@ def from_peft(tensors: Tensors, model: Model) -> dict[str, DenseDelta]:
             else:
                 delta[...] = value - base
     return {path: DenseDelta(delta=jnp.asarray(delta)) for path, delta in found.items()}
+
+
+def _tensor(template: str) -> str:
+    return template if template.endswith(".bias") else f"{template}.weight"
 
 
 def _turned(value: np.ndarray, template: str) -> np.ndarray:

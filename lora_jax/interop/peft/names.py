@@ -40,7 +40,8 @@ class Slot:
 
 
 def llama_names(config: LlamaConfig) -> dict[str, str]:
-    """`{path: module}` for our Llama, with `{}` for the index of a stacked layer."""
+    """`{path: module}` for our Llama, with `{}` for the index of a stacked layer; a bias is named
+    as a tensor, `model.layers.{}.self_attn.q_proj.bias`."""
     return {
         "/".join(leaf.path): leaf.huggingface.removesuffix(".weight")
         for leaf in llama_leaves(config)

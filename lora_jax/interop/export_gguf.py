@@ -1,0 +1,141 @@
+"""A model as a GGUF file, which llama.cpp and its kin load."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from gguf import GGUFWriter
+from gguf.constants import (
+    GGML_QUANT_SIZES,
+    GGML_QUANT_VERSION,
+    GGMLQuantizationType,
+    LlamaFileType,
+)
+from gguf.quants import quantize
+
+from lora_jax.interop.gguf_config import ROPE_FACTORS, rope_divisors
+from lora_jax.interop.gguf_tensors import permuted_rows
+from lora_jax.interop.gguf_tokenizer import tokenizer_to_gguf
+from lora_jax.interop.llama_leaves import FileTensor, disassemble, family_of
+from lora_jax.interop.model import Pretrained
+from lora_jax.interop.progress import byte_progress
+from lora_jax.interop.writing import appearing, cast
+from lora_jax.models.config import LlamaConfig
+
+Kind = Literal["F16", "Q8_0"]
+_FILE_TYPES = {"F16": LlamaFileType.MOSTLY_F16, "Q8_0": LlamaFileType.MOSTLY_Q8_0}
+
+
+def save_gguf(path: str | os.PathLike, model: Pretrained, *, kind: Kind = "F16") -> None:
+    """Writes `model` as a GGUF file with its tokenizer and chat template inside.
+
+    Matrices are written as `kind`, but as F16 where rows do not fill blocks of Q8_0; vectors as
+    F32. Names, and the order of a Llama's query and key rows, are llama.cpp's. The file appears
+    when all is written, or not at all; the host holds one tensor at a time.
+
+    Args:
+      path: must not exist.
+      model: its params plain arrays; `dataclasses.replace(model, params=merge(base, delta))`
+        exports a merged adapter.
+      kind: "F16", or "Q8_0": blocks of 32 signed bytes with a float16 scale each.
+
+    Raises:
+      ValueError: the file exists; params do not follow the config or are not plain; a weight
+        overflows float16; GGUF cannot say what the tokenizer or the RoPE scaling is.
+    """
+    path = Path(path)
+    if kind not in _FILE_TYPES:
+        raise ValueError(f"kind={kind!r}: expected one of {', '.join(_FILE_TYPES)}.")
+    tensors = disassemble(model.params, model.config, "gguf")
+    vocabulary = tokenizer_to_gguf(model.tokenizer, model.config.vocab_size)
+    factors = _rope_factors(model.config)
+    with appearing(path) as temporary:
+        writer = GGUFWriter(temporary, family_of(model.config))
+        try:
+            _add_metadata(writer, model.config, model.name, kind)
+            _add_vocabulary(writer, vocabulary)
+            _write_tensors(writer, factors | tensors, model.config, GGMLQuantizationType[kind])
+        finally:
+            writer.close()
+
+
+def _add_metadata(writer: GGUFWriter, config: LlamaConfig, name: str, kind: Kind) -> None:
+    writer.add_name(name)
+    writer.add_file_type(_FILE_TYPES[kind])
+    writer.add_quantization_version(GGML_QUANT_VERSION)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.context_length)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_block_count(config.num_layers)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_theta)
+    if config.rope_scaling is not None:
+        writer.add_rope_scaling_orig_ctx_len(config.rope_scaling.original_context)
+
+
+def _add_vocabulary(writer: GGUFWriter, metadata: Mapping[str, Any]) -> None:
+    for key, value in metadata.items():
+        if isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
+        elif value:
+            writer.add_array(key, value)
+
+
+def _rope_factors(config: LlamaConfig) -> dict[str, FileTensor]:
+    """Llama 3.1's scaling, as its effect on each frequency."""
+    if config.rope_scaling is None:
+        return {}
+    if family_of(config) != "llama":
+        raise ValueError(f"GGUF has no place for {config.rope_scaling} in a {family_of(config)}.")
+    divisors = rope_divisors(config.rope_scaling, config.rope_theta, config.head_dim)
+    return {ROPE_FACTORS: FileTensor(shape=divisors.shape, fetch=lambda: divisors)}
+
+
+def _write_tensors(
+    writer: GGUFWriter,
+    tensors: Mapping[str, FileTensor],
+    config: LlamaConfig,
+    kind: GGMLQuantizationType,
+) -> None:
+    kinds = {name: _kind_of(tensor, kind) for name, tensor in tensors.items()}
+    sizes = {}
+    for name, tensor in tensors.items():
+        block, block_bytes = GGML_QUANT_SIZES[kinds[name]]
+        sizes[name] = tensor.size // block * block_bytes
+        logical = np.dtype(np.float32)  # any but uint8, whose shape would count bytes
+        writer.add_tensor_info(name, tensor.shape, logical, sizes[name], kinds[name])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    permuted = permuted_rows(config)
+    with byte_progress(only_on_terminal=True) as bar:
+        task = bar.add_task("saving", total=sum(sizes.values()))
+        for name, tensor in tensors.items():
+            array = cast(name, tensor.fetch(), np.dtype(np.float32))
+            if (rows := permuted.get(name.split(".")[-2])) is not None:
+                array = array[np.argsort(rows)]
+            if kinds[name] is GGMLQuantizationType.F16:
+                array = cast(name, array, np.dtype(np.float16))
+            elif kinds[name] is not GGMLQuantizationType.F32:
+                array = quantize(array, kinds[name])
+            writer.write_tensor_data(array)
+            bar.advance(task, sizes[name])
+
+
+def _kind_of(tensor: FileTensor, kind: GGMLQuantizationType) -> GGMLQuantizationType:
+    if len(tensor.shape) == 1:
+        return GGMLQuantizationType.F32
+    fills_blocks = tensor.shape[-1] % GGML_QUANT_SIZES[kind][0] == 0
+    return kind if fills_blocks else GGMLQuantizationType.F16

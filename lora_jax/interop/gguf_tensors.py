@@ -1,0 +1,74 @@
+"""Tensors of a GGUF file, dequantised."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES
+from gguf.quants import dequantize
+
+from lora_jax.interop.gguf_header import TensorInfo
+from lora_jax.interop.llama_leaves import family_of
+from lora_jax.models.config import LlamaConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """A vector or a matrix in the file at `path`; indexing it by slices reads the rows asked for.
+
+    `rows`, where given, is the order in which a matrix's rows count.
+    """
+
+    path: Path
+    name: str
+    info: TensorInfo
+    rows: np.ndarray | None = None
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        if len(self.info.shape) == 1:
+            return self._read(0, 1)[0][index]
+        rows, columns = index
+        wanted = np.arange(self.info.shape[0]) if self.rows is None else self.rows
+        wanted = wanted[rows]
+        first = int(wanted.min())
+        read = self._read(first, int(wanted.max()) + 1)
+        return (read if self.rows is None else read[wanted - first])[:, columns]
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        """Rows `start` to `stop` in the file's order, float32; a vector is one row."""
+        block, block_bytes = GGML_QUANT_SIZES[self.info.kind]
+        row_bytes = self.info.shape[-1] // block * block_bytes
+        data = np.fromfile(
+            self.path,
+            np.uint8,
+            count=(stop - start) * row_bytes,
+            offset=self.info.offset + start * row_bytes,
+        )
+        # gguf walks sixteen rows at a time in Python; few long rows halve the time.
+        groups = math.gcd(stop - start, 64)
+        try:
+            tensor = dequantize(data.reshape(groups, -1), self.info.kind)
+        except NotImplementedError:
+            raise ValueError(
+                f"{self.path}: the tensor {self.name!r} is of type {self.info.kind.name}, which "
+                "the gguf package cannot dequantise; convert the model to F16, Q8_0 or Q4_K."
+            ) from None
+        if not np.isfinite(tensor).all():
+            raise ValueError(
+                f"{self.path} is corrupt: the tensor {self.name!r} holds NaN or infinity."
+            )
+        return tensor.reshape(stop - start, -1)
+
+
+def permuted_rows(config: LlamaConfig) -> dict[str, np.ndarray]:
+    """Where llama.cpp keeps the rows of our queries and keys, for the names of those tensors.
+
+    In a Llama it rotates neighbours, (pair, half), where we rotate halves, (half, pair); in the
+    other families it rotates as we do.
+    """
+    if family_of(config) != "llama":
+        return {}
+    heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}
+    rows = {name: np.arange(n * config.head_dim).reshape(n, -1, 2) for name, n in heads.items()}
+    return {name: stored.swapaxes(1, 2).ravel() for name, stored in rows.items()}

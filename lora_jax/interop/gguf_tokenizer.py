@@ -1,0 +1,175 @@
+"""Tokenizers in the metadata of GGUF files."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer as Core
+
+from lora_jax.data.tokenizer import Tokenizer
+
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_SPLITTING = ("normalizer", "pre_tokenizer")
+_PRE_TOKENIZERS = ("smollm", "gpt-2", "llama-bpe", "qwen2")
+
+
+def tokenizer_from_gguf(path: Path, metadata: Mapping[str, Any]) -> Tokenizer:
+    """Builds a byte-level BPE tokenizer from the `tokenizer.*` metadata of the GGUF at `path`.
+
+    Raises:
+      ValueError: the metadata is incomplete, or describes another kind of tokenizer.
+    """
+    entries = {
+        key.removeprefix("tokenizer.ggml."): value
+        for key, value in metadata.items()
+        if key.startswith("tokenizer.ggml.")
+    }
+    _check(path, entries)
+    pre, tokens, kinds = entries["pre"], entries["tokens"], entries["token_type"]
+    core = _byte_level_bpe(path, pre, tokens, entries["merges"])
+    core.add_special_tokens(_added(tokens, kinds, _CONTROL))
+    core.add_tokens(_added(tokens, kinds, _USER_DEFINED))
+    bos_id = entries.get("bos_token_id")
+    # llama.cpp adds it for `llama-bpe` unless the file says otherwise.
+    if bos_id is not None and entries.get("add_bos_token", pre == "llama-bpe"):
+        core.post_processor = _prepend(tokens[bos_id], bos_id)
+    return Tokenizer(
+        core=core,
+        chat_template=metadata.get("tokenizer.chat_template"),
+        bos_id=bos_id,
+        eos_id=entries["eos_token_id"],
+        pad_id=entries.get("padding_token_id"),
+    )
+
+
+def _check(path: Path, entries: Mapping[str, Any]) -> None:
+    for key in ("model", "pre", "tokens", "token_type", "merges", "eos_token_id"):
+        if key not in entries:
+            raise ValueError(f"{path} lacks tokenizer.ggml.{key}: it holds no whole tokenizer.")
+    if entries["model"] != "gpt2" or entries["pre"] not in _PRE_TOKENIZERS:
+        raise ValueError(
+            f"{path}: the tokenizer {entries['model']!r} with the pre-tokenizer {entries['pre']!r} "
+            f"is not supported; supported: 'gpt2' with one of {', '.join(_PRE_TOKENIZERS)}. "
+            "Load the model's Hugging Face folder instead: its tokenizer.json says all."
+        )
+    tokens, kinds = entries["tokens"], entries["token_type"]
+    if len(tokens) != len(kinds):
+        raise ValueError(f"{path} is corrupt: {len(tokens)} tokens but {len(kinds)} token types.")
+    for key in ("bos_token_id", "eos_token_id", "padding_token_id"):
+        token_id = entries.get(key, 0)
+        if not isinstance(token_id, int) or not 0 <= token_id < len(tokens):
+            raise ValueError(f"{path} is corrupt: {key} is {token_id!r} of {len(tokens)} tokens.")
+
+
+def _byte_level_bpe(path: Path, pre: str, tokens: list[str], merges: list[str]) -> Core:
+    pairs: Any = [tuple(merge.split(" ")) for merge in merges]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    try:
+        core = Core(models.BPE(vocab=vocab, merges=pairs, ignore_merges=pre == "llama-bpe"))
+    except Exception as error:  # the Rust library raises bare Exception
+        raise ValueError(f"{path} is corrupt: its tokenizer's merges fail: {error}") from None
+    core.decoder = decoders.ByteLevel()
+    return _with_splitting(core, pre)
+
+
+def _with_splitting(core: Core, pre: str) -> Core:
+    if pre == "qwen2":
+        core.normalizer = normalizers.NFC()
+    core.pre_tokenizer = _pre_tokenizer(pre)
+    return core
+
+
+def _pre_tokenizer(pre: str) -> pre_tokenizers.PreTokenizer:
+    if pre == "gpt-2":
+        return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    if pre == "smollm":
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        return pre_tokenizers.Sequence([digits, gpt2])
+    number = r"\p{N}{1,3}" if pre == "llama-bpe" else r"\p{N}"
+    pattern = Regex(_LLAMA3_SPLIT.replace(r"\p{N}{1,3}", number))
+    split = pre_tokenizers.Split(pattern, behavior="isolated")
+    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([split, bytes_only])
+
+
+def _added(tokens: list[str], kinds: list[int], kind: int) -> list[AddedToken]:
+    return [
+        AddedToken(token, special=kind == _CONTROL, normalized=False)
+        for token, its_kind in zip(tokens, kinds, strict=True)
+        if its_kind == kind
+    ]
+
+
+def _prepend(token: str, token_id: int) -> processors.TemplateProcessing:
+    return processors.TemplateProcessing(
+        single=f"{token} $A", pair=f"{token} $A {token} $B", special_tokens=[(token, token_id)]
+    )
+
+
+def tokenizer_to_gguf(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
+    """The `tokenizer.*` metadata of a GGUF: what `tokenizer_from_gguf` reads.
+
+    Rows of the embedding that no token names get the type that says so.
+
+    Raises:
+      ValueError: the tokenizer is not byte-level BPE, or splits words as no supported one does.
+    """
+    core = json.loads(tokenizer.core.to_str())
+    if core["model"]["type"] != "BPE" or core["model"].get("byte_fallback"):
+        raise ValueError(
+            "GGUF export takes byte-level BPE tokenizers (GPT-2's kind: SmolLM2, Llama 3, Qwen), "
+            f"but this one is {core['model']['type']} with byte_fallback="
+            f"{core['model'].get('byte_fallback')}. Export a Hugging Face folder instead."
+        )
+    tokens = [f"[PAD{i}]" for i in range(vocab_size)]
+    kinds = [_UNUSED] * vocab_size
+    for token, token_id in tokenizer.core.get_vocab(with_added_tokens=True).items():
+        tokens[token_id], kinds[token_id] = token, _NORMAL
+    for token_id, added in tokenizer.core.get_added_tokens_decoder().items():
+        kinds[token_id] = _CONTROL if added.special else _USER_DEFINED
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in core["model"]["merges"]]
+    first = tokenizer.core.encode("a").ids[:1]
+    entries = {
+        "model": "gpt2",
+        "pre": _pre_of(core),
+        "tokens": tokens,
+        "token_type": kinds,
+        "merges": merges,
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "padding_token_id": tokenizer.pad_id,
+        "add_bos_token": tokenizer.bos_id is not None and first == [tokenizer.bos_id],
+    }
+    metadata = {f"tokenizer.ggml.{key}": value for key, value in entries.items()}
+    metadata["tokenizer.chat_template"] = tokenizer.chat_template
+    return {key: value for key, value in metadata.items() if value is not None}
+
+
+def _pre_of(core: Mapping[str, Any]) -> str:
+    """Which of llama.cpp's ways to split a text the tokenizer's JSON spells out."""
+    for pre in _PRE_TOKENIZERS:
+        built = json.loads(_with_splitting(Core(models.BPE()), pre).to_str())
+        if all(_plain(core[part]) == _plain(built[part]) for part in _SPLITTING):
+            return pre
+    raise ValueError(
+        f"GGUF names ways to split a text, and this tokenizer's is none of "
+        f"{', '.join(_PRE_TOKENIZERS)}. Export a Hugging Face folder instead."
+    )
+
+
+def _plain(part: Any) -> Any:
+    """Without what moves only the offsets of tokens; one step alone for a sequence of one."""
+    if not isinstance(part, dict):
+        return part
+    for steps in ("pretokenizers", "normalizers"):
+        if steps in part:
+            plain = [_plain(step) for step in part[steps]]
+            return plain[0] if len(plain) == 1 else plain
+    return {key: value for key, value in part.items() if key != "trim_offsets"}

@@ -1,0 +1,117 @@
+"""Leaves are read one at a time, in slices where they are sharded, and handed to a hook."""
+
+import collections
+import dataclasses
+import tracemalloc
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import small_checkpoints
+import small_llamas
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lora_jax.interop import StoredLeaf, load, load_gguf, load_huggingface, sharded
+from lora_jax.paths import flatten
+
+MESH = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "model"))
+
+
+def sharding(path: str) -> NamedSharding:
+    """Output columns over four devices (a head of two lies on two of them), and layers over two."""
+    if path == "embed":
+        return NamedSharding(MESH, PartitionSpec("model"))
+    if path.endswith("_proj"):
+        return NamedSharding(MESH, PartitionSpec("data", None, "model"))
+    return NamedSharding(MESH, PartitionSpec())
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> dict[str, Path]:
+    root, small = tmp_path_factory.mktemp("placing"), small_checkpoints.small("llama3_1")
+    folder = small_checkpoints.write_huggingface(root / "folder", *small, shards=2)
+    return {"folder": folder, "gguf": small_checkpoints.write_gguf(root / "m.gguf", *small)}
+
+
+@pytest.mark.parametrize("kind", ["folder", "gguf"])
+def test_sharded_leaves_are_read_once_each(sources, kind):
+    read = collections.Counter()
+
+    def place(path: str, leaf: StoredLeaf):
+        def count(amount):
+            read[path] += amount
+
+        return sharded(sharding)(path, dataclasses.replace(leaf, on_read=count))
+
+    placed = flatten(load(sources[kind], place=place).params)
+    expected = flatten(load(sources[kind]).params)
+    assert placed.keys() == expected.keys()
+    for path, leaf in expected.items():
+        assert placed[path].sharding.is_equivalent_to(sharding(path), leaf.ndim), path
+        np.testing.assert_array_equal(placed[path], leaf)
+        assert read[path] == leaf.nbytes, path  # eight devices, and replicas among them
+
+
+@pytest.mark.parametrize("kind", ["folder", "gguf"])
+def test_any_slice_is_that_of_the_whole(sources, kind):
+    random = np.random.default_rng(0)
+
+    def place(path: str, leaf: StoredLeaf):
+        whole = leaf.read()
+        for _ in range(3):
+            starts = [int(random.integers(size)) for size in leaf.shape]
+            stops = [
+                int(random.integers(start, size)) + 1
+                for start, size in zip(starts, leaf.shape, strict=True)
+            ]
+            index = tuple(map(slice, starts, stops))
+            np.testing.assert_array_equal(leaf.read(index), whole[index])
+        return path
+
+    params = load(sources[kind], place=place).params
+    assert flatten(params) == {path: path for path in flatten(params)}
+
+
+def test_peak_of_host_memory(tmp_path):
+    """One leaf, one tensor of it, and what is placed; never the model."""
+    config = small_llamas.VARIANTS["llama2"] | {"intermediate_size": 640, "num_hidden_layers": 8}
+    weights = small_llamas.draw_weights(config)
+    half = {name: weight.astype(ml_dtypes.bfloat16) for name, weight in weights.items()}
+    folder = small_checkpoints.write_huggingface(tmp_path / "small", config, half)
+    del weights, half
+    peaks, sizes, tensors = {}, {}, {}
+
+    def place(path: str, leaf: StoredLeaf):
+        tracemalloc.reset_peak()
+        before = tracemalloc.get_traced_memory()[0]
+        kept = leaf.read().astype(ml_dtypes.bfloat16)[..., :1]  # a quantiser, so to say
+        peaks[path] = tracemalloc.get_traced_memory()[1] - before
+        sizes[path], tensors[path] = leaf.nbytes, leaf.nbytes // len(leaf.tensors)
+        return kept
+
+    tracemalloc.start()
+    try:
+        load_huggingface(folder, dtype=jnp.float32, place=place)
+        whole = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    largest = max(sizes, key=sizes.get)
+    for path, peak in peaks.items():
+        # As float32 beside the quantiser's own bfloat16.
+        assert peak <= 1.5 * sizes[path] + tensors[path] + 20_000, path
+    assert whole <= 1.5 * sizes[largest] + tensors[largest] + 500_000 < sum(sizes.values()) / 1.5
+
+
+def test_loading_prints_nothing_where_nobody_looks(sources, capfd):
+    load_gguf(sources["gguf"])
+    assert capfd.readouterr() == ("", "")
+
+
+def test_progress_counts_every_byte(sources, monkeypatch, capfd):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes this for a terminal
+    model = load_gguf(sources["gguf"])
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
+    assert f"{total / 1000:.1f}/{total / 1000:.1f} kB" in capfd.readouterr().err
