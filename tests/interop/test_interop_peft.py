@@ -95,6 +95,17 @@ def test_whole_weights_travel_as_modules_to_save(tmp_path):
     cases.assert_close(*logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("rule", ["q_bias", "q_bias|k_bias"])
+def test_trained_biases_travel(rule, tmp_path):
+    config, params, _ = cases.llama_case(qkv_bias=True)
+    names = peft.llama_names(config)
+    delta = cases.llama_delta(params, {"q_proj": lora.LoRA(rank=2), rule: lora.Full()})
+    peft.save_adapter(tmp_path / "a", delta, params, names)
+    stated = json.loads((tmp_path / "a" / "adapter_config.json").read_text())["bias"]
+    assert stated == ("lora_only" if rule == "q_bias" else "all")
+    cases.assert_close(peft.load_adapter(tmp_path / "a", params, names), delta)
+
+
 def test_patterns_state_what_differs(tmp_path):
     folder = save(tmp_path / "a", delta_of(METHODS["pattern"]))
     config = json.loads((folder / "adapter_config.json").read_text())

@@ -162,9 +162,8 @@ def _encoded(
             "ADALORA": adalora.to_peft,
         }[kind]
         config, tensors = encode(others, model)
-    adapted = {
-        slot.module for slot in model.slots_at(path for path in others if path in model.names)
-    }
+    own = [path for path in others if path in model.names]
+    adapted = {slot.module for slot in model.slots_at(own)}
     stated, values = full.to_peft(whole, model, adapted)
     tensors = {
         name if name.startswith("base_model.") or name == prompts.TABLE else _PREFIX + name: value
