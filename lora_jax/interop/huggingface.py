@@ -10,6 +10,11 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
+from lora_jax.interop.bitsandbytes_folder import (
+    beside_quantized,
+    quantized_shapes,
+    take_quantized,
+)
 from lora_jax.interop.huggingface_config import config_from_huggingface
 from lora_jax.interop.llama_leaves import assemble, check_tensors
 from lora_jax.interop.model import Pretrained
@@ -36,10 +41,14 @@ def load_huggingface(
     One file or many shards with an index; any float type, read tensor by tensor as `dtype`.
     `place(path, leaf)` makes each leaf of the tree from what lies in the file.
 
+    Of a checkpoint that transformers saved with bitsandbytes' 4 bits, the quantised linears become
+    stacked NF4 or FP4 weights, on the default device: the file's own bits, and the dtype that
+    they were quantised from. `dtype` and `place` are for the other leaves.
+
     Raises:
       FileNotFoundError: the folder or one of its files is missing.
       ValueError: another architecture or an unsupported option; a corrupt shard; tensors missing,
-        unexpected or of the wrong shape.
+        unexpected or of the wrong shape; another quantisation than bitsandbytes' in 4 bits.
     """
     folder = Path(folder)
     config = config_from_huggingface(folder)
@@ -48,9 +57,12 @@ def load_huggingface(
     with contextlib.ExitStack() as stack:
         tensors = _open_tensors(folder, stack)
         _drop_redundant(tensors, config)
+        matrices = take_quantized(tensors)
         slices = {name: file.get_slice(name) for name, file in tensors.items()}
         shapes = {name: tuple(piece.get_shape()) for name, piece in slices.items()}
+        shapes |= quantized_shapes(matrices, str(folder))
         check_tensors(config, "huggingface", shapes, str(folder))
+        place = beside_quantized(config, matrices, place, str(folder))
         for name, piece in slices.items():
             if piece.get_dtype() not in _FLOATS:
                 raise ValueError(

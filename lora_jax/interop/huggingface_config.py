@@ -34,7 +34,6 @@ _SUPPORTED = {
     "hidden_act": "silu",
     "attention_bias": False,  # Qwen2's biases have no switch
     "mlp_bias": False,
-    "quantization_config": None,
     "pretraining_tp": 1,
 }
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -60,6 +59,7 @@ def config_from_huggingface(folder: Path) -> LlamaConfig:
     family = stated["model_type"]
     values = {**_FAMILIES[family], **stated}
     _refuse_window(path, values)
+    _refuse_quantisation(path, values)
 
     def number(key: str, default: float | None = None) -> float:
         return _positive(path, values, key, default)
@@ -135,7 +135,7 @@ def _refuse_other_models(path: Path, values: Mapping[str, Any]) -> None:
         raise ValueError(
             f"{path}: unsupported model_type={family!r} (supported: "
             f"{', '.join(map(repr, _FAMILIES))}): Llama 2, Llama 3.x, SmolLM2, Mistral, Qwen2, "
-            "Qwen2.5 and Qwen3 checkpoints in plain floats can be loaded."
+            "Qwen2.5 and Qwen3 checkpoints can be loaded."
         )
     wrong = [
         f"{key}={values[key]!r} (supported: {supported!r})"
@@ -144,6 +144,18 @@ def _refuse_other_models(path: Path, values: Mapping[str, Any]) -> None:
     ]
     if wrong:
         raise ValueError(f"{path}: unsupported {', '.join(wrong)} in a model of type {family!r}.")
+
+
+def _refuse_quantisation(path: Path, values: Mapping[str, Any]) -> None:
+    """Of quantised checkpoints, those of bitsandbytes in 4 bits can be loaded."""
+    stated = values.get("quantization_config")
+    wanted = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    if stated is None or (isinstance(stated, dict) and wanted.items() <= stated.items()):
+        return
+    raise ValueError(
+        f"{path}: unsupported quantization_config={stated!r} (supported: {wanted!r}). Load the "
+        "unquantised model, and quantise it here."
+    )
 
 
 def _refuse_window(path: Path, values: Mapping[str, Any]) -> None:
