@@ -127,9 +127,11 @@ def quantization_config(params: Any, config: LlamaConfig, dtype: str) -> dict[st
 def _unsayable(path: str, weight: Blockwise) -> str | None:
     if not isinstance(weight, NF4 | FP4):
         return f"has no {weight.format}, only nf4 and fp4"
+    if path == "embed":
+        return "quantises no embedding"
     if weight.block_size not in _BLOCK_SIZES:
         return f"has blocks of {', '.join(map(str, _BLOCK_SIZES))}"
-    return "quantises no embedding" if path == "embed" else None
+    return None
 
 
 def _plain_linears(config: LlamaConfig, weights: Mapping[str, Blockwise]) -> list[str]:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +14,7 @@ import small_llamas
 from safetensors.numpy import load_file, save_file
 
 import lora_jax as lora
-from lora_jax.interop import load, load_huggingface, quantized, save_gguf, save_huggingface
+from lora_jax.interop import load, quantized, save_gguf, save_huggingface
 from lora_jax.models import llama
 from lora_jax.paths import flatten
 from lora_jax.quant import FORMATS, Blockwise, DoubleQuantized
@@ -60,11 +61,6 @@ def changed(folder: Path, to: Path, *, without: str = "", config=None, **tensors
     return to
 
 
-def assert_same_leaves(ours, theirs):
-    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
-    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
-
-
 @pytest.mark.parametrize("format", ["nf4", "fp4"])
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_round_trip(plain, tmp_path, format, double_quant):
@@ -77,7 +73,7 @@ def test_round_trip(plain, tmp_path, format, double_quant):
     found = stated["bnb_4bit_quant_type"], stated["bnb_4bit_use_double_quant"]
     assert found == (format, double_quant) and stated["llm_int8_skip_modules"] == ["lm_head"]
     again = load(tmp_path / "out", dtype=jnp.bfloat16)
-    assert_same_leaves(again.params, saved.params)
+    cases.assert_equal(again.params, saved.params)
     save_huggingface(tmp_path / "twice", again)
     assert (tmp_path / "twice" / "config.json").read_text() == (
         tmp_path / "out" / "config.json"
@@ -91,7 +87,7 @@ def test_some_linears_and_biases(tmp_path):
     save_huggingface(tmp_path / "out", saved)
     stated = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert stated["llm_int8_skip_modules"] == ["gate_proj", "up_proj", "down_proj", "lm_head"]
-    assert_same_leaves(load(tmp_path / "out").params, saved.params)
+    cases.assert_equal(load(tmp_path / "out").params, saved.params)
 
 
 def test_a_head_in_4_bits(plain, tmp_path):
@@ -99,14 +95,14 @@ def test_a_head_in_4_bits(plain, tmp_path):
     save_huggingface(tmp_path / "out", saved)
     stated = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert stated["llm_int8_skip_modules"] == []
-    assert_same_leaves(load(tmp_path / "out").params, saved.params)
+    cases.assert_equal(load(tmp_path / "out").params, saved.params)
 
 
 def test_place_sees_the_float_leaves(folder, model):
     seen = []
     load(folder, place=lambda path, leaf: seen.append(path))
     weights = flatten(model.params, is_leaf=is_weight)
-    assert seen == [path for path, leaf in weights.items() if not isinstance(leaf, Blockwise)]
+    assert set(seen) == {p for p, leaf in weights.items() if not isinstance(leaf, Blockwise)}
     assert "embed" in seen and len(seen) == len(weights) - 7
 
 
@@ -114,8 +110,8 @@ def test_progress_counts_every_leaf(folder, model, monkeypatch, capfd):
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes this for a terminal
     load(folder)
     leaves = jax.tree.leaves(model.params, is_leaf=is_weight)
-    total = sum(np.prod(leaf.shape) for leaf in leaves) * 4 / 1000
-    assert f"{total:.1f}/{total:.1f} kB" in capfd.readouterr().err
+    total = sum(np.prod(leaf.shape) for leaf in leaves) * 4 / 1e6
+    assert f"{total:.1f}/{total:.1f} MB" in capfd.readouterr().err
 
 
 def state(**changes) -> np.ndarray:
@@ -186,9 +182,9 @@ def test_what_cannot_be_written(plain, model, tmp_path):
             save_huggingface(tmp_path / "out", load(plain, place=place))
 
     for format in FORMATS.keys() - {"nf4", "fp4"}:
-        save(rf"layers/attn/q_proj is .* has no {format}, only nf4 and fp4", quantized(format))
-    save(r"q_proj is NF4.*blocks of 16.*has blocks of 32", quantized("nf4", block_size=16))
-    save(r"embed is NF4.* quantises no embedding", quantized("nf4", targets="embed"))
+        save(rf"layers/attn/k_proj is .* has no {format}, only nf4 and fp4", quantized(format))
+    save(r"k_proj is NF4.*blocks of 16.*has blocks of 32", quantized("nf4", block_size=16))
+    save(r"embed is NF4.* quantises no embedding", quantized("nf4", targets="embed", block_size=16))
     one, other = quantized("nf4", targets="attention"), quantized("fp4", targets="mlp")
     save(r"2 kinds of 4-bit weights", lambda p, leaf: (one if "attn" in p else other)(p, leaf))
     with pytest.raises(ValueError, match=r"dequantise first.* dequantize\(params\)"):
@@ -201,15 +197,15 @@ def test_what_cannot_be_written(plain, model, tmp_path):
 @pytest.fixture(scope="module")
 def parity():
     torch = pytest.importorskip("torch", reason="requirements-parity.txt is not installed")
-    pytest.importorskip("bitsandbytes", reason="requirements-parity.txt")
-    torch.set_num_threads(1)
-    return torch, pytest.importorskip("transformers", reason="requirements-parity.txt")
+    transformers = pytest.importorskip("transformers", reason="requirements-parity.txt")
+    bnb = pytest.importorskip("bitsandbytes.functional", reason="requirements-parity.txt")
+    return torch, transformers, bnb
 
 
-def their_logits(parity, folder: Path, **options) -> tuple:
-    torch, transformers = parity
+def their_logits(parity, folder: Path) -> tuple:
+    torch, transformers, _ = parity
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, device_map="cpu", dtype=torch.float32, **options
+        folder, device_map="cpu", dtype=torch.float32
     ).eval()
     with torch.no_grad():
         return theirs, theirs(torch.from_numpy(small_llamas.TOKENS)).logits.numpy()
@@ -220,31 +216,34 @@ def assert_close_logits(model, theirs):
     assert np.abs(logits - theirs).max() <= 1e-4 * np.abs(theirs).max()
 
 
-@pytest.mark.parametrize("format", ["nf4", "fp4"])
-@pytest.mark.parametrize("double_quant", [False, True])
-def test_folders_for_transformers(parity, plain, tmp_path, format, double_quant):
-    model = load(plain, place=quantized(format, double_quant=double_quant))
+@pytest.mark.parametrize(
+    ("format", "double_quant", "targets"),
+    [
+        ("nf4", True, "all-linear"),
+        ("fp4", False, "attention"),
+        ("nf4", False, ["all-linear", "lm_head"]),
+    ],
+)
+def test_folders_for_transformers(parity, plain, tmp_path, format, double_quant, targets):
+    how = {"double_quant": double_quant, "targets": targets}
+    model = load(plain, place=quantized(format, **how))
     save_huggingface(tmp_path / "out", model)
     theirs, logits = their_logits(parity, tmp_path / "out")
-    assert type(theirs.model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
-    assert type(theirs.lm_head).__name__ == "Linear"
+    linears = {name: type(module).__name__ for name, module in theirs.named_modules()}
+    weights = flatten(model.params, is_leaf=is_weight)
+    for name, path in {
+        "model.layers.1.self_attn.q_proj": "layers/attn/q_proj",
+        "model.layers.1.mlp.up_proj": "layers/mlp/up_proj",
+        "lm_head": "lm_head",
+    }.items():
+        expected = "Linear4bit" if isinstance(weights[path], Blockwise) else "Linear"
+        assert linears[name] == expected, name
     assert_close_logits(model, logits)
 
 
-@pytest.mark.parametrize("targets", ["attention", ["all-linear", "lm_head"]])
-def test_a_choice_of_linears_for_transformers(parity, plain, tmp_path, targets):
-    model = load(plain, place=quantized("nf4", targets=targets))
-    save_huggingface(tmp_path / "out", model)
-    theirs, logits = their_logits(parity, tmp_path / "out")
-    kinds = [type(m).__name__ for m in (theirs.model.layers[0].mlp.up_proj, theirs.lm_head)]
-    assert kinds == ["Linear" if targets == "attention" else "Linear4bit"] * 2
-    assert_close_logits(model, logits)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize(("double_quant", "dtype"), [(False, "bfloat16"), (True, "float32")])
 def test_folders_saved_by_transformers(parity, plain, tmp_path, double_quant, dtype):
-    torch, transformers = parity
+    torch, transformers, bnb = parity
     how = transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double_quant
     )
@@ -253,19 +252,21 @@ def test_folders_saved_by_transformers(parity, plain, tmp_path, double_quant, dt
     )
     theirs.save_pretrained(tmp_path)
     small_checkpoints.small_tokenizer().save(str(tmp_path / "tokenizer.json"))
-    ours = load_huggingface(tmp_path)
-    quantised = ours.params["layers"]["attn"]["q_proj"]
-    assert isinstance(quantised.absmax, DoubleQuantized) == double_quant
-    assert quantised.dtype == jnp.dtype(dtype)
-    layers = lora.dequantize(ours.params)["layers"]
-    for group, names in (("attn", "qkvo"), ("mlp", ("gate", "up", "down"))):
-        for name in (f"{n}_proj" for n in names):
-            for i, layer in enumerate(theirs.model.layers):
-                linear = getattr(layer.self_attn if group == "attn" else layer.mlp, name)
-                import bitsandbytes.functional as bnb
-
-                values = bnb.dequantize_4bit(linear.weight.data, linear.weight.quant_state)
-                found = np.asarray(layers[group][name][i].astype(jnp.float32)).T
-                np.testing.assert_array_equal(found, values.float().numpy(), err_msg=name)
+    small_checkpoints.write_json(
+        tmp_path / "tokenizer_config.json", small_checkpoints.TOKENIZER_CONFIG
+    )
+    ours = load(tmp_path)
+    weights = flatten(ours.params["layers"], is_leaf=is_weight)
+    quantised = {path: w for path, w in weights.items() if isinstance(w, Blockwise)}
+    assert len(quantised) == 7
+    for path, weight in quantised.items():
+        assert isinstance(weight.absmax, DoubleQuantized) == double_quant
+        assert weight.dtype == jnp.dtype(dtype)
+        dense = np.asarray(lora.dequantize(weight).astype(jnp.float32))
+        for values, layer in zip(dense, theirs.model.layers, strict=True):
+            name = path.replace("attn/", "self_attn/").replace("/", ".")
+            stored = layer.get_submodule(name).weight
+            expected = bnb.dequantize_4bit(stored.data, stored.quant_state).float().numpy()
+            np.testing.assert_array_equal(values, expected.T, err_msg=path)
     if dtype == "float32":
         assert_close_logits(ours, their_logits(parity, tmp_path)[1])
