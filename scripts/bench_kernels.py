@@ -10,6 +10,7 @@ the other on the device, each with another copy of the weight, and the copies to
 the last-level cache. Beside each time stands the fraction of a limit: the time that memory or
 arithmetic need at the least, whichever is longer, over the time that it took.
 
+`--limits=H100` prints those least times, which are derived and not measured, and ends.
 `--shapes=tiny` runs on any machine, to try the script; its times mean nothing and are not written.
 """
 
@@ -33,8 +34,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 RESULTS = Path(__file__).parent / "results"
 
 BLOCK = 64  # weights that share an absmax
-TINY = {"rows": (1, 8), "matrices": ((256, 512),)}
-LLAMA3_8B = {
+Shapes = dict[str, tuple]
+Limit = tuple[float, float, int]
+TINY: Shapes = {"rows": (1, 8), "matrices": ((256, 512),)}
+LLAMA3_8B: Shapes = {
     "rows": (1, 4, 8, 16, 32, 64, 128, 512, 2048, 8192),
     "matrices": ((4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096)),
 }
@@ -49,7 +52,7 @@ LIMITS = {
 PACKED = {"kernel": True, "xla": True, "bfloat16": False, "bitsandbytes": True}
 
 
-def floor(rows: int, K: int, N: int, *, packed: bool, limit: tuple[float, float, int]) -> float:
+def floor(rows: int, K: int, N: int, *, packed: bool, limit: Limit) -> float:
     """Seconds that a product needs at the least: all bytes once, or all operations."""
     weight = K * N * (1 / 2 + 4 / BLOCK) if packed else 2 * K * N
     bandwidth, operations, _ = limit
@@ -61,7 +64,6 @@ def arguments(rows: int, K: int, N: int, backward: bool, copies: int) -> tuple[A
     x = rng.standard_normal((rows, N if backward else K), np.float32)
     codes = rng.integers(0, 256, (K // 2, N), np.uint8)
     absmax = rng.uniform(0.01, 0.1, (K // BLOCK, N)).astype(np.float32)
-    # The copies differ, and are drawn once.
     return x, [(np.roll(codes, i, 1), np.roll(absmax, i, 1)) for i in range(copies)]
 
 
@@ -98,7 +100,7 @@ def prepare(side: str, f: Callable, rows: int, K: int, N: int, backward: bool, c
     x, weights = arguments(rows, K, N, backward, copies)
     x = jnp.asarray(x, jnp.bfloat16)
     weights = [tuple(map(jnp.asarray, weight)) for weight in weights]
-    dense = jax.jit(partial(reference.dequantize, dtype=jnp.bfloat16))
+    dense = jax.jit(partial(reference.dequantize, dtype=x.dtype))
     exact = np.asarray(dense(*weights[0])).astype(np.float64)
     if not PACKED[side]:
         weights = [dense(*weight) for weight in weights]
@@ -108,7 +110,7 @@ def prepare(side: str, f: Callable, rows: int, K: int, N: int, backward: bool, c
         ys = []
         for weight in weights:
             ys.append(f(x, weight, backward))
-            x, ys[-1] = jax.lax.optimization_barrier((x, ys[-1]))
+            x, ys[-1] = jax.lax.optimization_barrier((x, ys[-1]))  # one after the other
         return ys
 
     y = np.asarray(calls(x, weights)[0][:8]).astype(np.float64)
@@ -189,7 +191,7 @@ def ask(process: subprocess.Popen, setting: list) -> float:
     return json.loads(answer)
 
 
-def measure(shapes: dict, limit: tuple[float, float, int] | None, implementation: str, blocks: int):
+def measure(shapes: Shapes, limit: Limit | None, implementation: str, blocks: int):
     """A record for each shape, direction and number of rows."""
     peer, records = peer_process(), []
     for K, N in shapes["matrices"]:
@@ -240,15 +242,32 @@ def table(result: dict) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
 
 
+def least_times(kind: str) -> str:
+    """What a product in bfloat16 or NF4 must take on a device, and how much NF4 can gain."""
+    lines = ["| d_in x d_out | rows | bfloat16, us | NF4, us | ratio |", "|---|---|---|---|---|"]
+    for K, N in LLAMA3_8B["matrices"]:
+        for rows in LLAMA3_8B["rows"]:
+            dense, packed = (
+                1e6 * floor(rows, K, N, packed=packed, limit=LIMITS[kind])
+                for packed in (False, True)
+            )
+            times = f"{dense:.1f} | {packed:.1f} | {dense / packed:.2f}"
+            lines.append(f"| {K} x {N} | {rows} | {times} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shapes", choices=("llama3-8b", "tiny"), default="llama3-8b")
     parser.add_argument("--blocks", type=int, default=15, help="blocks of calls a side")
     parser.add_argument("--output", type=Path, help="folder for the record and the table")
+    parser.add_argument("--limits", choices=LIMITS, help="print the least times of a device")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
         return serve_bitsandbytes()
+    if args.limits:
+        return print(least_times(args.limits))
     import jax
 
     device = jax.devices()[0]

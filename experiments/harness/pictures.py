@@ -87,7 +87,7 @@ def loss_by_targets(path: Path, results: dict[str, Any]) -> None:
 def loss_by_format(path: Path, results: dict[str, Any]) -> None:
     """What a format adds to the validation loss, beside its error on normal weights."""
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
+        figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained", sharey=True)
         exact, *rows = results["formats"]
         names = [f"{row['format']}  ({row['bits']:.2f} bits)" for row in rows]
         added = [row["val_loss"] - exact["val_loss"] for row in rows]
@@ -98,7 +98,7 @@ def loss_by_format(path: Path, results: dict[str, Any]) -> None:
         ):
             bars = axis.barh(names, values, color="C0", height=0.55)
             axis.bar_label(bars, fmt="%.3f" if axis is axes[0] else "%.2f", padding=3)
-            axis.set(xlabel=label)
+            axis.set(xlabel=label, axisbelow=True)
             axis.margins(x=0.18)
         axes[0].invert_yaxis()
         figure.savefig(path, dpi=150)

@@ -38,6 +38,8 @@ class Blockwise(Weight):
       contracted, output: the dimensions that an activation is contracted with, and gains.
       dense_dtype: the dtype of the weight that this stands for.
       layout: where these dimensions are among the logical axes.
+      format: its name. JAX tells tree structures apart by the fields of a dataclass, not by its
+        type, so that without it `jit` could take one format's program for another's.
 
     Source: Dettmers et al. 2023, arXiv:2305.14314, sections 2 and 3.
     """
@@ -48,6 +50,7 @@ class Blockwise(Weight):
     output: tuple[int, ...] = _static()
     dense_dtype: Any = _static()
     layout: Layout = _static(Layout())
+    format: str = _static("")
 
     codebook: ClassVar[np.ndarray]
 
@@ -226,15 +229,20 @@ _matmul_transposed.defvjp(
 class NF4(Blockwise):
     """Four bits whose values are quantiles of the normal distribution: the format of QLoRA."""
 
+    format: str = _static("nf4")
     codebook: ClassVar[np.ndarray] = codebooks.NF4
 
     def matmul(self, x: jax.Array) -> jax.Array:
+        if x.dtype not in (jnp.bfloat16, jnp.float32):  # all that the kernels take
+            return super().matmul(x)
         return nf4_matmul(x, self.codes, self.absmax_values())
 
     def matmul_transposed(self, x: jax.Array) -> jax.Array:
         """The backward pass of the kernel, whose forward pass nothing needs here."""
+        if x.dtype not in (jnp.bfloat16, jnp.float32):
+            return super().matmul_transposed(x)
         unused = jnp.zeros((*x.shape[:-1], 2 * self.codes.shape[0]), x.dtype)
-        _, backward = jax.vjp(self.matmul, unused)
+        _, backward = jax.vjp(self.matmul, vary(unused, like=x))
         return backward(x)[0]
 
 
@@ -242,6 +250,7 @@ class NF4(Blockwise):
 class FP4(Blockwise):
     """Four bits as a floating-point number, the way bitsandbytes does it."""
 
+    format: str = _static("fp4")
     codebook: ClassVar[np.ndarray] = codebooks.FP4
 
 
@@ -249,6 +258,7 @@ class FP4(Blockwise):
 class E2M1(Blockwise):
     """Four bits as a floating-point number, the FP4 of the QLoRA paper's tables."""
 
+    format: str = _static("e2m1")
     codebook: ClassVar[np.ndarray] = codebooks.E2M1
 
 
@@ -256,6 +266,7 @@ class E2M1(Blockwise):
 class Int4(Blockwise):
     """Four bits in even steps."""
 
+    format: str = _static("int4")
     codebook: ClassVar[np.ndarray] = codebooks.INT4
 
 
@@ -263,13 +274,8 @@ class Int4(Blockwise):
 class Int8(Blockwise):
     """Eight bits in even steps, one code a byte."""
 
+    format: str = _static("int8")
     codebook: ClassVar[np.ndarray] = codebooks.INT8
 
 
-FORMATS: dict[str, type[Blockwise]] = {
-    "nf4": NF4,
-    "fp4": FP4,
-    "e2m1": E2M1,
-    "int4": Int4,
-    "int8": Int8,
-}
+FORMATS: dict[str, type[Blockwise]] = {kind.format: kind for kind in (NF4, FP4, E2M1, Int4, Int8)}

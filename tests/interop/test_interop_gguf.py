@@ -9,10 +9,12 @@ import pytest
 import small_checkpoints
 import small_llamas
 
+import lora_jax as lora
 from lora_jax.interop import load_gguf, load_huggingface
 from lora_jax.interop.gguf_header import read_header
 from lora_jax.models import llama
 from lora_jax.models.config import RopeScaling
+from lora_jax.quant import quantizer
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +37,13 @@ def test_params_equal_those_of_the_huggingface_folder(tmp_path, name):
     there = load_huggingface(small_checkpoints.write_huggingface(tmp_path / "folder", *small))
     assert here.config == there.config
     jax.tree.map(np.testing.assert_array_equal, here.params, there.params)
+
+
+def test_leaves_are_quantised_as_they_are_read(whole):
+    model, plain = load_gguf(whole, finish=quantizer("nf4")), load_gguf(whole)
+    expected = lora.quantize(plain.params, "nf4")
+    assert jax.tree.structure(model.params) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, model.params, expected)
 
 
 def test_config_and_tree(whole):

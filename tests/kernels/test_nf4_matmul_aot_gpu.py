@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from aot import compiled, training_step, value_and_gradient, weight
 from jax.experimental import topologies
 
 from lora_jax.kernels.nf4_matmul import nf4_matmul
@@ -36,13 +37,9 @@ SHAPES = [
 
 
 @pytest.fixture(autouse=True)
-def real_compilation(monkeypatch):
+def reports(real_compilation, monkeypatch):
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
     monkeypatch.setenv("MOSAIC_GPU_DUMP_RESOURCES", "1")
-    jax.config.update("jax_disable_most_optimizations", False)
-    jax.config.update("jax_enable_compilation_cache", False)
-    yield
-    jax.config.update("jax_enable_compilation_cache", True)
 
 
 @cache
@@ -53,26 +50,6 @@ def mesh() -> jax.sharding.Mesh:
     return jax.sharding.Mesh(topology.devices, ("device",))
 
 
-def compiled(f, *arguments):
-    sharding = jax.sharding.NamedSharding(mesh(), jax.P())
-    placed = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for a in arguments]
-    with jax.sharding.use_abstract_mesh(mesh().abstract_mesh):
-        return jax.jit(f).trace(*placed).lower(lowering_platforms=("cuda",)).compile()
-
-
-def weight(K: int, N: int, *layers: int):
-    return (
-        jax.ShapeDtypeStruct((*layers, K // 2, N), jnp.uint8),
-        jax.ShapeDtypeStruct((*layers, K // 64, N), jnp.float32),
-    )
-
-
-def value_and_gradient(x, dy, codes, absmax, *, implementation=None):
-    f = partial(nf4_matmul, implementation=implementation)
-    y, vjp = jax.vjp(lambda x: f(x, codes, absmax), x)
-    return y, *vjp(dy)
-
-
 def kernels_in(program) -> int:
     return program.as_text().count('custom_call_target="mosaic_gpu')
 
@@ -81,7 +58,7 @@ def kernels_in(program) -> int:
 def test_both_directions_compile_without_spills(dtype, M, K, N, capfd):
     x, dy = (jax.ShapeDtypeStruct((M, d), dtype) for d in (K, N))
     f = partial(value_and_gradient, implementation="mosaic_gpu")
-    program = compiled(f, x, dy, *weight(K, N))
+    program = compiled(mesh(), "cuda", f, x, dy, *weight(K, N))
     report = "".join(capfd.readouterr())
     assert kernels_in(program) == 2
     registers = re.findall(r"ptxas info.*Used (\d+) registers", report)
@@ -96,32 +73,27 @@ def test_both_directions_compile_without_spills(dtype, M, K, N, capfd):
 def test_a_training_step_over_scanned_layers_takes_the_kernel():
     layers, d = 4, 4096
     x = jax.ShapeDtypeStruct((2, 8, d), jnp.bfloat16)
-    program = compiled(training_step, x, *weight(d, d, layers))
+    program = compiled(mesh(), "cuda", training_step, x, *weight(d, d, layers))
     assert kernels_in(program) >= 2
     assert program.memory_analysis().temp_size_in_bytes < 2 * d * d, "a decoded weight"
 
 
-def training_step(x, codes, absmax):
-    """A loss and its gradient through layers with a low-rank branch."""
-
-    def loss(ab):
-        def layer(x, weight):
-            h = nf4_matmul(x, *weight) + (x @ ab[0]) @ ab[1]
-            return x + jax.nn.silu(h), None
-
-        y, _ = jax.lax.scan(jax.checkpoint(layer), x, (codes, absmax))
-        return jnp.square(y.astype(jnp.float32)).mean()
-
-    d = x.shape[-1]
-    return jax.value_and_grad(loss)((jnp.ones((d, 16), x.dtype), jnp.zeros((16, d), x.dtype)))
+@pytest.mark.parametrize("axes", [(0, None, None), (0, 0, 0)])
+def test_arms_of_a_vmap_share_one_kernel(axes):
+    x = jax.ShapeDtypeStruct((8, 16, 4096), jnp.bfloat16)
+    layers = (8,) if axes[1] == 0 else ()
+    program = compiled(mesh(), "cuda", jax.vmap(nf4_matmul, axes), x, *weight(4096, 1024, *layers))
+    assert kernels_in(program) == 1
 
 
 def test_many_rows_are_left_to_xla_unless_asked_for():
     x = jax.ShapeDtypeStruct((2048, 4096), jnp.bfloat16)
-    assert kernels_in(compiled(nf4_matmul, x, *weight(4096, 4096))) == 0
+    assert kernels_in(compiled(mesh(), "cuda", nf4_matmul, x, *weight(4096, 4096))) == 0
 
 
 def test_what_the_kernel_lacks_is_refused_by_name():
     f = partial(nf4_matmul, implementation="mosaic_gpu")
     with pytest.raises(ValueError, match="has no tiles for 4 rows, d_in = 4096 and d_out = 40"):
-        compiled(f, jax.ShapeDtypeStruct((4, 4096), jnp.bfloat16), *weight(4096, 40))
+        compiled(
+            mesh(), "cuda", f, jax.ShapeDtypeStruct((4, 4096), jnp.bfloat16), *weight(4096, 40)
+        )

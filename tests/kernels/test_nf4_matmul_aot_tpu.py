@@ -10,13 +10,17 @@ from functools import cache, partial
 import jax
 import jax.numpy as jnp
 import pytest
+from aot import compiled, on, training_step, value_and_gradient, weight
 from jax.experimental import topologies
 
 from lora_jax.kernels.nf4_matmul import mosaic_tpu, nf4_matmul
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="no libtpu: see requirements-aot.txt"
-)
+pytestmark = [
+    pytest.mark.usefixtures("real_compilation"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("libtpu") is None, reason="no libtpu: see requirements-aot.txt"
+    ),
+]
 
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 # Llama-3-8B's matrices, and small ones that are ragged both ways: rows, d_in, d_out.
@@ -32,11 +36,6 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def real_compilation():
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @cache
 def mesh(chip: str) -> jax.sharding.Mesh:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -44,32 +43,12 @@ def mesh(chip: str) -> jax.sharding.Mesh:
     return jax.sharding.Mesh(topology.devices[:1], ("device",))
 
 
-def compiled(chip: str, f, *arguments):
-    sharding = jax.sharding.NamedSharding(mesh(chip), jax.P())
-    placed = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for a in arguments]
-    with jax.sharding.use_abstract_mesh(mesh(chip).abstract_mesh):
-        return jax.jit(f).trace(*placed).lower(lowering_platforms=("tpu",)).compile()
-
-
-def weight(K: int, N: int, *layers: int):
-    return (
-        jax.ShapeDtypeStruct((*layers, K // 2, N), jnp.uint8),
-        jax.ShapeDtypeStruct((*layers, K // 64, N), jnp.float32),
-    )
-
-
-def value_and_gradient(x, dy, codes, absmax, *, implementation=None):
-    f = partial(nf4_matmul, implementation=implementation)
-    y, vjp = jax.vjp(lambda x: f(x, codes, absmax), x)
-    return y, *vjp(dy)
-
-
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("dtype, M, K, N", SHAPES)
 def test_both_directions_compile_within_the_vmem_that_they_ask_for(dtype, M, K, N, chip):
     x, dy = (jax.ShapeDtypeStruct((M, d), dtype) for d in (K, N))
     f = partial(value_and_gradient, implementation="mosaic_tpu")
-    program = compiled(chip, f, x, dy, *weight(K, N))
+    program = compiled(mesh(chip), "tpu", f, x, dy, *weight(K, N))
     assert program.as_text().count('custom_call_target="tpu_custom_call"') == 2
     temporary = program.memory_analysis().temp_size_in_bytes
     print(f"{chip} {jnp.dtype(dtype)} {M} x {K} x {N}: {temporary:,} bytes of HBM beside arguments")
@@ -82,45 +61,39 @@ def test_a_training_step_over_scanned_layers_takes_the_kernel(chip):
     layers, d = 4, 2048
     x = jax.ShapeDtypeStruct((2, 64, d), jnp.bfloat16)
     stacked = weight(d, d, layers)
-    program = compiled(chip, training_step, x, *stacked)
+    program = compiled(mesh(chip), "tpu", training_step, x, *stacked)
     assert program.as_text().count('custom_call_target="tpu_custom_call"') >= 2
     # Beside a checkpoint for each layer, less than two decoded layers at a time.
     checkpoints = (layers + 4) * 2 * x.size
     assert program.memory_analysis().temp_size_in_bytes < checkpoints + 2 * d * d
 
 
-def training_step(x, codes, absmax):
-    """A loss and its gradient through layers with a low-rank branch."""
-
-    def loss(ab):
-        def layer(x, weight):
-            h = nf4_matmul(x, *weight) + (x @ ab[0]) @ ab[1]
-            return x + jax.nn.silu(h), None
-
-        y, _ = jax.lax.scan(jax.checkpoint(layer), x, (codes, absmax))
-        return jnp.square(y.astype(jnp.float32)).mean()
-
-    d = x.shape[-1]
-    return jax.value_and_grad(loss)((jnp.ones((d, 16), x.dtype), jnp.zeros((16, d), x.dtype)))
+@pytest.mark.parametrize("axes", [(0, None, None), (0, 0, 0)])
+def test_arms_of_a_vmap_share_one_kernel(axes):
+    x = jax.ShapeDtypeStruct((8, 16, 4096), jnp.bfloat16)
+    layers = (8,) if axes[1] == 0 else ()
+    program = compiled(
+        mesh("v5e"), "tpu", jax.vmap(nf4_matmul, axes), x, *weight(4096, 1024, *layers)
+    )
+    text = program.as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == 1
+    assert ("bf16[128,1024]" in text) == (axes[1] is None)  # more rows, or a loop over weights
 
 
-def test_more_devices_take_it_inside_shard_map():
+@pytest.mark.parametrize("manual", [True, False])
+def test_more_devices_take_the_kernel_inside_shard_map_alone(manual):
     topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
     four = jax.sharding.Mesh(topology.devices, ("data",))
-    sharded = jax.NamedSharding(four, jax.P("data"))
-    whole = jax.NamedSharding(four, jax.P())
-    x = jax.ShapeDtypeStruct((64, 4096), jnp.bfloat16, sharding=sharded)
-    w = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole) for a in weight(4096, 4096)]
+    specs = jax.P("data"), jax.P(), jax.P()
+    shaped = (jax.ShapeDtypeStruct((64, 4096), jnp.bfloat16), *weight(4096, 4096))
+    arguments = [on(four, spec, a) for a, spec in zip(shaped, specs, strict=True)]
     rows = jax.shard_map(
-        nf4_matmul,
-        mesh=four,
-        in_specs=(jax.P("data"), jax.P(), jax.P()),
-        out_specs=jax.P("data"),
-        check_vma=False,
+        nf4_matmul, mesh=four, in_specs=specs, out_specs=jax.P("data"), check_vma=False
     )
     with jax.sharding.use_abstract_mesh(four.abstract_mesh):
-        lowered = jax.jit(rows).trace(x, *w).lower(lowering_platforms=("tpu",))
-    assert 'custom_call_target="tpu_custom_call"' in lowered.compile().as_text()
+        traced = jax.jit(rows if manual else nf4_matmul).trace(*arguments)
+        program = traced.lower(lowering_platforms=("tpu",)).compile()
+    assert program.as_text().count('custom_call_target="tpu_custom_call"') == manual
 
 
 def test_tiles_follow_the_generation():

@@ -13,7 +13,7 @@ import lora_jax as lora
 from lora_jax.models import llama
 from lora_jax.models.config import LlamaConfig
 from lora_jax.quant import FORMATS, from_bitsandbytes, to_bitsandbytes
-from lora_jax.training.checkpoints import fingerprint
+from lora_jax.training import checkpoints
 from lora_jax.weights import linear, transpose
 
 W = {"up_proj": cases.normal(0, 3, 64, 40)}  # stacked layers
@@ -77,6 +77,13 @@ def test_every_way_to_decode_gives_the_same_bits(format, double_quant):
 
 def lora_weight(leaf):
     return isinstance(leaf, lora.Weight)
+
+
+def test_formats_have_structures_of_their_own():
+    """JAX compares dataclasses by their fields: `jit` would mistake one for another."""
+    structures = [jax.tree.structure(quantized(format)) for format in FORMATS]
+    assert len(structures) == 5
+    assert not any(a == b for i, a in enumerate(structures) for b in structures[:i])
 
 
 def test_jitted_quantising_gives_the_same_bits(format, double_quant):
@@ -173,8 +180,9 @@ def test_merging_may_requantise():
 def test_quantised_trees_have_fingerprints(format):
     tree = quantized(format)
     other = dataclasses.replace(tree["up_proj"], codes=tree["up_proj"].codes.at[0, 0, 0].add(1))
-    assert fingerprint(tree) == fingerprint(quantized(format))
-    assert fingerprint(tree) != fingerprint({"up_proj": other})
+    name = checkpoints.fingerprint(tree)
+    assert name == checkpoints.fingerprint(quantized(format))
+    assert name != checkpoints.fingerprint({"up_proj": other})
 
 
 @pytest.mark.optimized
@@ -286,3 +294,44 @@ def test_state_dicts_convert_back_without_loss(double_quant):
         tree = quantized(format, double_quant=double_quant)
         weight = one_layer(tree)["up_proj"]
         cases.assert_equal(from_bitsandbytes(to_bitsandbytes(weight, "q"), "q"), weight)
+
+
+def test_weights_split_over_devices():
+    """Each device multiplies by the columns, or the rows, that it holds."""
+    weight = one_layer(quantized(double_quant=False))["up_proj"]
+    mesh = jax.make_mesh((4,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    P = jax.sharding.PartitionSpec
+
+    def split(x, w):
+        return jnp.sin(linear(x, w)).sum()[None]
+
+    spec = P(None, "model")
+    specs = {"in_specs": (P(), weight.partition(spec)), "out_specs": P("model")}
+    total = lambda x, w: jax.shard_map(split, mesh=mesh, **specs)(x, w).sum()  # noqa: E731
+    value, gradient = jax.jit(jax.value_and_grad(total))(X, weight)
+    whole = jax.value_and_grad(lambda x: jnp.sin(x @ weight.dense()).sum())(X)
+    cases.assert_close((value, gradient), whole)
+
+    specs = {"in_specs": (P(None, "model"), weight.partition(P("model", None))), "out_specs": P()}
+
+    def rows(x, w):
+        assert w.shape == (16, 40)
+        return jax.lax.psum(linear(x, w), "model")
+
+    cases.assert_close(jax.shard_map(rows, mesh=mesh, **specs)(X, weight), X @ weight.dense())
+
+
+def test_double_quantised_weights_split_along_layers_alone():
+    weight = quantized()["up_proj"]
+    spec = jax.sharding.PartitionSpec("layers", None, None)
+    assert weight.partition(spec).absmax.scale == jax.sharding.PartitionSpec("layers")
+    with pytest.raises(ValueError, match="cannot be split by .*give|double_quant=False"):
+        weight.partition(jax.sharding.PartitionSpec(None, None, "model"))
+
+
+def test_checkpoints_keep_the_bytes(tmp_path, double_quant):
+    tree = quantized(double_quant=double_quant)
+    checkpoints.save(tmp_path, 1, tree, identity={}, position=None)
+    _, restored, _ = checkpoints.restore(tmp_path, tree, identity={})
+    cases.assert_equal(restored, tree)
+    assert restored["up_proj"].codes.dtype == jnp.uint8

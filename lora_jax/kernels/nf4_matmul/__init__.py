@@ -37,10 +37,11 @@ def nf4_matmul(
       codes: uint8 `[d_in / 2, d_out]`; byte `i` holds the code of row `2 i` in its high half and
         that of row `2 i + 1` in its low half.
       absmax: float32 `[d_in / block, d_out]`.
-      implementation: None takes the best that the platform has for these shapes. A name takes that
-        one or raises. A program compiled ahead of time takes the platform of the mesh of
-        `jax.sharding.use_abstract_mesh`. A kernel is not partitioned automatically: over several
-        devices, call it inside `shard_map(..., check_vma=False)` or `pmap`, or ask for "xla".
+      implementation: None takes a kernel where the device has one that takes the shapes and is
+        expected to pay, and XLA elsewhere. A name takes that one or raises. The device is that of
+        `jax.sharding.use_abstract_mesh`, for a program compiled ahead of time, or the default one.
+        Kernels are not partitioned automatically: None takes them on a single device and inside
+        `shard_map(..., check_vma=False)` or `pmap`, and XLA under automatic partitioning.
 
     Returns:
       `[..., d_out]` in the dtype of `x`.
@@ -72,7 +73,7 @@ def _contract(
     kernels = {
         platform: runs[name]
         for name, platform in PLATFORM.items()
-        if not _lack(name, x, codes, absmax) and _pays(name, x)
+        if _on_one_device() and not _lack(name, x, codes, absmax) and _pays(name, x)
     }
     if not kernels:
         return runs["xla"](x, codes, absmax)
@@ -156,6 +157,14 @@ def _lack(implementation, x, codes, absmax) -> str | None:
     if M and N and fits:
         return None
     return f"has no tiles for {M} rows, d_in = {K} and d_out = {N} in blocks of {block}"
+
+
+def _on_one_device() -> bool:
+    """Whether a kernel surely sees whole arrays: none can be partitioned automatically."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return jax.device_count() == 1
+    return mesh.size == 1 or set(mesh.manual_axes) == set(mesh.axis_names)
 
 
 def _device():
