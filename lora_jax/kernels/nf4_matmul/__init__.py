@@ -41,8 +41,9 @@ def nf4_matmul(
         that of row `2 i + 1` in its low half.
       absmax: float32 `[d_in / block, d_out]`.
       implementation: None takes the TPU kernel where it takes the shapes, and XLA elsewhere; the
-        Hopper kernel is taken by name alone, until it was measured. A name takes that one or raises. The device is that of
-        `jax.sharding.use_abstract_mesh`, for a program compiled ahead of time, or the default one.
+        Hopper kernel is taken by name alone, until it was measured. A name takes that one or
+        raises. The device is that of `jax.sharding.use_abstract_mesh`, for a program compiled ahead
+        of time, or the default one.
         Kernels are not partitioned automatically: None takes them on a single device and inside
         `shard_map(..., check_vma=False)` or `pmap`, and XLA under automatic partitioning.
 
