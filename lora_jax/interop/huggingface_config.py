@@ -1,6 +1,5 @@
 """The model's shape, from and to a Hugging Face config.json."""
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -166,7 +165,7 @@ def _positive(
     path: Path, values: Mapping[str, Any], key: str, default: float | None = None
 ) -> float:
     value = default if values.get(key) is None else values[key]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
         raise ValueError(f"{path}: {key} is {value!r}, expected a positive number.")
     return value
 
