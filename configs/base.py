@@ -20,6 +20,14 @@ def get_config() -> ConfigDict:
             "remat": "elementwise",  # none, elementwise, full
         }
     )
+    config.base = ConfigDict(
+        {
+            # none, nf4, fp4, e2m1, int4, int8: the format of all linear layers of the frozen base
+            "quantize": "none",
+            "block_size": 64,
+            "double_quant": True,  # whether each block's scale is itself kept in 8 bits
+        }
+    )
     config.data = ConfigDict(
         {
             "source": "restaurants",  # restaurants, e2e, jsonl, tfds:NAME
@@ -54,6 +62,7 @@ def get_config() -> ConfigDict:
             "learning_rate": 3e-3,  # its peak
             "weight_decay": 0.0,
             "clip_norm": 1.0,  # of the trained part's gradient
+            "optimizer_memory": "device",  # or pinned_host: Adam's moments stream from the host
             "accumulate": 1,  # micro-batches a step
             "eval_every": 16,
             "checkpoint_every": 8,

@@ -61,15 +61,18 @@ def lora_transform(
     nodes: dict[str, DeltaNode] = {}
     by_method: dict[Method, dict[str, Any]] = {}
     for match in match_rules(flat, rules, layouts):
-        weight, layout = flat[match.path], layouts.get(match.path) or Layout()
+        weight = flat[match.path]
+        layout = layouts.get(match.path) or (weight.layout if is_weight(weight) else Layout())
         _require_float(match.path, weight)
         by_method.setdefault(match.method, {})[match.path] = weight
-        node = _fresh(match.path, weight, match.method, layout, key)
+        method_here = match.method.at(match.path)
+        node = _fresh(match.path, weight, method_here, layout, key)
         if node is not None:
             nodes[match.path] = node
-            flat[match.path] = match.method.corrected(weight, node)
+            flat[match.path] = method_here.corrected(weight, node)
     for chosen, weights in by_method.items():
-        nodes.update(chosen.extras(weights, key=key))
+        axes = {path: layouts.get(path) or Layout() for path in weights}
+        nodes.update(chosen.extras(weights, layouts=axes, key=key))
     return _rebuilt(params, flat), paths.nest(nodes)
 
 
@@ -121,20 +124,26 @@ def bind(
     weights = _rebuilt(base, flat)
     for path, extra in extras.items():
         if extra.in_weights:
-            weights = _inserted(weights, path.split("/"), extra)
+            weights = _inserted(weights, path.split("/"), _bound(extra, adapter_ids))
     return weights
 
 
-def merge(base: PyTree, delta: Delta) -> PyTree:
+def merge(base: PyTree, delta: Delta, *, requantize: bool = False) -> PyTree:
     """Plain arrays again: each adapted weight as one dense matrix of its base's dtype.
 
     `W + scale * a @ b`, summed in float32 and rounded once. Merging into a quantised base
-    dequantises the adapted weights.
+    dequantises the adapted weights; with `requantize` they return to their base's format, which
+    rounds the sum to its codes.
 
     Raises:
       ValueError: for a method without a merged form, or a delta that does not fit the base.
     """
-    return _map_adapted(base, delta, lambda node, weight: node.merge(weight))
+
+    def merged(node, weight):
+        whole = node.merge(weight)
+        return weight.requantized(whole) if requantize and is_weight(weight) else whole
+
+    return _map_adapted(base, delta, merged)
 
 
 def unmerge(params: PyTree, delta: Delta) -> PyTree:
@@ -179,11 +188,12 @@ def _map_adapted(tree: PyTree, delta: Delta, change) -> PyTree:
     for path, node in nodes.items():
         if isinstance(node, Extra) and not node.in_weights:
             continue
+        node = node.resolve(extras)
         if not isinstance(node, Extra):
             _known(path, flat, "the delta adapts")
             node.check(path, flat[path])
         try:
-            flat[path] = change(node.resolve(extras), flat.get(path))
+            flat[path] = change(node, flat.get(path))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
     return _rebuilt(tree, flat)
@@ -206,6 +216,16 @@ def _only_trainable(node: DeltaNode) -> DeltaNode:
         return leaf if trains else jax.lax.stop_gradient(leaf)
 
     return jax.tree.map(stop, node, node.trainable())
+
+
+def _bound(extra: Extra, adapter_ids: jax.Array | None) -> Extra:
+    """What a model reads of an extra: of a stack, a member for each batch row, `[layers..., B]`."""
+    if adapter_ids is None:
+        return extra.bound()
+    members = jax.vmap(lambda member: member.bound())(extra)
+    layers = members.stack_ndim - 1
+    members = _rows_behind_layers(members, layers)
+    return jax.tree.map(lambda leaf: jnp.take(leaf, adapter_ids, axis=layers), members)
 
 
 def _rows_behind_layers(node: DeltaNode, layers: int) -> DeltaNode:

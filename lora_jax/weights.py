@@ -22,6 +22,8 @@ PyTree = Any
 # The name, for rematerialisation policies, of what an adapter computes on a narrow axis: a model
 # that keeps it spares the backward pass a product for a few bytes.
 NARROW = "adapter_narrow"
+# And of a layer's output before an adapter scales it: the gradient of the scale wants it again.
+UNSCALED = "adapter_unscaled"
 
 
 class Weight(abc.ABC):
@@ -49,10 +51,19 @@ class Weight(abc.ABC):
     def dense(self) -> jax.Array:
         """The plain array; builds it."""
 
+    def requantized(self, dense: jax.Array) -> "Weight":
+        """Another dense weight of this shape in this one's format."""
+        del dense
+        raise ValueError(f"{type(self).__name__} has no way to quantise a dense weight again.")
+
     @property
     @abc.abstractmethod
     def T(self) -> "Weight | jax.Array":  # noqa: N802 - as on arrays
         """The weight of the transposed matrix, as a tied output head needs it."""
+
+    def linear_transposed(self, x: jax.Array) -> jax.Array:
+        """`x @ W.T` for `x [..., d_out]`, as a tied output head computes it."""
+        return jnp.matmul(x, jnp.swapaxes(self.dense(), -1, -2))
 
     @property
     def ndim(self) -> int:
@@ -107,9 +118,9 @@ def transpose(w: jax.Array | Weight) -> jax.Array | Weight:
 
 @flax.struct.dataclass
 class Transposed(Weight):
-    """An array `[..., d_out, d_in]` read as its transpose, as a tied output head reads a table."""
+    """A weight `[..., d_out, d_in]` read as its transpose, as a tied output head reads a table."""
 
-    table: jax.Array
+    table: jax.Array | Weight
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -120,17 +131,26 @@ class Transposed(Weight):
         return self.table.dtype
 
     @property
-    def T(self) -> jax.Array:  # noqa: N802
+    def T(self) -> jax.Array | Weight:  # noqa: N802
         return self.table
 
     def linear(self, x: jax.Array) -> jax.Array:
+        if isinstance(self.table, Weight):
+            return self.table.linear_transposed(x)
         return jax.lax.dot_general(x, self.table, (((x.ndim - 1,), (1,)), ((), ())))
 
     def embed(self, tokens: jax.Array) -> jax.Array:
-        return jnp.moveaxis(jnp.take(self.table, tokens, axis=1), 0, -1)
+        return jnp.moveaxis(jnp.take(dense(self.table), tokens, axis=1), 0, -1)
 
     def dense(self) -> jax.Array:
-        return jnp.swapaxes(self.table, -1, -2)
+        return jnp.swapaxes(dense(self.table), -1, -2)
+
+
+def vary(x: jax.Array, *, like: jax.Array) -> jax.Array:
+    """Inside a shard_map: `x` said to differ along the mesh axes that `like` differs along, so that
+    its gradient is summed over them."""
+    missing = jax.typeof(like).manual_axis_type.varying - jax.typeof(x).manual_axis_type.varying
+    return jax.lax.pcast(x, tuple(missing), to="varying") if missing else x
 
 
 @flax.struct.dataclass

@@ -20,7 +20,14 @@ METHODS = {
     "lora": lora.LoRA(rank=2, alpha=4.0),
     "lora_variant": lora.LoRA(rank=2, scaling="rslora", init="gaussian", dropout=0.5),
     "full": lora.Full(),
+    "dora": lora.DoRA(rank=2, alpha=2.0, dropout=0.5),
+    "ia3": lora.IA3(),
+    "vera": lora.VeRA(rank=4, dropout=0.5),
+    "adalora": lora.AdaLoRA(rank=3, target_rank=2, total_steps=10, alpha=6.0, dropout=0.5),
+    "bottleneck": lora.Bottleneck(size=2, activation="gelu"),
 }
+EVERYWHERE = ("lora", "lora_variant", "full")  # on trees of every kind; the others on "stacked"
+MERGEABLE = [name for name in METHODS if not name.startswith("bottleneck")]
 X = np.linspace(-1, 1, 18, dtype=np.float32).reshape(3, 6)
 
 
@@ -117,6 +124,7 @@ TREES = {
     "struct": struct,
     "linen": linen,
 }
+PAIRS = [(t, m) for t in TREES for m in METHODS if m in EVERYWHERE or t == "stacked"]
 
 
 @functools.cache

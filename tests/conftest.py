@@ -20,6 +20,7 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "mixed_dtypes: runs code of jax or optax that promotes")
+    config.addinivalue_line("markers", "optimized: compiles with all of XLA's optimisations")
 
 
 @pytest.fixture(autouse=True)
@@ -37,11 +38,28 @@ def strict_dtypes(request):
 def quick_compilation(request):
     """Small models compile for longer than they run; a model of real size is worth optimizing."""
     of_real_size = bool({"interop", "experiments"} & set(request.path.parts))
-    jax.config.update("jax_disable_most_optimizations", not of_real_size)
+    optimized = of_real_size or request.node.get_closest_marker("optimized")
+    jax.config.update("jax_disable_most_optimizations", not optimized)
+
+
+def pytest_collection_modifyitems(items):
+    """A test that takes both a case and a method runs over `cases.PAIRS`."""
+
+    def wanted(item):
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        pair = params.get("case"), params.get("method", params.get("mergeable"))
+        return None in pair or pair in cases.PAIRS
+
+    items[:] = [item for item in items if wanted(item)]
 
 
 @pytest.fixture(params=cases.METHODS)
 def method(request):
+    return cases.METHODS[request.param]
+
+
+@pytest.fixture(params=cases.MERGEABLE)
+def mergeable(request):
     return cases.METHODS[request.param]
 
 

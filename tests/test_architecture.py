@@ -17,7 +17,7 @@ LAYERS = [
     ["quant"],
     ["methods", "tracing"],
     ["transform", "adapt"],
-    ["masks", "stacking"],
+    ["masks", "stacking", "arithmetic", "allocation", "starts"],
     ["describe"],
     ["models"],
     ["data"],

@@ -126,6 +126,37 @@ def test_training_the_combined_tree_is_training_the_delta(case):
     assert_equal(frozen, jax.tree.leaves(base))
 
 
+def test_b_moves_faster_in_loraplus():
+    """With weight decay, which the learning rate multiplies too."""
+    delta = moved(cases.transform(cases.nested(), lora.LoRA(rank=2))[1])
+    ones, faster = ones_like(delta), optax.adamw(4e-2, weight_decay=0.1)
+    adamw = optax.adamw(1e-2, weight_decay=0.1)
+
+    def updates(tx):
+        return tx.update(ones, tx.init(delta), delta)[0]["block"]["q_proj"]
+
+    plus = updates(lora.mask_optimizer(adamw, delta, b_ratio=4.0))
+    chained = updates(lora.mask_optimizer(optax.chain(adamw, lora.scale_b(4.0)), delta))
+    assert_equal(plus, chained)
+    assert_close(plus.a, updates(lora.mask_optimizer(adamw, delta)).a)
+    assert_close(plus.b, updates(lora.mask_optimizer(faster, delta)).b)
+    assert not np.any(plus.scale)
+
+
+def test_projected_gradient_of_b_is_the_nearest_to_the_whole_gradient():
+    """Least squares over the updates `scale * a @ g`; where `a` trains, nothing changes."""
+    delta = moved(cases.transform(cases.nested(), lora.LoRA(rank=2, train_a=False))[1])
+    node = delta["block"]["q_proj"]
+    whole = cases.normal(9, 6, 5)
+    plain = delta | {"block": {"q_proj": node.replace(b=node.scale * node.a.T @ whole)}}
+    tx = lora.project_b()
+    found = tx.update(plain, tx.init(delta), delta)[0]["block"]["q_proj"].b
+    expected = np.linalg.lstsq(np.asarray(node.scale * node.a), np.asarray(whole), rcond=None)[0]
+    assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    trained = moved(cases.transform(cases.nested(), lora.LoRA(rank=2))[1])
+    assert_equal(tx.update(trained, tx.init(trained), trained)[0], trained)
+
+
 def test_extra_arguments_reach_the_optimizer():
     delta = cases.transform(cases.nested(), lora.LoRA(rank=2))[1]
 

@@ -53,10 +53,23 @@ def quantize(params):
     return {**params, "layers": layers, "embed": quantized(params["embed"])}
 
 
-BASE = quantize(PARAMS)
-DENSE = jax.tree.map(
-    lambda w: w.dense() if isinstance(w, Int8) else w, BASE, is_leaf=lambda w: isinstance(w, Int8)
-)
+BASES = {
+    "toy": quantize(PARAMS),
+    "nf4": lora.quantize(PARAMS, "nf4", targets=("all-linear", "embed"), block_size=8),
+}
+
+
+@pytest.fixture
+def base():
+    return BASES["nf4"]
+
+
+def dense_form(base):
+    return jax.tree.map(
+        lambda w: w.dense() if isinstance(w, lora.Weight) else w,
+        base,
+        is_leaf=lambda w: isinstance(w, lora.Weight),
+    )
 
 
 def delta_over(base, method=None, **kwargs):
@@ -64,65 +77,99 @@ def delta_over(base, method=None, **kwargs):
     return cases.llama_delta(base, method or lora.LoRA(rank=2), **kwargs)
 
 
-def test_quantised_llama_runs_unadapted():
-    ours, theirs = FORWARD(BASE, TOKENS, CONFIG), FORWARD(DENSE, TOKENS, CONFIG)
+def test_quantised_llama_runs_unadapted(base):
+    ours, theirs = FORWARD(base, TOKENS, CONFIG), FORWARD(dense_form(base), TOKENS, CONFIG)
     assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_draws_do_not_depend_on_quantisation():
-    assert_same_draws(delta_over(BASE), delta_over(PARAMS))
+def test_draws_do_not_depend_on_quantisation(base):
+    assert_same_draws(delta_over(base), delta_over(PARAMS))
 
 
-def test_lora_over_a_quantised_llama_is_lora_over_its_dense_form():
-    delta = delta_over(BASE)
-    ours = FORWARD(lora.bind(BASE, delta), TOKENS, CONFIG)
-    theirs = FORWARD(lora.bind(DENSE, delta), TOKENS, CONFIG)
+@pytest.mark.parametrize("name", BASES)
+def test_lora_over_a_quantised_llama_is_lora_over_its_dense_form(name):
+    base = BASES[name]
+    delta = delta_over(base)
+    ours = FORWARD(lora.bind(base, delta), TOKENS, CONFIG)
+    theirs = FORWARD(lora.bind(dense_form(base), delta), TOKENS, CONFIG)
     assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_merging_dequantises_the_adapted_weights_alone():
-    delta = delta_over(BASE, targets="q_proj")
-    merged = lora.merge(BASE, delta)
-    assert isinstance(merged["layers"]["attn"]["k_proj"], Int8)
-    assert isinstance(merged["layers"]["attn"]["q_proj"], jax.Array)
+def test_merging_dequantises_the_adapted_weights_alone(base):
+    delta = delta_over(base, targets="q_proj")
+    merged = lora.merge(base, delta)
+    attention = merged["layers"]["attn"]
+    assert type(attention["k_proj"]) is type(base["layers"]["attn"]["k_proj"])
+    assert isinstance(attention["q_proj"], jax.Array)
     ours = FORWARD(merged, TOKENS, CONFIG)
-    assert_close(ours, FORWARD(lora.bind(BASE, delta), TOKENS, CONFIG), rtol=1e-3, atol=1e-5)
+    assert_close(ours, FORWARD(lora.bind(base, delta), TOKENS, CONFIG), rtol=1e-3, atol=1e-5)
 
 
-def test_gradients_through_a_quantised_base():
-    delta = delta_over(BASE)
+def test_gradients_through_a_quantised_base(base):
+    delta = delta_over(base)
 
-    def loss(delta, base):
-        return (FORWARD(lora.bind(base, delta), TOKENS, CONFIG) ** 2).mean()
+    def loss(delta, base, remat="none"):
+        weights = lora.bind(base, delta)
+        return (llama.forward(weights, TOKENS, CONFIG, remat=remat) ** 2).mean()
 
-    ours, theirs = (jax.jit(jax.grad(loss))(delta, base) for base in (BASE, DENSE))
-    assert_close(ours, theirs, rtol=1e-3, atol=2e-5)
+    gradient = jax.jit(jax.grad(loss), static_argnums=2)
+    expected = gradient(delta, dense_form(base))
+    assert_close(gradient(delta, base), expected, rtol=1e-3, atol=2e-5)
+    assert_close(gradient(delta, base, "elementwise"), expected, rtol=1e-3, atol=2e-5)
 
 
-def test_rows_use_their_own_adapter_over_a_quantised_base():
-    deltas = [delta_over(BASE, seed=i) for i in range(2)]
-    weights = lora.bind(BASE, lora.stack(deltas), adapter_ids=jnp.array([1, 0]))
+def test_dropout_over_a_quantised_base(base):
+    delta, key = delta_over(base, lora.LoRA(rank=2, dropout=0.5)), jax.random.key(3)
+    ours = FORWARD(lora.bind(base, delta, dropout_key=key), TOKENS, CONFIG)
+    theirs = FORWARD(lora.bind(dense_form(base), delta, dropout_key=key), TOKENS, CONFIG)
+    assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_sweep_shares_a_quantised_base(base):
+    deltas = [delta_over(base, seed=i) for i in range(2)]
+    run = jax.jit(jax.vmap(lambda d, b: llama.forward(lora.bind(b, d), TOKENS, CONFIG), (0, None)))
+    for output, delta in zip(run(lora.stack(deltas), base), deltas, strict=True):
+        alone = FORWARD(lora.bind(base, delta), TOKENS, CONFIG)
+        assert_close(output, alone, rtol=1e-3, atol=1e-5)
+
+
+def test_rows_use_their_own_adapter_over_a_quantised_base(base):
+    deltas = [delta_over(base, seed=i) for i in range(2)]
+    weights = lora.bind(base, lora.stack(deltas), adapter_ids=jnp.array([1, 0]))
     together = FORWARD(weights, TOKENS, CONFIG)
-    solo = [FORWARD(lora.bind(BASE, d), TOKENS, CONFIG) for d in deltas]
+    solo = [FORWARD(lora.bind(base, d), TOKENS, CONFIG) for d in deltas]
     assert_close(together, jnp.stack([solo[1][0], solo[0][1]]), rtol=1e-3, atol=1e-5)
 
 
-def test_lora_on_a_quantised_tied_embedding():
+@pytest.mark.parametrize("name", BASES)
+def test_lora_on_a_quantised_tied_embedding(name):
     tied, _, _ = cases.llama_case(tie_embeddings=True)
-    base = {name: leaf for name, leaf in BASE.items() if name != "lm_head"}
+    base = {name: leaf for name, leaf in BASES[name].items() if name != "lm_head"}
     delta = delta_over(base, targets="embed")
     ours = FORWARD(lora.bind(base, delta), TOKENS, tied)
     assert_close(ours, FORWARD(lora.merge(base, delta), TOKENS, tied), rtol=1e-3, atol=1e-5)
 
 
-def test_full_over_a_quantised_base():
-    delta = delta_over(BASE, lora.Full(), targets="q_proj")
-    ours = FORWARD(lora.bind(BASE, delta), TOKENS, CONFIG)
-    assert_close(ours, FORWARD(lora.merge(BASE, delta), TOKENS, CONFIG), rtol=1e-3, atol=1e-5)
+def test_full_over_a_quantised_base(base):
+    delta = delta_over(base, lora.Full(), targets="q_proj")
+    ours = FORWARD(lora.bind(base, delta), TOKENS, CONFIG)
+    assert_close(ours, FORWARD(lora.merge(base, delta), TOKENS, CONFIG), rtol=1e-3, atol=1e-5)
 
 
-def test_counts_are_logical():
-    found = lora.describe(BASE, delta_over(BASE))
+def test_every_method_over_a_quantised_base_is_that_method_over_its_dense_form(method):
+    dense = {"layers": {"q_proj": cases.stacked().params["layers"]["q_proj"]}}
+    base = {"layers": {"q_proj": quantized(dense["layers"]["q_proj"])}}
+    dense["layers"]["q_proj"] = base["layers"]["q_proj"].dense()
+    deltas = [moved(lora.lora_transform(tree, method, key=jax.random.key(0))[1])
+              for tree in (base, dense)]  # fmt: skip
+    assert_close(*deltas)
+    apply = cases.stacked().apply
+    ours, theirs = (apply(lora.bind(tree, deltas[1]), cases.X) for tree in (base, dense))
+    assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_counts_are_logical(base):
+    found = lora.describe(base, delta_over(base))
     plain = lora.describe(PARAMS, delta_over(PARAMS))
     assert found == plain
 
@@ -158,7 +205,7 @@ class ToyPrompt(Method):
     def fresh(self, weight, *, layout, key):
         return None
 
-    def extras(self, weights, *, key):
+    def extras(self, weights, *, layouts, key):
         [table] = weights.values()
         return {"prompt": Prompt(jax.random.normal(key, (self.rows, table.shape[-1])))}
 

@@ -11,12 +11,15 @@ README = Path(__file__).parents[1] / "README.md"
 @pytest.mark.mixed_dtypes
 def test_blocks_run_in_order(capsys):
     blocks = re.findall(r"<!-- test: (.+?) -->\n```python\n(.*?)```", README.read_text(), re.S)
-    assert [name for name, _ in blocks] == ["custom step", "targets", "sweep", "rows", "flax"]
+    names = ["custom step", "targets", "methods", "sweep", "rows", "qlora", "flax"]
+    assert [name for name, _ in blocks] == names
     assert README.read_text().count("```python") == len(blocks)
     scope: dict = {}
     for name, code in blocks:
         exec(compile(code, f"README.md, {name}", "exec"), scope)
-    assert "trainable params: 16,384" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "trainable params: 16,384" in printed
+    assert "NF4(2x64x128 float32, blocks of 64, absmax in 8 bits, 4." in printed
     assert scope["value"] < 5.0
     assert scope["losses"].shape == (3,)
     assert scope["weights"]["embed"].shape == (320, 64)

@@ -28,6 +28,10 @@ def test_frozen_dicts():
 def test_fresh_adapter_is_the_identity(case, method):
     base, delta = transform(case, method)
     assert_close(case.apply(lora.bind(base, delta), X), case.apply(case.params, X), atol=1e-6)
+
+
+def test_fresh_adapter_merges_into_the_same_params(case, mergeable):
+    base, delta = transform(case, mergeable)
     assert_equal(lora.merge(base, delta), case.params)
 
 
@@ -42,16 +46,16 @@ def test_moved_adapter_is_not_the_identity(case, method):
     assert np.abs(adapted - case.apply(base, X)).max() > 1e-2
 
 
-def test_merged_equals_bound(case, method):
-    base, delta = transform(case, method)
+def test_merged_equals_bound(case, mergeable):
+    base, delta = transform(case, mergeable)
     delta = moved(delta)
     merged = lora.merge(base, delta)
     assert jax.tree.structure(merged) == jax.tree.structure(case.params)
     assert_close(case.apply(merged, X), case.apply(lora.bind(base, delta), X), atol=5e-6)
 
 
-def test_unmerge_inverts_merge(case, method):
-    base, delta = transform(case, method)
+def test_unmerge_inverts_merge(case, mergeable):
+    base, delta = transform(case, mergeable)
     delta = moved(delta)
     assert_close(lora.unmerge(lora.merge(base, delta), delta), base, atol=1e-6)
 
@@ -77,8 +81,8 @@ def test_only_trained_leaves_get_a_gradient(case, method):
     assert received == lora.trainable_mask(delta)
 
 
-def test_gradient_is_that_of_the_merged_model(case, method):
-    base, delta = transform(case, method)
+def test_gradient_is_that_of_the_merged_model(case, mergeable):
+    base, delta = transform(case, mergeable)
 
     @jax.jit
     @jax.grad
@@ -146,8 +150,9 @@ def test_remat_changes_nothing(case, method):
     assert_close(again, plain, atol=5e-6)
 
 
-def test_pmap(method):
-    case = cases.stacked()
+@pytest.mark.parametrize("name", cases.EVERYWHERE)
+def test_pmap(name):
+    case, method = cases.stacked(), cases.METHODS[name]
     base, delta = transform(case, method)
     delta, count = moved(delta), jax.local_device_count()
     assert count > 1
@@ -219,7 +224,12 @@ def test_float32_deltas_over_a_bf16_base(case, method):
     output = case.apply(lora.bind(base, delta), x)
     assert output.dtype == jnp.bfloat16
     assert_equal(output, case.apply(params, x))
-    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(lora.merge(base, delta)))
+
+
+def test_merging_keeps_the_dtype(case, mergeable):
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), case.params)
+    merged = lora.merge(*lora.lora_transform(params, mergeable, key=jax.random.key(0)))
+    assert {leaf.dtype for leaf in jax.tree.leaves(merged)} == {jnp.dtype("bfloat16")}
 
 
 def test_bf16_merge_rounds_once():

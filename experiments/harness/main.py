@@ -36,20 +36,28 @@ def main(
     arms_of: Callable[[ConfigDict], Sequence[Arm]],
     draw: Callable[[Path, dict], None],
 ) -> None:
-    """Runs an experiment: `arms_of(config)` says what differs, `draw` makes its picture."""
+    """Runs a sweep: `arms_of(config)` says what differs, `draw` makes its picture."""
+
+    def work(config: ConfigDict, workdir: Path) -> None:
+        arms = arms_of(config)
+        if _PLAN.value:
+            console.print(plan.plan(config, arms), markup=False)
+        else:
+            conduct(experiment, title, config, arms, workdir, draw)
+
+    launch(experiment, work)
+
+
+def launch(experiment: str, work: Callable[[ConfigDict, Path], None]) -> None:
+    """Runs `work(config, workdir)` as the command line says; an error is one line for a person."""
 
     def start(argv: Sequence[str]) -> None:
         if len(argv) > 1:
             sys.exit(f"{experiment}: unexpected argument {argv[1]!r}; flags start with --.")
         config = _CONFIG.value
+        name = f"{experiment}-{config.name}-{_short_hash(config)}"
         try:
-            arms = arms_of(config)
-            if _PLAN.value:
-                console.print(plan.plan(config, arms), markup=False)
-                return
-            name = f"{experiment}-{config.name}-{_short_hash(config)}"
-            workdir = Path(_WORKDIR.value or f"runs/{name}")
-            conduct(experiment, title, config, arms, workdir, draw)
+            work(config, Path(_WORKDIR.value or f"runs/{name}"))
         except (ValueError, FileNotFoundError) as error:
             sys.exit(f"{experiment}: {error}")
         except KeyboardInterrupt:
@@ -67,10 +75,7 @@ def conduct(
     draw: Callable[[Path, dict], None],
 ) -> None:
     """Runs all arms, and leaves records, results, a table and a picture in `workdir`."""
-    setup.quiet_logs()
-    jax.config.update("jax_compilation_cache_dir", str(default_cache_dir() / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    records.claim(workdir, {"experiment": experiment, **config.to_dict()})
+    prepare(experiment, config, workdir)
     console.print(
         f"[bold]{title}[/bold] with {config.name}: {len(arms)} arms, records in {workdir}"
     )
@@ -81,6 +86,14 @@ def conduct(
     console.print(
         f"\nresults.json, results.md, metrics.jsonl and {experiment}.png are in {workdir}"
     )
+
+
+def prepare(experiment: str, config: ConfigDict, workdir: Path) -> None:
+    """Quiet logs, compiled programs kept for the next run, and the folder claimed for this one."""
+    setup.quiet_logs()
+    jax.config.update("jax_compilation_cache_dir", str(default_cache_dir() / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    records.claim(workdir, {"experiment": experiment, **config.to_dict()})
 
 
 def _short_hash(config: ConfigDict) -> str:

@@ -84,6 +84,27 @@ def loss_by_targets(path: Path, results: dict[str, Any]) -> None:
         plt.close(figure)
 
 
+def loss_by_format(path: Path, results: dict[str, Any]) -> None:
+    """What a format adds to the validation loss, beside its error on normal weights."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained", sharey=True)
+        exact, *rows = results["formats"]
+        names = [f"{row['format']}  ({row['bits']:.2f} bits)" for row in rows]
+        added = [row["val_loss"] - exact["val_loss"] for row in rows]
+        errors = [100 * row["normal_error"] for row in rows]
+        for axis, values, label in (
+            (axes[0], added, f"added validation loss (nats a token, over {exact['val_loss']:.3f})"),
+            (axes[1], errors, "error on normal weights (%, root mean square)"),
+        ):
+            bars = axis.barh(names, values, color="C0", height=0.55)
+            axis.bar_label(bars, fmt="%.3f" if axis is axes[0] else "%.2f", padding=3)
+            axis.set(xlabel=label, axisbelow=True)
+            axis.margins(x=0.18)
+        axes[0].invert_yaxis()
+        figure.savefig(path, dpi=150)
+        plt.close(figure)
+
+
 def _base_line(axes, results: dict[str, Any]) -> None:
     """The untuned base, so that differences between arms are seen at their true size."""
     loss = results["base"]["val_loss"]

@@ -1,5 +1,6 @@
 """What a sweep will cost, from shapes alone."""
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -8,11 +9,11 @@ from ml_collections import ConfigDict
 
 import lora_jax as lora
 from experiments.harness.arms import Arm
-from experiments.harness.setup import shape_of
+from experiments.harness.setup import as_configured, shape_of
 from lora_jax.methods import Method
 from lora_jax.models import llama
 from lora_jax.tables import aligned
-from lora_jax.weights import PyTree
+from lora_jax.weights import PyTree, is_weight
 
 GB = 1e9
 
@@ -20,7 +21,11 @@ GB = 1e9
 def abstract_params(config: ConfigDict) -> PyTree:
     """The shapes of the configured model's params; nothing is allocated."""
     shape, dtype = shape_of(config), jnp.dtype(config.model.dtype)
-    return jax.eval_shape(lambda key: llama.init(shape, key=key, dtype=dtype), jax.random.key(0))
+
+    def make(key):
+        return as_configured(config, llama.init(shape, key=key, dtype=dtype))
+
+    return jax.eval_shape(make, jax.random.key(0))
 
 
 def describe_arm(params: PyTree, method: Method, targets: str) -> lora.Description:
@@ -65,10 +70,12 @@ def plan(config: ConfigDict, arms: Sequence[Arm]) -> str:
                 *(f"{size / GB:.2f}" for size in sizes),
             )
         )
-    total = sum(leaf.size for leaf in jax.tree.leaves(params))
+    total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params, is_leaf=is_weight))
+    format = config.base.quantize
+    kind = config.model.dtype if format == "none" else f"{config.model.dtype} and {format}"
     head = (
         f"{config.name} ({config.model.shape}): {total:,} parameters, {base / GB:.2f} GB in "
-        f"{config.model.dtype}; full fine-tuning in float32 with Adam would take "
+        f"{kind}; full fine-tuning in float32 with Adam would take "
         f"{total * 16 / GB:.0f} GB. Activations come on top."
     )
     return f"{head}\n\n{aligned(rows)}"

@@ -80,23 +80,29 @@ def markdown(
     title: str, command: str, results: Mapping[str, Any], cells: Sequence[tuple[str, ...]]
 ) -> str:
     """`results.md`: the table, the samples, the command and the machine."""
-    machine = results["environment"]
-    lines = [f"# {title}", "", f"`{command}`", ""]
-    lines += ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
-    lines += ["| " + " | ".join(row) + " |" for row in cells]
+    lines = [f"# {title}", "", f"`{command}`", "", *table(HEADER, cells)]
     lines += ["", "Losses are nats a response token; train is the mean of the last ten steps."]
     for sample in results["samples"]:
         lines += ["", f"**{_one_line(sample['prompt'])}**", ""]
         lines += [f"- {name}: {_one_line(sample[name])}" for name in ("reference", "base")]
         lines += [f"- {sample['arm']}: {_one_line(sample['adapted'])}"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    lines += [
-        "",
-        f"{machine['date']}, {results['seconds']:.0f} s on {machine['device']} ({machine['cpus']} "
-        f"CPU cores), Python {machine['python']}, {versions}, commit {machine['commit']}.",
-        "",
-    ]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", machine(results), ""])
+
+
+def table(header: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    lines = ["| " + " | ".join(row) + " |" for row in (header, *cells)]
+    return [lines[0], "|" + "---|" * len(header), *lines[1:]]
+
+
+def machine(results: Mapping[str, Any]) -> str:
+    """When, for how long, on what and with which versions."""
+    found = results["environment"]
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    return (
+        f"{found['date']}, {results['seconds']:.0f} s on {found['device']} ({found['cpus']} "
+        f"CPU cores), Python {found['python']}, {versions}, commit {found['commit']}."
+    )
 
 
 def _losses(loss: float | None) -> tuple[str, str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import optax
 from ml_collections import ConfigDict
 
 import lora_jax as lora
@@ -67,16 +68,9 @@ def _train(
 ) -> tuple[float, list[Outcome]]:
     """Trains arms of one method through one step. Returns the base's validation loss, and them."""
     fresh = [_fresh_delta(arm, model) for arm in arms]
-    settings = config.train
-    tx = training.adamw(
-        steps=settings.steps,
-        warmup_steps=settings.warmup_steps,
-        schedule=settings.schedule,
-        clip_norm=settings.clip_norm,
-        weight_decay=settings.weight_decay,
-    )
+    tx = _optimizer(config)
     loss = training.llama_loss(model.config, remat=config.model.remat)
-    step = training.train_step(loss, tx, accumulate=settings.accumulate)
+    step = training.train_step(loss, tx, accumulate=config.train.accumulate)
     sweep = make_sweep(step, functools.partial(_without_dropout, loss), config.sweep.mode)
     states = [
         training.init_state(delta, tx, learning_rate=arm.learning_rate, seed=arm.seed)
@@ -110,6 +104,23 @@ def _fresh_delta(arm: Arm, model: Pretrained) -> Delta:
 
 def _without_dropout(loss: training.LossSum, delta: Delta, base: Any, batch: Any):
     return loss(delta, base, batch, None)
+
+
+def _optimizer(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
+    settings = config.train
+    tx = training.adamw(
+        steps=settings.steps,
+        warmup_steps=settings.warmup_steps,
+        schedule=settings.schedule,
+        clip_norm=settings.clip_norm,
+        weight_decay=settings.weight_decay,
+    )
+    if settings.optimizer_memory not in ("device", "pinned_host"):
+        raise ValueError(
+            f"config.train.optimizer_memory={settings.optimizer_memory!r}: expected one of device, "
+            "pinned_host."
+        )
+    return tx if settings.optimizer_memory == "device" else training.paged(tx)
 
 
 def _schedule(config: ConfigDict) -> Schedule:

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from lora_jax import data
-from lora_jax.interop import Pretrained, load
+from lora_jax.interop import Pretrained, load, quantized
 from lora_jax.models import llama
 from lora_jax.models.config import LlamaConfig
 from lora_jax.models.shapes import SHAPES
+from lora_jax.quant import quantize
 
 
 def shape_of(config: ConfigDict) -> LlamaConfig:
@@ -24,18 +25,35 @@ def shape_of(config: ConfigDict) -> LlamaConfig:
 
 
 def load_model(config: ConfigDict) -> Pretrained:
-    """The pretrained model, or random weights of the named shape with a byte tokenizer."""
+    """The pretrained model, or random weights of the named shape with a byte tokenizer; quantised
+    where the config says so."""
     dtype = jnp.dtype(config.model.dtype)
     if config.model.source != "random":
-        return load(config.model.source, dtype=dtype)
+        if config.base.quantize == "none":
+            return load(config.model.source, dtype=dtype)
+        return load(config.model.source, dtype=dtype, place=quantized(**_format(config)))
     shape = shape_of(config)
     return Pretrained(
-        params=llama.init(shape, key=jax.random.key(0), dtype=dtype),
+        params=as_configured(config, llama.init(shape, key=jax.random.key(0), dtype=dtype)),
         config=shape,
         tokenizer=data.byte_tokenizer(),
         name=config.model.shape,
         source="random weights",
     )
+
+
+def as_configured(config: ConfigDict, params: llama.Params) -> llama.Params:
+    """The params with the base's format, concrete or abstract."""
+    return params if config.base.quantize == "none" else quantize(params, **_format(config))
+
+
+def _format(config: ConfigDict) -> dict[str, Any]:
+    settings = config.base
+    return {
+        "format": settings.quantize,
+        "block_size": settings.block_size,
+        "double_quant": settings.double_quant,
+    }
 
 
 def records(config: ConfigDict, split: str) -> Sequence[data.Record]:

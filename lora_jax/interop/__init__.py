@@ -6,5 +6,6 @@ from lora_jax.interop.gguf import load_gguf as load_gguf
 from lora_jax.interop.huggingface import load_huggingface as load_huggingface
 from lora_jax.interop.model import Pretrained as Pretrained
 from lora_jax.interop.placing import StoredLeaf as StoredLeaf
+from lora_jax.interop.placing import quantized as quantized
 from lora_jax.interop.placing import sharded as sharded
 from lora_jax.interop.pretrained import load as load

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.quant import quantizer
+
 Index = tuple[slice, ...]
 
 
@@ -57,6 +59,12 @@ Place = Callable[[str, StoredLeaf], Any]
 def on_device(path: str, leaf: StoredLeaf) -> jax.Array:
     """The whole leaf on the default device."""
     return jnp.asarray(leaf.read())
+
+
+def quantized(format: str, **options: Any) -> Place:
+    """Places each leaf as `quantize(params, format, **options)` would leave it."""
+    finish = quantizer(format, **options)
+    return lambda path, leaf: finish(path, leaf.read())
 
 
 def sharded(sharding: Callable[[str], jax.sharding.Sharding]) -> Place:

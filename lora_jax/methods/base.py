@@ -19,6 +19,15 @@ from lora_jax.weights import Adapted, Shared, Weight, dense, is_shared
 AnyWeight = jax.Array | Weight
 
 
+def require_shape(path: str, made_for: tuple[int, ...], base: AnyWeight) -> None:
+    """Raises ValueError unless `base` has the shape that a node at `path` was made for."""
+    if tuple(made_for) != tuple(base.shape):
+        raise ValueError(
+            f"{path}: the delta was made for a weight of shape {tuple(made_for)}, the base has "
+            f"{tuple(base.shape)}. Bind the delta to the base that it was made for."
+        )
+
+
 class DeltaNode(abc.ABC):
     """The delta of one weight. Subclasses are `flax.struct.dataclass`es.
 
@@ -147,7 +156,14 @@ class Extra(DeltaNode):
     """
 
     in_weights: ClassVar[bool] = True
-    stack_ndim = 0
+
+    @property
+    def stack_ndim(self) -> int:
+        return 0
+
+    def bound(self) -> "Extra":
+        """What the model reads in this entry's place."""
+        return self
 
     def linear(self, x, base, dropout_key):
         raise ValueError(f"{type(self).__name__} is not a weight: no activation is applied to it.")
@@ -171,6 +187,11 @@ class Method(abc.ABC):
         del path, weight
         return not self.needs_matrix or layout is not None
 
+    def at(self, path: str) -> "Method":
+        """The method of one path; what `fresh` and `corrected` are asked of."""
+        del path
+        return self
+
     @abc.abstractmethod
     def fresh(self, weight: AnyWeight, *, layout: Layout, key: jax.Array) -> DeltaNode | None:
         """A fresh node for `weight`, which leaves the layer's output unchanged; None for a method
@@ -187,13 +208,16 @@ class Method(abc.ABC):
         del node
         return weight
 
-    def extras(self, weights: Mapping[str, AnyWeight], *, key: jax.Array) -> dict[str, Extra]:
+    def extras(
+        self, weights: Mapping[str, AnyWeight], *, layouts: Mapping[str, Layout], key: jax.Array
+    ) -> dict[str, Extra]:
         """Further entries `{path: Extra}` of the delta: what the nodes of this method share, or
         parameters that a model reads by itself.
 
         Args:
           weights: `{path: weight}` of all that this method was targeted at.
+          layouts: their axes, by path.
           key: the key that `lora_transform` was given.
         """
-        del weights, key
+        del weights, layouts, key
         return {}

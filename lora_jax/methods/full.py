@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.layouts import Layout
-from lora_jax.methods.base import Additive, AnyWeight, Method
+from lora_jax.methods.base import Additive, AnyWeight, Method, require_shape
 from lora_jax.weights import Shared
 
 
@@ -59,11 +59,7 @@ class DenseDelta(Additive):
         return dataclasses.replace(cast(Any, self), delta=True)
 
     def check(self, path: str, base: AnyWeight) -> None:
-        if self.delta.shape != tuple(base.shape):
-            raise ValueError(
-                f"{path}: the delta was made for a weight of shape {self.delta.shape}, the base "
-                f"has {tuple(base.shape)}. Bind the delta to the base that it was made for."
-            )
+        require_shape(path, self.delta.shape, base)
 
     def absent(self) -> Self:
         return dataclasses.replace(self, delta=jnp.zeros_like(self.delta))

@@ -11,8 +11,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from lora_jax.layouts import Layout
-from lora_jax.methods.base import Additive, AnyWeight, Method
-from lora_jax.weights import NARROW, embed, linear
+from lora_jax.methods.base import Additive, AnyWeight, DeltaNode, Method, require_shape
+from lora_jax.methods.decompositions import STARTS, factors_of
+from lora_jax.weights import NARROW, Weight, as_matrix, dense, embed, linear, vary
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,68 +21,127 @@ class LoRA(Method):
     """`y = x @ w + scale * dropout(x) @ a @ b` with `b = 0` at the start.
 
     Attributes:
-      rank: r, the inner dimension of `a [d_in, r]` and `b [r, d_out]`.
+      rank: r, the inner dimension of `a [d_in, r]` and `b [r, d_out]`. A tuple gives each layer of
+        a stacked weight its own: factors are padded with zeros to the largest, which is exact, and
+        a layer of rank 0 stays as it is. See `allocate_ranks`.
       alpha: the numerator of the scale.
       scaling: "lora" for `alpha / r` (section 4.1 of the paper), "rslora" for `alpha / sqrt(r)`
         (Kalajdzievski 2023, arXiv:2312.03732).
       dropout: the rate at which entries of the adapter's input are zeroed while a `dropout_key` is
         bound; what remains is divided by `1 - dropout`.
       init: how `a` is drawn: "kaiming" is uniform on +-1/sqrt(d_in), as PEFT draws it; "gaussian"
-        has standard deviation `1 / r`.
+        has standard deviation `1 / r`. "pissa", "pissa_niter_N" and "olora" take a and b from the
+        weight itself, and the base that `lora_transform` returns is the rest: see
+        `decompositions.factors_of`, and `as_plain_lora` for the way back.
+      train_a: False freezes `a` where it starts: LoRA-FA (Zhang et al. 2023, arXiv:2308.03303).
+        No gradient of `a` is computed. The paper's correction of `b`'s gradient is `project_b`.
 
     Raises:
       ValueError: for a rank below 1 (None is the method that adapts nothing), an alpha that is not
         positive, a dropout outside [0, 1), an unknown scaling or init.
     """
 
-    rank: int = 8
+    rank: int | tuple[int, ...] = 8
     alpha: float = 16.0
     scaling: Literal["lora", "rslora"] = "lora"
     dropout: float = 0.0
-    init: Literal["kaiming", "gaussian"] = "kaiming"
+    init: str = "kaiming"
+    train_a: bool = True
 
     def __post_init__(self):
-        if not isinstance(self.rank, int) or self.rank < 1:
+        ranks = self.rank if isinstance(self.rank, tuple) else (self.rank,)
+        fits = all(isinstance(rank, int) and rank >= 0 for rank in ranks)
+        if not fits or max(ranks, default=0) < 1:
             raise ValueError(
-                f"LoRA(rank={self.rank!r}): a rank is an integer of at least 1. To leave a target "
-                "unadapted, map it to None."
+                f"{self._named('rank')}: a rank is an integer of at least 1, or a tuple of one for "
+                "each stacked layer. To leave a target unadapted, map it to None."
             )
         if not self.alpha > 0:
-            raise ValueError(f"LoRA(alpha={self.alpha!r}): alpha must be positive.")
+            raise ValueError(f"{self._named('alpha')}: alpha must be positive.")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"LoRA(dropout={self.dropout!r}): the rate must lie in [0, 1).")
-        _one_of("scaling", self.scaling, ("lora", "rslora"))
-        _one_of("init", self.init, ("kaiming", "gaussian"))
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / (self.rank if self.scaling == "lora" else math.sqrt(self.rank))
-
-    def fresh(self, weight: AnyWeight, *, layout: Layout, key: jax.Array) -> "LowRank":
-        stack, d_in, d_out = layout.split(weight.shape)
-        if self.rank > min(math.prod(d_in), math.prod(d_out)):
+            raise ValueError(f"{self._named('dropout')}: the rate must lie in [0, 1).")
+        if self.scaling not in ("lora", "rslora"):
+            raise ValueError(f"{self._named('scaling')}: expected one of lora, rslora.")
+        if self.init not in ("kaiming", "gaussian") and not self._decomposes:
             raise ValueError(
-                f"LoRA(rank={self.rank}) exceeds the smaller side of a {math.prod(d_in)} x "
-                f"{math.prod(d_out)} matrix. Give that target a smaller rank, "
-                "{target: LoRA(rank=...)}, or use Full."
+                f"{self._named('init')}: expected one of kaiming, gaussian, pissa, pissa_niter_N, "
+                "olora."
             )
 
-        def draw(layer_key):
-            shape = (*d_in, self.rank)
+    def fresh(self, weight: AnyWeight, *, layout: Layout, key: jax.Array) -> DeltaNode:
+        return self.low_rank(weight, layout=layout, key=key)
+
+    def corrected(self, weight: AnyWeight, node: DeltaNode) -> AnyWeight:
+        """The weight without what the factors took from it, in its own format."""
+        if not self._decomposes:
+            return weight
+        rest = dense(weight).astype(jnp.float32) - cast(LowRank, node).update(weight.shape)
+        rest = rest.astype(weight.dtype)
+        return weight.requantized(rest) if isinstance(weight, Weight) else rest
+
+    def low_rank(self, weight: AnyWeight, *, layout: Layout, key: jax.Array) -> "LowRank":
+        """The fresh pair of factors."""
+        stack, d_in, d_out = layout.split(weight.shape)
+        rank = self._widest(stack, math.prod(d_in), math.prod(d_out))
+        ranks = jnp.asarray(self.rank, jnp.float32)  # a scalar, or one for each layer
+        ranks = jnp.broadcast_to(ranks, stack)
+        scale = self.alpha / (ranks if self.scaling == "lora" else jnp.sqrt(ranks))
+        scale = jnp.where(ranks == 0, 0, scale)
+        if self._decomposes:
+            matrix = as_matrix(weight, layout)
+            a, b = factors_of(self.init, matrix, rank, scale, key)
+        else:
+            a, b = self._drawn(stack, (math.prod(d_in), rank, math.prod(d_out)), ranks, key)
+        if isinstance(self.rank, tuple):
+            index = jnp.broadcast_to(jnp.arange(rank, dtype=jnp.float32), (*stack, rank))
+            used = index < ranks[..., None]
+            a, b = jnp.where(used[..., None, :], a, 0), jnp.where(used[..., None], b, 0)
+        return LowRank(
+            a=a.reshape(*stack, *d_in, rank),
+            b=b.reshape(*stack, rank, *d_out),
+            scale=scale,
+            dropout=self.dropout,
+            layout=layout,
+            train_a=self.train_a,
+        )
+
+    def _drawn(self, stack, shape, ranks, key) -> tuple[jax.Array, jax.Array]:
+        d_in, rank, d_out = shape
+
+        def draw(layer_key, layer_rank):
             if self.init == "gaussian":
-                return jax.random.normal(layer_key, shape, jnp.float32) / self.rank
-            bound = 1 / math.sqrt(math.prod(d_in))
-            return jax.random.uniform(layer_key, shape, jnp.float32, -bound, bound)
+                a = jax.random.normal(layer_key, (d_in, rank), jnp.float32)
+                return a / jnp.maximum(layer_rank, 1)
+            bound = 1 / math.sqrt(d_in)
+            return jax.random.uniform(layer_key, (d_in, rank), jnp.float32, -bound, bound)
 
         for _ in stack:
             draw = jax.vmap(draw)
-        return LowRank(
-            a=draw(key),
-            b=jnp.zeros((*stack, self.rank, *d_out), jnp.float32),
-            scale=jnp.full(stack, self.scale, jnp.float32),
-            dropout=self.dropout,
-            layout=layout,
-        )
+        return draw(key, ranks), jnp.zeros((*stack, rank, d_out), jnp.float32)
+
+    @property
+    def _decomposes(self) -> bool:
+        """Whether the factors are a part of the weight."""
+        return bool(STARTS.fullmatch(self.init))
+
+    def _widest(self, stack: tuple[int, ...], d_in: int, d_out: int) -> int:
+        """The rank that the factors are padded to."""
+        if isinstance(self.rank, tuple) and stack != (len(self.rank),):
+            raise ValueError(
+                f"{self._named('rank')} names {len(self.rank)} stacked layers, but the weight's "
+                f"stack axes are {stack}. Give one rank, or one for each stacked layer."
+            )
+        rank = max(self.rank) if isinstance(self.rank, tuple) else self.rank
+        if rank > min(d_in, d_out):
+            raise ValueError(
+                f"{type(self).__name__}(rank={rank}) exceeds the smaller side of a {d_in} x "
+                f"{d_out} matrix. Give that target a smaller rank, "
+                f"{{target: {type(self).__name__}(rank=...)}}, or use Full."
+            )
+        return rank
+
+    def _named(self, field: str) -> str:
+        return f"{type(self).__name__}({field}={getattr(self, field)!r})"
 
 
 @flax.struct.dataclass
@@ -97,6 +157,7 @@ class LowRank(Additive):
     scale: jax.Array
     dropout: float = flax.struct.field(pytree_node=False, default=0.0)
     layout: Layout = flax.struct.field(pytree_node=False, default=Layout())
+    train_a: bool = flax.struct.field(pytree_node=False, default=True)
 
     @property
     def rank(self) -> int:
@@ -108,9 +169,12 @@ class LowRank(Additive):
 
     def linear(self, x: jax.Array, base: AnyWeight, dropout_key: jax.Array | None) -> jax.Array:
         x_drop = x if dropout_key is None else drop(x, self.dropout, dropout_key)
-        inner = linear(x_drop, self.a.astype(x.dtype)) * self.scale.astype(x.dtype)
-        inner = checkpoint_name(inner, NARROW)
-        return linear(x, base) + widen(inner, self.b.astype(x.dtype))
+        return linear(x, base) + self.branch(x_drop)
+
+    def branch(self, x: jax.Array) -> jax.Array:
+        """`scale * x @ a @ b`: what is added to the base's output."""
+        inner = linear(x, self.a.astype(x.dtype)) * self.scale.astype(x.dtype)
+        return widen(checkpoint_name(inner, NARROW), self.b.astype(x.dtype))
 
     def embed(self, tokens: jax.Array, base: AnyWeight) -> jax.Array:
         rows = embed(tokens, base)
@@ -144,18 +208,14 @@ class LowRank(Additive):
         return self.layout.from_matrix(product, shape)
 
     def trainable(self) -> Self:
-        return dataclasses.replace(cast(Any, self), a=True, b=True, scale=False)
+        return dataclasses.replace(cast(Any, self), a=self.train_a, b=True, scale=False)
 
     def check(self, path: str, base: AnyWeight) -> None:
         stack = self.stack_ndim
         ours = self.layout.joined(
             self.a.shape[:stack], self.a.shape[stack:-1], self.b.shape[stack + 1 :]
         )
-        if ours != tuple(base.shape):
-            raise ValueError(
-                f"{path}: the delta was made for a weight of shape {ours}, the base has "
-                f"{tuple(base.shape)}. Bind the delta to the base that it was made for."
-            )
+        require_shape(path, ours, base)
 
     def padded(self, like: "LowRank") -> "LowRank":
         missing = like.rank - self.rank
@@ -177,14 +237,7 @@ def widen(inner: jax.Array, b: jax.Array) -> jax.Array:
     JAX's own rule puts the cotangent `dy [..., d_out]` first in the product that makes `db`, and
     XLA's CPU backend then copies it into its transpose: an eighth of a whole training step.
     """
-    return _widen(_vary(inner, like=b), _vary(b, like=inner))
-
-
-def _vary(x: jax.Array, *, like: jax.Array) -> jax.Array:
-    """Inside a shard_map: `x` said to differ along the mesh axes that `like` differs along, so that
-    its gradient is summed over them."""
-    missing = jax.typeof(like).manual_axis_type.varying - jax.typeof(x).manual_axis_type.varying
-    return jax.lax.pcast(x, tuple(missing), to="varying") if missing else x
+    return _widen(vary(inner, like=b), vary(b, like=inner))
 
 
 @jax.custom_vjp
@@ -212,8 +265,3 @@ def drop(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
         return x
     kept = jax.random.bernoulli(key, 1 - rate, x.shape)
     return jnp.where(kept, x / (1 - rate), jnp.zeros_like(x))
-
-
-def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"LoRA({field}={value!r}): expected one of {', '.join(allowed)}.")

@@ -7,13 +7,21 @@ import jax
 import jax.numpy as jnp
 
 
-def causal_mask(positions_BT: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
-    """`[B, 1, T, T]`, True where a query may look: not ahead, nor into another segment."""
-    length = positions_BT.shape[1]
+def causal_mask(
+    positions_BT: jax.Array, segment_ids_BT: jax.Array | None, *, prompt: int = 0, prefix: int = 0
+) -> jax.Array:
+    """`[B or 1, 1, P + T, S]`, True where a query may look: not ahead, nor into another segment.
+
+    The keys are `prefix` ones that no query stands for, the P rows of a `prompt`, and the T
+    positions, so that S = prefix + P + T. All segments see the first two.
+    """
+    length = prompt + positions_BT.shape[1]
     mask = jnp.tril(jnp.ones((length, length), bool))[None, None]
-    if segment_ids_BT is None:
-        return mask
-    return mask & (segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None, :])
+    if segment_ids_BT is not None:
+        same = segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None, :]
+        before = (prompt, 0)
+        mask = mask & jnp.pad(same, ((0, 0), (0, 0), before, before), constant_values=True)
+    return jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (prefix, 0)), constant_values=True)
 
 
 def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: jax.Array) -> jax.Array:

@@ -44,11 +44,12 @@ def generate(
       ValueError: if prompt and answer exceed the model's context, or sampling lacks a key.
     """
     batch, width = prompts.shape
-    total = width + max_new_tokens
-    if total > config.context_length:
+    before = sum(llama.leading(params, config))
+    if before + width + max_new_tokens > config.context_length:
+        taken = f", of which a prefix or soft prompt takes {before}" if before else ""
         raise ValueError(
             f"a prompt of {width} tokens and {max_new_tokens} new ones exceed the model's context "
-            f"of {config.context_length}."
+            f"of {config.context_length}{taken}."
         )
     if temperature > 0 and key is None:
         raise ValueError(f"temperature={temperature} samples, which needs a key.")
@@ -59,9 +60,10 @@ def generate(
         logits_BV = linear(hidden_BD, head).astype(jnp.float32)
         return choose(logits_BV, key, temperature=temperature, top_p=top_p)
 
-    cache = llama.init_cache(config, batch, total, params["norm"].dtype)
+    cache = llama.start_cache(params, config, batch, width + max_new_tokens)
+    last_B, lengths = lengths - 1, cache.lengths + lengths
     hidden_BTD, cache = llama.extend(params, prompts, cache, config)
-    last_BD = jnp.take_along_axis(hidden_BTD, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    last_BD = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0]
     # What padding wrote behind a row's end lies ahead of its positions until it is overwritten.
     cache = dataclasses.replace(cache, lengths=lengths)
 

@@ -15,7 +15,8 @@ The tree, with weights applied from the right and layers stacked on the leading 
     norm [D]
     lm_head [D, V]                      (absent where the embedding is tied)
 
-Every weight may be an array or any `Weight`: quantised, adapted, or both.
+Every weight may be an array or any `Weight`: quantised, adapted, or both. A delta may add `prompt`,
+rows read in front of the tokens, and `layers/attn/prefix`, keys and values in front of a layer's.
 """
 
 import math
@@ -29,11 +30,13 @@ from jax.ad_checkpoint import checkpoint_name
 from lora_jax.models.attention import attend, causal_mask
 from lora_jax.models.config import LlamaConfig
 from lora_jax.models.rope import rotate
-from lora_jax.weights import NARROW, embed, linear, scan_layers, transpose
+from lora_jax.weights import NARROW, UNSCALED, embed, linear, scan_layers, transpose
 
 Params = dict[str, Any]
 Remat = Literal["none", "elementwise", "full"]
-SAVED = ("projected", "query", "key", "value", "attended", "residual", "gate", "up", NARROW)
+SAVED = (
+    "projected", "query", "key", "value", "attended", "residual", "gate", "up", NARROW, UNSCALED
+)  # fmt: skip
 
 
 @flax.struct.dataclass
@@ -131,15 +134,24 @@ def hidden_states(
     """
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    mask = causal_mask(positions, segment_ids)
+    prefix, prompt = leading(params, config)
+    mask = causal_mask(positions, segment_ids, prompt=prompt, prefix=prefix)
+    x_BTD = embed(tokens, params["embed"])
+    if prompt:
+        rows_BPD = prompt_rows(params, x_BTD)
+        first = jnp.broadcast_to(jnp.arange(prompt), rows_BPD.shape[:2])
+        positions = jnp.concatenate([first, positions + prompt], axis=1)
+        x_BTD = jnp.concatenate([rows_BPD, x_BTD], axis=1)
 
     def layer(x_BTD, weights):
-        q, k, v = project(x_BTD, weights, positions, config)
+        q, k, v = project(x_BTD, weights, positions + prefix, config)
+        if prefix:
+            before = [prefix_heads(leaf, k) for leaf in prefix_of(weights)]
+            k, v = (jnp.concatenate(pair, axis=1) for pair in zip(before, (k, v), strict=True))
         return finish_layer(x_BTD, attend(q, k, v, mask), weights, config), None
 
-    x_BTD = embed(tokens, params["embed"])
     x_BTD, _ = scan_layers(checkpointed(layer, remat), x_BTD, params["layers"], unroll=unroll)
-    return rms_norm(x_BTD, params["norm"], config.norm_eps)
+    return rms_norm(x_BTD[:, prompt:], params["norm"], config.norm_eps)
 
 
 def extend(
@@ -150,7 +162,11 @@ def extend(
     Returns:
       What the output head reads, `[B, T, D]`, and the cache with T more positions in every row.
     """
-    B, T = tokens.shape
+    return _read(params, embed(tokens, params["embed"]), cache, config)
+
+
+def _read(params: Params, x_BTD: jax.Array, cache: Cache, config: LlamaConfig):
+    B, T = x_BTD.shape[:2]
     positions = cache.lengths[:, None] + jnp.arange(T)[None]
     slots = jnp.arange(cache.k.shape[2])
     mask = (slots[None, None, :] <= positions[:, :, None])[:, None]
@@ -164,7 +180,6 @@ def extend(
         x_BTD = finish_layer(x_BTD, attend(q, k_cache, v_cache, mask), weights, config)
         return x_BTD, (k_cache, v_cache)
 
-    x_BTD = embed(tokens, params["embed"])
     x_BTD, (k, v) = scan_layers(layer, x_BTD, (params["layers"], cache.k, cache.v))
     return rms_norm(x_BTD, params["norm"], config.norm_eps), Cache(k, v, cache.lengths + T)
 
@@ -173,6 +188,60 @@ def init_cache(config: LlamaConfig, batch: int, length: int, dtype: Any) -> Cach
     """An empty cache for `batch` rows of up to `length` positions."""
     shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
+
+
+def start_cache(params: Params, config: LlamaConfig, batch: int, length: int) -> Cache:
+    """A cache for `length` more positions, in which what a delta puts in front is read already."""
+    prefix, prompt = leading(params, config)
+    dtype = params["norm"].dtype
+    cache = init_cache(config, batch, prefix + prompt + length, dtype)
+    if prefix:
+        k, v = (
+            jax.vmap(prefix_heads)(leaf, cache.k[:, :, :0]) for leaf in prefix_of(params["layers"])
+        )
+        k, v = cache.k.at[:, :, :prefix].set(k), cache.v.at[:, :, :prefix].set(v)
+        cache = Cache(k, v, cache.lengths + prefix)
+    if prompt:
+        like = jnp.zeros((batch, 0, config.hidden_size), dtype)
+        _, cache = _read(params, prompt_rows(params, like), cache, config)
+    return cache
+
+
+def leading(params: Params, config: LlamaConfig) -> tuple[int, int]:
+    """How many keys of a prefix, and how many rows of a prompt, stand in front of the tokens.
+
+    Raises:
+      ValueError: if they leave no place in the model's context.
+    """
+    prefix = params["layers"]["attn"].get("prefix")
+    prompt = params.get("prompt")
+    lengths = (
+        0 if prefix is None else prefix.k.shape[-2],
+        0 if prompt is None else prompt.rows.shape[-2],
+    )
+    if sum(lengths) >= config.context_length:
+        raise ValueError(
+            f"a prefix of {lengths[0]} and a prompt of {lengths[1]} leave no token in the model's "
+            f"context of {config.context_length}: make them shorter."
+        )
+    return lengths
+
+
+def prompt_rows(params: Params, x_BTD: jax.Array) -> jax.Array:
+    """The prompt `[B, P, D]`, in the type of the embedded tokens."""
+    rows = params["prompt"].rows.astype(x_BTD.dtype)
+    return jnp.broadcast_to(rows, (x_BTD.shape[0], *rows.shape[-2:]))
+
+
+def prefix_of(weights: Params) -> tuple[jax.Array, jax.Array]:
+    return weights["attn"]["prefix"].k, weights["attn"]["prefix"].v
+
+
+def prefix_heads(leaf: jax.Array, k_BSKH: jax.Array) -> jax.Array:
+    """Keys or values of a prefix, `[P, K*H]` or `[B, P, K*H]`, as `[B, P, K, H]`."""
+    B, _, K, H = k_BSKH.shape
+    heads = leaf.reshape(*leaf.shape[:-1], K, H).astype(k_BSKH.dtype)
+    return jnp.broadcast_to(heads, (B, *heads.shape[-3:]))
 
 
 def output_head(params: Params) -> Any:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from lora_jax.masks import mask_optimizer
+from lora_jax.methods import allocate_budget, orthogonality
 from lora_jax.models import llama
 from lora_jax.models.config import LlamaConfig
 from lora_jax.training.loss import token_losses
@@ -87,6 +88,8 @@ def train_step(
 ) -> Callable[[TrainState, PyTree, Batch], tuple[TrainState, StepMetrics]]:
     """A pure function `(state, base, batch) -> (state, metrics)`, to be jitted, vmapped or pmapped.
 
+    AdaLoRA's term of the loss and its allocation are part of it; its term is not in the metrics.
+
     Args:
       loss_sum: gives a batch's summed loss and its count, such as `llama_loss(config)`.
       tx: the optimizer; if its update takes `learning_rate`, it gets the state's.
@@ -102,9 +105,10 @@ def train_step(
         updates, opt_state = masked.update(
             grads, state.opt_state, state.delta, learning_rate=state.learning_rate
         )
+        delta = optax.apply_updates(state.delta, updates)
         moved = dataclasses.replace(
             state,
-            delta=optax.apply_updates(state.delta, updates),
+            delta=allocate_budget(delta, grads, state.step + 1),
             opt_state=opt_state,
             step=state.step + 1,
         )
@@ -114,12 +118,13 @@ def train_step(
 
 
 def _summed_gradients(loss_sum, delta, base, batch, key, accumulate):
-    def loss_and_count(delta, micro, key):
-        return loss_sum(delta, base, micro, key)
+    def objective(delta, micro, key):
+        total, count = loss_sum(delta, base, micro, key)
+        return total + count * orthogonality(delta), (total, count)
 
-    gradient = jax.value_and_grad(loss_and_count, has_aux=True)
+    gradient = jax.grad(objective, has_aux=True)
     if accumulate == 1:
-        (total, count), grads = gradient(delta, batch, key)
+        grads, (total, count) = gradient(delta, batch, key)
         return total, count, grads
     rows = jax.tree.leaves(batch)[0].shape[0]
     if rows % accumulate:
@@ -128,7 +133,7 @@ def _summed_gradients(loss_sum, delta, base, batch, key, accumulate):
 
     def add(sums, inputs):
         micro, micro_key = inputs
-        (total, count), grads = gradient(delta, micro, micro_key)
+        grads, (total, count) = gradient(delta, micro, micro_key)
         return jax.tree.map(jnp.add, sums, (total, count, grads)), None
 
     zeros = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, delta))

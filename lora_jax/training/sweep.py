@@ -5,6 +5,7 @@ their deltas are padded (see `stack`), so that one executable serves them all: e
 at once by `vmap`.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
@@ -66,7 +67,7 @@ def make_sweep(step: Step, evaluate: Evaluate, mode: Mode = "auto") -> Sweep:
 def _batched(step: Step, evaluate: Evaluate) -> Sweep:
     def step_or_stay(state, base, batch, running):
         moved, metrics = step(state, base, batch)
-        return jax.tree.map(lambda new, old: jnp.where(running, new, old), moved, state), metrics
+        return jax.tree.map(functools.partial(_chosen, running), moved, state), metrics
 
     step_all = jax.jit(jax.vmap(step_or_stay, in_axes=(0, None, None, 0)), donate_argnums=0)
     evaluate_all = jax.jit(jax.vmap(evaluate, in_axes=(0, None, None)))
@@ -108,7 +109,16 @@ def _in_turn(step: Step, evaluate: Evaluate) -> Sweep:
 
 def _copied(states: Sequence[TrainState]) -> list[TrainState]:
     """The first step donates what it is given, and the caller's deltas are not ours to consume."""
-    return jax.tree.map(jnp.copy, list(states))
+    return jax.tree.map(lambda x: jax.device_put(x, x.sharding, may_alias=False), list(states))
+
+
+def _chosen(running: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+    """`new` if `running`, else `old`, chosen on the device and left in the memory of both."""
+    space = jax.typeof(old).memory_space
+    if space == jax.memory.Space.Device:
+        return jnp.where(running, new, old)
+    new, old = (jax.device_put(x, jax.memory.Space.Device) for x in (new, old))
+    return jax.device_put(jnp.where(running, new, old), space)
 
 
 def _stacked(trees: Sequence[PyTree]) -> PyTree:

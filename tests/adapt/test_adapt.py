@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 import lora_jax as lora
 from lora_jax.models import llama
 from lora_jax.training import checkpoints
+from lora_jax.weights import as_matrix
 
 CONFIG, PARAMS, TOKENS = cases.llama_case()
 X = cases.X
@@ -49,6 +50,24 @@ def test_every_method_on_every_tree(case, method):
     base, delta = cases.transform(case, method)
     weights = lora.bind(base, moved(delta))
     assert_close(lora.adapt(case.apply)(weights, X), case.apply(weights, X))
+
+
+def heads(params, x):
+    """Attention kernels as Flax has them: two output axes, two contracted ones."""
+    y = jnp.tanh(jnp.einsum("bd,dnh->bnh", x, params["q"]))
+    return jnp.einsum("bnh,nhd->bd", y, params["o"])
+
+
+def test_every_method_on_kernels_of_three_axes(method):
+    params = {"q": cases.normal(0, 6, 2, 3), "o": cases.normal(1, 2, 3, 5)}
+    layouts = lora.infer_layouts(heads, params, X)
+    base, delta = lora.lora_transform(
+        params, method, targets=".*", key=jax.random.key(0), layouts=layouts
+    )
+    weights = lora.bind(base, moved(delta))
+    q, o = (as_matrix(weights[name], layouts[name]) for name in ("q", "o"))
+    expected = lora.linear(jnp.tanh(lora.linear(X, q)), o)
+    assert_close(lora.adapt(heads)(weights, X), expected)
 
 
 def test_dropout_draws_as_in_a_model_written_with_linear():
@@ -183,3 +202,51 @@ def test_adapters_of_a_foreign_model_save_and_load(tmp_path):
     checkpoints.save(tmp_path, 1, delta, identity={"base": "mine"}, position=None)
     _, loaded, _ = checkpoints.restore(tmp_path, delta, identity={"base": "mine"})
     cases.assert_equal(loaded, delta)
+
+
+def grouped(params, x):
+    """A scan over stacked layers, kernels by heads, a table read by rows and by its transpose."""
+    x = params["table"][x]
+    x = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["layers"])[0]
+    y = jnp.einsum("btd,dnh->btnh", x, params["q"])
+    return jnp.einsum("btnh,nhd->btd", y, params["o"]) @ params["table"].T
+
+
+@functools.cache
+def quantised(format):
+    params = {
+        "layers": cases.normal(1, 2, 16, 16) / 4,
+        "q": cases.normal(2, 16, 2, 4),
+        "o": cases.normal(3, 2, 4, 16),
+        "table": cases.normal(4, 16, 16),
+    }
+    ids = jnp.arange(6).reshape(2, 3)
+    layouts = lora.infer_layouts(grouped, params, ids)
+    base = lora.quantize(params, format, targets=".*", layouts=layouts, block_size=8)
+    return base, layouts, ids
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_quantised_weights(format):
+    """Frozen alone, and under LoRA: as their dense forms, with gradients that flow through them."""
+    base, layouts, ids = quantised(format)
+    dense = lora.dequantize(base)
+    assert_close(lora.adapt(grouped)(base, ids), grouped(dense, ids), rtol=1e-4, atol=1e-5)
+    _, delta = lora.lora_transform(
+        base, lora.LoRA(rank=2), targets=".*", key=jax.random.key(0), layouts=layouts
+    )
+    delta = moved(delta)
+
+    def loss(delta, run, base):
+        return jnp.sin(run(lora.bind(base, delta), ids)).sum()
+
+    ours = jax.jit(jax.grad(functools.partial(loss, run=lora.adapt(grouped), base=base)))(delta)
+    theirs = jax.jit(jax.grad(functools.partial(loss, run=lora.adapt(grouped), base=dense)))(delta)
+    assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_a_quantised_weight_that_would_be_built():
+    base, _, _ = quantised("nf4")
+    message = r"^q: mul, at .*test_adapt\.py:\d+, .*'q' out of quantize's targets, or run fn on deq"
+    with pytest.raises(ValueError, match=message):
+        lora.adapt(lambda params: params["q"] * 2)(base)

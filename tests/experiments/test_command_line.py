@@ -19,6 +19,12 @@ def test_the_plan_of_8b_needs_no_weights(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_plan_of_8b_in_four_bits(tmp_path):
+    flags = (f"--config={command.ROOT}/configs/llama8b.py", "--config.base.quantize=nf4")
+    code, output = command.run(tmp_path, "rank_sweep", *flags, "--plan")
+    assert code == 0 and "8,030,261,248 parameters, 5.70 GB in bfloat16 and nf4" in output
+
+
 def test_the_plan_of_70b_ablates_targets():
     config = llama70b.get_config()
     table = plan.plan(config, target_arms(config, plan.params_per_rank(config)))
@@ -71,6 +77,9 @@ def conduct_tiny(folder, overrides: dict) -> None:
         ({"train.warmup_steps": 9}, "warmup_steps=9 must be at least 0 and less than steps=4"),
         ({"train.accumulate": 3}, "accumulate=3 does not divide the batch of 2 rows"),
         ({"lora.method.scaling": "sqrt"}, "expected one of lora, rslora"),
+        ({"base.quantize": "nf5"}, "format 'nf5': expected one of nf4, fp4"),
+        ({"base.quantize": "nf4", "base.block_size": 128}, "k_proj has 64 rows .*block_size=64"),
+        ({"train.optimizer_memory": "disk"}, "expected one of device, pinned_host"),
         ({"sweep.mode": "parallel"}, "expected one of auto, batched, in_turn"),
     ],
 )

@@ -9,7 +9,8 @@ import pytest
 import small_checkpoints
 import small_llamas
 
-from lora_jax.interop import load_gguf, load_huggingface
+import lora_jax as lora
+from lora_jax.interop import load_gguf, load_huggingface, quantized
 from lora_jax.interop.gguf_header import read_header
 from lora_jax.models import llama
 from lora_jax.models.config import RopeScaling
@@ -35,6 +36,13 @@ def test_params_equal_those_of_the_huggingface_folder(tmp_path, name):
     there = load_huggingface(small_checkpoints.write_huggingface(tmp_path / "folder", *small))
     assert here.config == there.config
     jax.tree.map(np.testing.assert_array_equal, here.params, there.params)
+
+
+def test_leaves_are_quantised_as_they_are_read(whole):
+    model, plain = load_gguf(whole, place=quantized("nf4")), load_gguf(whole)
+    expected = lora.quantize(plain.params, "nf4")
+    assert jax.tree.structure(model.params) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, model.params, expected)
 
 
 def test_config_and_tree(whole):

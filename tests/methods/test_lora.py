@@ -183,6 +183,52 @@ def test_gradients_of_any_leading_axes(lead):
                  rtol=1e-4, atol=1e-5)  # fmt: skip
 
 
+STACKED = {"layers": {"q_proj": cases.normal(5, 3, 8, 6)}}
+
+
+@pytest.mark.parametrize("init", ["kaiming", "gaussian"])
+def test_a_rank_for_each_layer_is_each_layers_own_adapter(init):
+    method = lora.LoRA(rank=(4, 0, 2), alpha=8.0, init=init)
+    base, delta = lora.lora_transform(STACKED, method, key=jax.random.key(0))
+    node = delta["layers"]["q_proj"]
+    np.testing.assert_array_equal(node.scale, [2, 0, 4])
+    assert [np.count_nonzero(np.any(a, axis=0)) for a in np.asarray(node.a)] == [4, 0, 2]
+    assert lora.describe(base, delta).rows[0].rank == 4
+
+
+def test_padding_of_a_rank_for_each_layer_stays_zero():
+    case, method = cases.stacked(), lora.LoRA(rank=(4, 0, 2))
+    base, delta = lora.lora_transform(case.params, method, key=jax.random.key(0))
+
+    @jax.jit
+    @jax.grad
+    def step(delta):
+        return jnp.sin(case.apply(lora.bind(base, delta), X[:, :6])).sum()
+
+    for _ in range(2):
+        gradient = step(delta)
+        delta = jax.tree.map(lambda d, g: d - 0.1 * g, delta, gradient)
+    node = delta["layers"]["q_proj"]
+    for layer, rank in enumerate((4, 0, 2)):
+        assert not np.any(node.a[layer, :, rank:]) and not np.any(node.b[layer, rank:])
+        assert rank == 0 or np.all(np.any(node.b[layer, :rank], axis=1))
+
+
+def test_a_rank_for_each_layer_wants_as_many_layers():
+    with pytest.raises(ValueError, match=r"layers/q_proj: LoRA\(rank=\(4, 2\)\) names 2 stacked"):
+        lora.lora_transform(STACKED, lora.LoRA(rank=(4, 2)), key=jax.random.key(0))
+
+
+def test_a_frozen_a_gets_no_gradient_and_no_state():
+    base, delta = made(rank=4, train_a=False)
+    delta = moved(delta)
+    gradient = jax.grad(lambda d: jnp.sin(lora.linear(X, lora.bind(base, d)["q_proj"])).sum())(
+        delta
+    )
+    assert not np.any(gradient["q_proj"].a) and np.all(gradient["q_proj"].b)
+    assert lora.describe(base, delta).trainable_params == 4 * 48
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -190,6 +236,8 @@ def test_gradients_of_any_leading_axes(lead):
         ({"rank": -4}, "rank=-4"),
         ({"rank": 2.5}, "rank=2.5"),
         ({"rank": "8"}, "rank='8'"),
+        ({"rank": (0, 0)}, r"rank=\(0, 0\)"),
+        ({"rank": ()}, r"rank=\(\)"),
         ({"alpha": 0}, "alpha=0.*positive"),
         ({"alpha": -1.0}, "alpha=-1.0.*positive"),
         ({"alpha": math.nan}, "alpha=nan.*positive"),

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from test_protocol_weights import quantize
 
 import lora_jax as lora
 from lora_jax.models import llama
@@ -31,7 +32,9 @@ LORA, NARROW, FULL = lora.LoRA(rank=16), lora.LoRA(rank=1), lora.Full()
 
 
 @functools.cache
-def lowered(config, method, *, remat="none", unroll=1, rows=4, length=512, chunk=10**9):
+def lowered(
+    config, method, *, quantized=False, remat="none", unroll=1, rows=4, length=512, chunk=10**9
+):
     targets = ".*" if method is FULL else "all-linear"
     tx = optax.adam(1e-3)
 
@@ -43,6 +46,7 @@ def lowered(config, method, *, remat="none", unroll=1, rows=4, length=512, chunk
 
     def make():
         params = llama.init(config, key=jax.random.key(0))
+        params = quantize(params) if quantized else params
         base, delta = lora.lora_transform(params, method, targets=targets, key=jax.random.key(0))
         return init_state(delta, tx, learning_rate=1e-3, seed=0), base
 
@@ -52,10 +56,10 @@ def lowered(config, method, *, remat="none", unroll=1, rows=4, length=512, chunk
     return step.lower(state, base, tokens)
 
 
-def flops(method, remat):
+def flops(method, remat, quantized=False):
     """Before XLA's own passes, which would undo rematerialisation where nothing is a loop."""
-    cost = lowered(WIDE, method, remat=remat, unroll=WIDE.num_layers).cost_analysis()
-    return cost["flops"]
+    program = lowered(WIDE, method, quantized=quantized, remat=remat, unroll=WIDE.num_layers)
+    return program.cost_analysis()["flops"]
 
 
 def matrix_sizes(config):
@@ -79,6 +83,16 @@ def test_lora_step_beside_a_full_step(remat, most):
 
 def test_full_remat_costs_another_forward_pass():
     assert 1.3 < flops(LORA, "full") / flops(LORA, "none") < 1.55
+
+
+@pytest.mark.parametrize(
+    ("remat", "quantized", "most"),
+    [("none", False, 1.02), ("elementwise", True, 1.02),
+     ("full", False, 1.12)],
+)  # fmt: skip
+def test_dora_step_beside_a_lora_step(remat, quantized, most):
+    dora = flops(lora.DoRA(rank=16), remat, quantized)
+    assert 1 < dora / flops(LORA, remat, quantized) <= most
 
 
 def gradients_of_weights(method):

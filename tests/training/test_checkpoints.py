@@ -2,11 +2,13 @@
 
 import json
 
+import cases
+import jax
 import jax.numpy as jnp
 import pytest
 import small
 
-from lora_jax.training import records
+from lora_jax.training import checkpoints, records
 from lora_jax.training.checkpoints import fingerprint
 
 
@@ -46,3 +48,14 @@ def test_metrics_rewind_to_a_checkpoint(tmp_path):
         (2, "b"),
         (3, "b"),
     ]
+
+
+def test_deltas_of_every_method_come_back_bit_for_bit(tmp_path):
+    """All of them as the arms of one run."""
+    case = cases.stacked()
+    fresh = {name: cases.transform(case, method)[1] for name, method in cases.METHODS.items()}
+    trained = {name: cases.moved(delta) for name, delta in fresh.items()}
+    checkpoints.save(tmp_path, 1, trained, identity={"base": "b"}, position=None)
+    step, back, _ = checkpoints.restore(tmp_path, fresh, identity={"base": "b"})
+    cases.assert_equal(back, trained)
+    assert step == 1 and jax.tree.structure(back) == jax.tree.structure(fresh)

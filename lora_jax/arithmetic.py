@@ -1,0 +1,200 @@
+"""Arithmetic on LoRA adapters: weighted combinations, and an adapter out of a fine-tuned model."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax import paths
+from lora_jax.layouts import Layout
+from lora_jax.methods import LoRA, LowRank, Method
+from lora_jax.targets import Targets
+from lora_jax.transform import Delta, delta_nodes, lora_transform
+from lora_jax.weights import PyTree, as_matrix, dense, is_weight
+
+How = Literal["cat", "svd", "ties", "dare", "dare_ties"]
+
+
+def combine(
+    deltas: Sequence[Delta],
+    weights: Sequence[float],
+    *,
+    how: How = "cat",
+    rank: int | None = None,
+    density: float | None = None,
+    key: jax.Array | None = None,
+) -> Delta:
+    """One LoRA delta out of several, by their updates `U_i = scale_i * a_i @ b_i`.
+
+    Args:
+      deltas: over one base; a path that one of them lacks counts as zero there.
+      weights: a number `w_i` for each.
+      how: "cat" is `sum_i w_i U_i`, exactly: factors are concatenated, so ranks add up (PEFT's
+        "linear" mixes the factors instead, and gets cross terms). "svd" is the best approximation
+        of that sum at `rank`. "ties" keeps the largest `density` of each U_i's entries, elects each
+        entry's sign by their sum, and averages the `w_i U_i` that agree (Yadav et al. 2023,
+        arXiv:2306.01708); "dare" keeps a random `density` of each, divided by it, and sums them
+        (Yu et al. 2023, arXiv:2311.03099); "dare_ties" elects signs after that. These three build
+        each update, one weight at a time, and return the best approximation at `rank`.
+      rank: of the result, the largest of the members' unless given; "cat" takes none.
+      density: in (0, 1], for "ties", "dare" and "dare_ties".
+      key: a typed key, for "dare" and "dare_ties".
+
+    Raises:
+      ValueError: for arguments that `how` needs or does not take, deltas of other methods.
+    """
+    _check(deltas, weights, how, rank, density, key)
+    members = [delta_nodes(delta) for delta in deltas]
+    combined = {}
+    for path in dict.fromkeys(path for member in members for path in member):
+        found = [(w, m[path]) for w, m in zip(weights, members, strict=True) if path in m]
+        for _, node in found:
+            if not isinstance(node, LowRank):
+                raise ValueError(f"{path}: only LoRA can be combined, not {type(node).__name__}.")
+        nodes: list[Any] = [node for _, node in found]
+        whole = _concatenated(nodes, [w for w, _ in found])
+        kept = rank or max(node.rank for node in nodes)
+        if how == "svd":
+            whole = _cut(whole, kept)
+        elif how != "cat":
+            scale = [w for w, _ in found]
+            whole = _sparse(nodes, scale, how, kept, density, key, path)
+        combined[path] = whole
+    return paths.nest(combined)
+
+
+def extract(
+    base: PyTree,
+    tuned: PyTree,
+    method: LoRA | Mapping[str, Method | None],
+    *,
+    targets: Targets = "all-linear",
+    layouts: Mapping[str, Layout | None] | None = None,
+) -> Delta:
+    """The LoRA delta nearest to what fine-tuning did to the targeted weights of `base`.
+
+    `scale * a @ b` is the truncated singular value decomposition of `tuned - base`, the best
+    approximation of that rank in the Frobenius norm (Eckart and Young 1936).
+
+    Args:
+      base, tuned: trees of one structure.
+      method, targets, layouts: as for `lora_transform`.
+
+    Raises:
+      ValueError: for trees of other shapes, or methods other than LoRA.
+    """
+    _, fresh = lora_transform(base, method, targets=targets, key=jax.random.key(0), layouts=layouts)
+    before, after = (paths.flatten(tree, is_leaf=is_weight) for tree in (base, tuned))
+    found = {}
+    for path, node in delta_nodes(fresh).items():
+        if not isinstance(node, LowRank):
+            raise ValueError(f"{path}: only LoRA can be extracted, not {type(node).__name__}.")
+        if path not in after or after[path].shape != before[path].shape:
+            raise ValueError(f"{path}: the tuned tree has no weight of shape {before[path].shape}.")
+        change = [dense(as_matrix(w, node.layout)).astype(jnp.float32) for w in
+                  (after[path], before[path])]  # fmt: skip
+        a, b = _factors((change[0] - change[1]) / node.scale[..., None, None], node.rank)
+        found[path] = dataclasses.replace(
+            node, a=a.reshape(node.a.shape), b=b.reshape(node.b.shape)
+        )
+    return paths.nest(found)
+
+
+def _concatenated(nodes: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
+    first = nodes[0]
+    a = jnp.concatenate([node.a for node in nodes], axis=-1)
+    parts = [
+        node.b
+        * (weight * node.scale).reshape(node.scale.shape + (1,) * (node.b.ndim - node.stack_ndim))
+        for node, weight in zip(nodes, weights, strict=True)
+    ]
+    b = jnp.concatenate(parts, axis=first.stack_ndim)
+    return dataclasses.replace(first, a=a, b=b, scale=jnp.ones_like(first.scale))
+
+
+def _cut(node: LowRank, rank: int) -> LowRank:
+    """The best approximation at a smaller rank, without building the update."""
+    matrix = node.as_matrix()
+    if rank >= node.rank:
+        return node
+    q_in, r_in = jnp.linalg.qr(matrix.a)
+    q_out, r_out = jnp.linalg.qr(jnp.swapaxes(matrix.b, -1, -2))
+    a, b = _factors(r_in @ jnp.swapaxes(r_out, -1, -2), rank)
+    return _with_factors(node, q_in @ a, b @ jnp.swapaxes(q_out, -1, -2))
+
+
+def _sparse(nodes, weights, how, rank, density, key, path) -> LowRank:
+    first, stack = nodes[0], nodes[0].scale.shape
+    updates = []
+    for i, node in enumerate(nodes):
+        matrix = node.as_matrix()
+        update = matrix.a @ matrix.b * matrix.scale[..., None, None]
+        if how == "ties":
+            updates.append(_largest(update, density))
+        else:
+            keys = paths.keys_for(jax.random.fold_in(key, i), path, stack)
+            updates.append(_random(update, density, keys))
+    weighed = [weight * update for weight, update in zip(weights, updates, strict=True)]
+    total = sum(weighed)
+    if how != "dare":
+        elected = jnp.where(sum(updates) >= 0, 1.0, -1.0)
+        agree = [jnp.sign(update) == elected for update in updates]
+        kept = [jnp.where(a, w, 0.0) for a, w in zip(agree, weighed, strict=True)]
+        total = sum(kept) / jnp.maximum(sum(a.astype(jnp.float32) for a in agree), 1.0)
+    return _with_factors(first, *_factors(total, rank))
+
+
+def _largest(update: jax.Array, density: float) -> jax.Array:
+    flat = update.reshape(*update.shape[:-2], -1)
+    count = int(density * flat.shape[-1])
+    _, places = jax.lax.top_k(jnp.abs(flat), count)
+    kept = jnp.put_along_axis(jnp.zeros_like(flat), places, 1.0, axis=-1, inplace=False)
+    return (flat * kept).reshape(update.shape)
+
+
+def _random(update: jax.Array, density: float, keys: jax.Array) -> jax.Array:
+    def draw(key):
+        return jax.random.bernoulli(key, density, update.shape[-2:])
+
+    for _ in keys.shape:
+        draw = jax.vmap(draw)
+    return jnp.where(draw(keys), update / density, 0.0)
+
+
+def _factors(matrix: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
+    """`a [..., d_in, r]` and `b [..., r, d_out]`, whose product is the best at that rank."""
+    u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
+    root = jnp.sqrt(s[..., :rank])
+    return u[..., :rank] * root[..., None, :], root[..., None] * vt[..., :rank, :]
+
+
+def _with_factors(node: LowRank, a: jax.Array, b: jax.Array) -> LowRank:
+    stack, rank = node.scale.shape, a.shape[-1]
+    d_in, d_out = node.a.shape[len(stack) : -1], node.b.shape[len(stack) + 1 :]
+    return dataclasses.replace(
+        node,
+        a=a.reshape(*stack, *d_in, rank),
+        b=b.reshape(*stack, rank, *d_out),
+        scale=jnp.ones(stack, jnp.float32),
+    )
+
+
+def _check(deltas, weights, how, rank, density, key) -> None:
+    if not deltas or len(deltas) != len(weights):
+        raise ValueError(
+            f"combine needs a weight for each delta: {len(deltas)} and {len(weights)}."
+        )
+    if how not in ("cat", "svd", "ties", "dare", "dare_ties"):
+        raise ValueError(f"how={how!r}: expected cat, svd, ties, dare or dare_ties.")
+    sparse, random = how not in ("cat", "svd"), how.startswith("dare")
+    if sparse != (density is not None) or (sparse and not 0 < density <= 1):
+        raise ValueError(f"how={how!r} with density={density}: ties and dare need one in (0, 1].")
+    if random != (key is not None):
+        raise ValueError(f"how={how!r} with key={key}: dare needs a key, the others take none.")
+    if how == "cat" and rank is not None:
+        raise ValueError("how='cat' adds the ranks up: use 'svd' for a rank of your own.")
+    if any(not math.isfinite(weight) for weight in weights):
+        raise ValueError(f"weights={list(weights)}: expected finite numbers.")

@@ -1,0 +1,7 @@
+"""Adapters of Hugging Face PEFT, in and out: `names` says which of its modules is which of our
+leaves, `config` is its adapter_config.json, `tensors` its adapter_model.safetensors."""
+
+from lora_jax.interop.peft.card import model_card as model_card
+from lora_jax.interop.peft.files import load_adapter as load_adapter
+from lora_jax.interop.peft.files import save_adapter as save_adapter
+from lora_jax.interop.peft.names import llama_names as llama_names

@@ -1,0 +1,53 @@
+"""adapter_config.json: what PEFT says of an adapter beside its tensors."""
+
+import collections
+import re
+from collections.abc import Mapping
+from typing import Any
+
+# Options of PEFT that change what an adapter computes, and that our methods do not have.
+_UNSUPPORTED = (
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias",
+    "megatron_config", "monteclora_config", "target_parameters", "trainable_token_indices",
+    "use_bdlora", "use_qalora", "velora_config",
+)  # fmt: skip
+# Starts that move a part of the base into the factors: the adapter fits that other base alone.
+_MOVES_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
+
+
+def check_supported(source: str, config: Mapping[str, Any]) -> None:
+    """Raises ValueError for what our methods do not have."""
+    if odd := [f"{key}={config[key]!r}" for key in _UNSUPPORTED if config.get(key)]:
+        raise ValueError(f"{source}: {', '.join(odd)} is not supported.")
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower().startswith(_MOVES_THE_BASE):
+        raise ValueError(
+            f"{source}: init_lora_weights={start!r} has moved a part of the base into the adapter, "
+            "which fits that changed base alone. Save it from PEFT as a plain LoRA: "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...)."
+        )
+
+
+def pattern_value(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
+    """What rank_pattern or alpha_pattern says of a module: the first key that matches its end."""
+    for key, value in pattern.items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default
+
+
+def as_pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """One value for each module, as a default and a pattern for those that differ."""
+    default, _ = collections.Counter(values.values()).most_common(1)[0]
+    return default, {re.escape(m): v for m, v in values.items() if v != default}
+
+
+def target_modules(adapted: list[str], known: list[str]) -> list[str]:
+    """The shortest list that PEFT reads as exactly these modules: suffixes, where all modules with
+    that suffix are adapted, or whole names."""
+    found = set()
+    for module in adapted:
+        suffix = module.rpartition(".")[2]
+        alike = {name for name in known if name.rpartition(".")[2] == suffix}
+        found.add(suffix if alike <= set(adapted) else module)
+    return sorted(found)

@@ -1,0 +1,186 @@
+"""LoRA and DoRA, as PEFT's type LORA. Its A is our `a` transposed, its B our `b`."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.interop.peft.config import as_pattern, check_supported, pattern_value, target_modules
+from lora_jax.interop.peft.model import Model, Tensors, layer_of, take
+from lora_jax.interop.peft.names import Slot
+from lora_jax.methods import DecomposedLowRank, DeltaNode, DoRA, LowRank
+from lora_jax.weights import dense
+
+# vLLM serves these ranks, one scale for all modules, and no magnitudes.
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def to_peft(nodes: Mapping[str, DeltaNode], model: Model) -> tuple[dict[str, Any], Tensors]:
+    kinds = {type(node) for node in nodes.values()}
+    if len(kinds) > 1:
+        raise ValueError(
+            "PEFT's use_dora holds for a whole adapter: save the LoRA and the DoRA paths as two."
+        )
+    tensors: Tensors = {}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for slot in model.slots_at(nodes):
+        node = layer_of(nodes[slot.path], slot)
+        low = node.low if isinstance(node, DecomposedLowRank) else node
+        if not np.any(np.asarray(low.scale)):
+            continue  # a layer of rank 0
+        a, b = used_factors(low)
+        ranks[slot.module], alphas[slot.module] = len(b), _tidy(float(low.scale) * len(b))
+        names = _names(slot)
+        tensors |= {f"{slot.module}.{names[0]}": a.T, f"{slot.module}.{names[1]}": b.T}
+        if isinstance(node, DecomposedLowRank):
+            tensors[f"{slot.module}.lora_magnitude_vector"] = np.asarray(node.magnitude)
+    rank, rank_pattern = as_pattern(ranks)
+    alpha, alpha_pattern = as_pattern(alphas)
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+        "lora_dropout": max(_low(node).dropout for node in nodes.values()),
+        "use_dora": kinds == {DecomposedLowRank},
+        "use_rslora": False,
+        "fan_in_fan_out": False,
+        "bias": "none",
+        "init_lora_weights": True,
+        "target_modules": target_modules(list(ranks), list(model.slots)),
+    }
+    return config, tensors
+
+
+def to_vllm(nodes: Mapping[str, DeltaNode], model: Model) -> tuple[dict[str, Any], Tensors]:
+    """What vLLM reads: one rank that it accepts and one scale, of 1, folded into B."""
+    if odd := sorted(path for path, node in nodes.items() if not isinstance(node, LowRank)):
+        raise ValueError(
+            f"vLLM serves LoRA alone, and not {type(nodes[odd[0]]).__name__} on {odd[0]}. Merge "
+            "the adapter and serve the merged model."
+        )
+    config, tensors = to_peft(nodes, model)
+    widest = max([config["r"], *config["rank_pattern"].values()])
+    rank = next((rank for rank in VLLM_RANKS if rank >= widest), None)
+    if rank is None:
+        raise ValueError(f"vLLM serves ranks up to {VLLM_RANKS[-1]}, the adapter's is {widest}.")
+    for slot in model.slots_at(nodes):
+        (name_a, name_b), scale = _names(slot), float(layer_of(nodes[slot.path], slot).scale)
+        if (a := tensors.get(f"{slot.module}.{name_a}")) is None:
+            continue
+        b = tensors[f"{slot.module}.{name_b}"] * np.float32(scale)
+        missing = rank - len(a)
+        tensors[f"{slot.module}.{name_a}"] = np.pad(a, ((0, missing), (0, 0)))
+        tensors[f"{slot.module}.{name_b}"] = np.pad(b, ((0, 0), (0, missing)))
+    config |= {"r": rank, "lora_alpha": rank, "lora_dropout": 0.0}
+    return config | {"rank_pattern": {}, "alpha_pattern": {}}, tensors
+
+
+def from_peft(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensors], model: Model
+) -> dict[str, DeltaNode]:
+    check_supported(model.source, config)
+    nodes: dict[str, DeltaNode] = {}
+    for path, slots in model.by_path().items():
+        if found := [slot for slot in slots if slot.module in tensors]:
+            low = _low_rank(path, slots, found, config, tensors, model)
+            nodes[path] = low
+            if config.get("use_dora"):
+                nodes[path] = _decomposed(path, low, slots, found, tensors, model)
+    return nodes
+
+
+def used_factors(low: LowRank) -> tuple[np.ndarray, np.ndarray]:
+    """`a [d_in, r]` and `b [r, d_out]` of one layer, without the padding behind them."""
+    a, b = np.asarray(low.a), np.asarray(low.b)
+    used = np.flatnonzero(np.any(a != 0, axis=0) | np.any(b != 0, axis=1))
+    rank = int(used[-1]) + 1 if used.size else 1
+    return a[:, :rank], b[:rank]
+
+
+def _low_rank(path, slots, found, config, tensors, model: Model) -> LowRank:
+    factors, scales = {}, {}
+    for slot in found:
+        given, names = dict(tensors[slot.module]), _names(slot)
+        a, b = (take(model, slot, given, name, (None, None)) for name in names)
+        rank = len(a)
+        if a.shape != (rank, slot.d_in) or b.shape != (slot.d_out, rank):
+            raise ValueError(
+                f"{model.source}: {slot.module} has A {a.shape} and B {b.shape}, expected "
+                f"({rank}, {slot.d_in}) and ({slot.d_out}, {rank}). Is it an adapter of this base?"
+            )
+        stated = pattern_value(config.get("rank_pattern") or {}, slot.module, config["r"])
+        if stated != rank:
+            raise ValueError(
+                f"{model.source}: {slot.module} has rank {rank}, its config says {stated}."
+            )
+        alpha = pattern_value(config.get("alpha_pattern") or {}, slot.module, config["lora_alpha"])
+        scales[slot] = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        factors[slot] = a.T, b.T
+        _check_same_table(path, slot, given.pop("base_layer.weight", None), model)
+        model.refuse_rest(slot, given, also=("lora_magnitude_vector",))
+    widest = max(a.shape[1] for a, _ in factors.values())
+    whole_a = np.zeros((len(slots), slots[0].d_in, widest), np.float32)
+    whole_b = np.zeros((len(slots), widest, slots[0].d_out), np.float32)
+    scale = np.zeros(len(slots), np.float32)
+    for i, slot in enumerate(slots):
+        if slot in factors:
+            a, b = factors[slot]
+            whole_a[i, :, : a.shape[1]], whole_b[i, : len(b)], scale[i] = a, b, scales[slot]
+    stack, d_in, d_out = model.dims(path)
+    return LowRank(
+        a=jnp.asarray(whole_a.reshape(*stack, *d_in, widest)),
+        b=jnp.asarray(whole_b.reshape(*stack, widest, *d_out)),
+        scale=jnp.asarray(scale.reshape(stack)),
+        dropout=float(config.get("lora_dropout", 0.0)),
+        layout=model.layout(path),
+    )
+
+
+def _decomposed(path, low: LowRank, slots, found, tensors, model: Model) -> DeltaNode:
+    base = model.leaf(path)
+    if isinstance(base, jax.ShapeDtypeStruct):
+        raise ValueError(f"{path}: DoRA needs the base's weights, found their shape alone.")
+    keys = jax.random.split(jax.random.key(0), model.dims(path)[0])
+    fresh: Any = DoRA(rank=1).fresh(base, layout=low.layout, key=keys)
+    magnitude = np.array(fresh.magnitude).reshape(len(slots), -1)
+    for slot in found:
+        given = dict(tensors[slot.module])
+        magnitude[slots.index(slot)] = take(
+            model, slot, given, "lora_magnitude_vector", (slot.d_out,)
+        )
+    trained = jnp.asarray(magnitude.reshape(fresh.magnitude.shape))
+    return dataclasses.replace(fresh, low=low, magnitude=trained)
+
+
+def _check_same_table(path: str, slot: Slot, theirs: Any, model: Model) -> None:
+    """PEFT saves the table beside an embedding's factors, in case that it was resized."""
+    base = model.leaf(path)
+    if theirs is None or isinstance(base, jax.ShapeDtypeStruct):
+        return
+    table = np.asarray(dense(base), np.float32)
+    if table.shape != theirs.shape or not np.allclose(table, theirs, rtol=1e-2, atol=1e-3):
+        raise ValueError(
+            f"{model.source}: {slot.module} was adapted over another table, of shape "
+            f"{theirs.shape}: this base's has shape {table.shape} or other entries."
+        )
+
+
+def _names(slot: Slot) -> tuple[str, str]:
+    if slot.is_embedding:
+        return "lora_embedding_A", "lora_embedding_B"
+    return "lora_A.weight", "lora_B.weight"
+
+
+def _low(node: Any) -> LowRank:
+    return node.low if isinstance(node, DecomposedLowRank) else node
+
+
+def _tidy(alpha: float) -> float:
+    return int(alpha) if alpha.is_integer() else alpha

@@ -1,0 +1,109 @@
+"""The model that an adapter is read for or written of."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from lora_jax import paths
+from lora_jax.interop.peft.names import Names, Slot, slots_of
+from lora_jax.layouts import Layout
+from lora_jax.weights import is_weight
+
+Tensors = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Leaves, concrete or abstract, and the PyTorch modules that they are.
+
+    Attributes:
+      source: the adapter's folder, for messages.
+      leaves: `{path: leaf}`.
+      names: `{path: module}`.
+      layouts: of leaves that are more than stacked matrices.
+      slots: `{module: Slot}` of every matrix.
+    """
+
+    source: str
+    leaves: Mapping[str, Any]
+    names: Names
+    layouts: Mapping[str, Layout | None]
+    slots: Mapping[str, Slot]
+
+    def leaf(self, path: str) -> Any:
+        return self.leaves[path]
+
+    def layout(self, path: str) -> Layout:
+        return self.layouts.get(path) or Layout()
+
+    def dims(self, path: str) -> tuple[tuple[int, ...], ...]:
+        return self.layout(path).split(self.leaves[path].shape)
+
+    def by_path(self) -> dict[str, list[Slot]]:
+        """The slots of each leaf, by layer."""
+        grouped: dict[str, list[Slot]] = {}
+        for slot in self.slots.values():
+            grouped.setdefault(slot.path, []).append(slot)
+        return grouped
+
+    def slots_at(self, nodes: Iterable[str]) -> list[Slot]:
+        """The slots of the leaves at these paths.
+
+        Raises:
+          ValueError: for a path without a name.
+        """
+        grouped = self.by_path()
+        if unnamed := [path for path in nodes if path not in grouped]:
+            raise ValueError(
+                f"{', '.join(unnamed)}: no PyTorch module is named for this path. Add it to names, "
+                'such as {"layers/attn/q_proj": "model.layers.{}.self_attn.q_proj"}.'
+            )
+        return [slot for path in nodes for slot in grouped[path]]
+
+    def refuse_rest(self, slot: Slot, given: Tensors, also: tuple[str, ...] = ()) -> None:
+        """Raises ValueError for tensors of a module that nothing took."""
+        if rest := sorted(given.keys() - set(also)):
+            raise ValueError(
+                f"{self.source}: {slot.module} has {', '.join(rest)}, which an adapter of this "
+                "type has no place for."
+            )
+
+
+def model_of(
+    source: str, params: Any, names: Names, layouts: Mapping[str, Layout | None] | None
+) -> Model:
+    leaves = paths.flatten(params, is_leaf=is_weight)
+    layouts = layouts or {}
+    return Model(source, leaves, names, layouts, slots_of(leaves, names, layouts))
+
+
+def layer_of(node: Any, slot: Slot) -> Any:
+    """The node of one layer, as a matrix's."""
+    node = node.as_matrix()
+    return node if slot.layer is None else jax.tree.map(lambda leaf: leaf[slot.layer], node)
+
+
+def take(
+    model: Model, slot: Slot, given: Tensors, name: str, shape: tuple[int | None, ...]
+) -> np.ndarray:
+    """Removes a module's tensor from `given`.
+
+    Raises:
+      ValueError: if it is missing or of another shape; None in `shape` stands for any size.
+    """
+    if name not in given:
+        raise ValueError(f"{model.source} lacks {slot.module}.{name}.")
+    tensor = given.pop(name)
+    fits = len(tensor.shape) == len(shape) and all(
+        size in (None, found) for size, found in zip(shape, tensor.shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            f"{model.source}: {slot.module}.{name} has shape {tensor.shape}, expected "
+            f"{tuple('r' if size is None else size for size in shape)}. Is it an adapter of this "
+            "base?"
+        )
+    return np.asarray(tensor, np.float32)

@@ -1,0 +1,1 @@
+"""Fused kernels, one folder an operation: a reference in plain XLA beside each backend."""

@@ -1,0 +1,126 @@
+"""Prefix tuning (Li & Liang 2021, arXiv:2101.00190)."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Self, cast
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from lora_jax.layouts import Layout
+from lora_jax.methods.base import AnyWeight, Extra, Method
+from lora_jax.paths import keys_for
+from lora_jax.weights import linear
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prefix(Method):
+    """Trained keys and values in front of every layer's own; no weight is adapted.
+
+    Target the key projections, whose output axes they take: `lora_transform(params,
+    Prefix(length=20), targets="k_proj", key=key)`. They stand beside them as `prefix`, for
+    instance `layers/attn/prefix`. Positions are not turned into the keys; tokens begin at position
+    `length`, and every example of a packed row sees the prefix.
+
+    Attributes:
+      length: how many keys and values a layer.
+      hidden: None trains them as they are. A number trains an embedding of `length` rows and an
+        MLP with so many hidden units instead, which gives the keys and values of all stacked
+        layers: `tanh(rows @ w1 + b1) @ w2 + b2` (section 4.3 of the paper).
+
+    All start normal with deviation 1, but the MLP's matrices, of 1 / sqrt(d_in), and its biases.
+
+    Raises:
+      ValueError: for a length or a hidden width below 1.
+    """
+
+    length: int = 20
+    hidden: int | None = None
+
+    def __post_init__(self):
+        for name, value in (("length", self.length), ("hidden", self.hidden)):
+            if not (name == "hidden" and value is None) and (
+                not isinstance(value, int) or value < 1
+            ):
+                raise ValueError(f"Prefix({name}={value!r}): expected an integer of at least 1.")
+
+    def fresh(self, weight: AnyWeight, *, layout: Layout, key: jax.Array) -> None:
+        del weight, layout, key
+
+    def extras(
+        self, weights: Mapping[str, AnyWeight], *, layouts: Mapping[str, Layout], key: jax.Array
+    ) -> dict[str, Extra]:
+        found: dict[str, Extra] = {}
+        for path, weight in weights.items():
+            stack, _, d_out = layouts[path].split(weight.shape)
+            place = "/".join([*path.split("/")[:-1], "prefix"])
+            found[place] = self._drawn(stack, math.prod(d_out), place, key)
+        return found
+
+    def _drawn(self, stack: tuple[int, ...], width: int, path: str, key: jax.Array) -> Extra:
+        def normal(key, *shape, deviation=1.0):
+            return deviation * jax.random.normal(key, shape, jnp.float32)
+
+        def layers(draw):
+            for _ in stack:
+                draw = jax.vmap(draw)
+            return draw(keys_for(key, path, stack))
+
+        if self.hidden is None:
+            pair = layers(lambda k: normal(k, 2, self.length, width))
+            return KeyValues(k=pair[..., 0, :, :], v=pair[..., 1, :, :])
+        keys, deviation = jax.random.split(keys_for(key, path, ())), 1 / math.sqrt(self.hidden)
+        return EncodedKeyValues(
+            rows=normal(keys[0], self.length, width),
+            w1=normal(keys[1], width, self.hidden, deviation=1 / math.sqrt(width)),
+            b1=jnp.zeros(self.hidden, jnp.float32),
+            w2=layers(lambda k: normal(k, self.hidden, 2 * width, deviation=deviation)),
+            b2=jnp.zeros((*stack, 2 * width), jnp.float32),
+        )
+
+
+@flax.struct.dataclass
+class KeyValues(Extra):
+    """`k` and `v`, `[stack..., P, d_out]`, float32; what an attention layer reads."""
+
+    k: jax.Array
+    v: jax.Array
+
+    @property
+    def stack_ndim(self) -> int:
+        return self.k.ndim - 2
+
+    def trainable(self) -> Self:
+        return dataclasses.replace(cast(Any, self), k=True, v=True)
+
+
+@flax.struct.dataclass
+class EncodedKeyValues(Extra):
+    """Keys and values as an MLP makes them of `rows [P, d_out]`, all float32.
+
+    Attributes:
+      rows: what the MLP reads.
+      w1, b1: `[d_out, hidden]`, `[hidden]`.
+      w2, b2: `[stack..., hidden, 2 * d_out]`, `[stack..., 2 * d_out]`.
+    """
+
+    rows: jax.Array
+    w1: jax.Array
+    b1: jax.Array
+    w2: jax.Array
+    b2: jax.Array
+
+    @property
+    def stack_ndim(self) -> int:
+        return self.b2.ndim - 1
+
+    def bound(self) -> KeyValues:
+        inner = jnp.tanh(linear(self.rows, self.w1) + self.b1[None])
+        pair = jnp.matmul(inner, self.w2) + self.b2[..., None, :]
+        k, v = jnp.split(pair, 2, axis=-1)
+        return KeyValues(k=k, v=v)
+
+    def trainable(self) -> Self:
+        return jax.tree.map(lambda _: True, self)

@@ -1,0 +1,84 @@
+"""Prompt tuning (Lester et al. 2021, arXiv:2104.08691)."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Self, cast
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from lora_jax.layouts import Layout
+from lora_jax.methods.base import AnyWeight, Extra, Method
+from lora_jax.paths import stable_hash
+from lora_jax.weights import embed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prompt(Method):
+    """Trained rows that the model reads in front of the embedded tokens; no weight is adapted.
+
+    Target the embedding table, whose width they take: `lora_transform(params, Prompt(length=20),
+    targets="embed", key=key)`. They stand in the delta, and in the bound weights, as `prompt`.
+    Tokens keep their places relative to each other and begin at position `length`; every example
+    of a packed row sees the prompt.
+
+    Attributes:
+      length: how many rows.
+      init: "vocab" starts from rows of random tokens, "normal" from a normal distribution of
+        deviation 1 (PEFT's "RANDOM").
+      tokens: the ids of a text to start from instead, repeated or cut to `length`.
+
+    Raises:
+      ValueError: for a length below 1, an unknown init, no tokens, or targets other than one table.
+    """
+
+    length: int = 20
+    init: str = "vocab"
+    tokens: tuple[int, ...] | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.length, int) or self.length < 1:
+            raise ValueError(f"Prompt(length={self.length!r}): expected an integer of at least 1.")
+        if self.init not in ("vocab", "normal"):
+            raise ValueError(f"Prompt(init={self.init!r}): expected 'vocab' or 'normal'.")
+        if self.tokens is not None and not self.tokens:
+            raise ValueError("Prompt(tokens=()): the text to start from has no tokens.")
+
+    def fresh(self, weight: AnyWeight, *, layout: Layout, key: jax.Array) -> None:
+        del weight, layout, key
+
+    def extras(
+        self, weights: Mapping[str, AnyWeight], *, layouts: Mapping[str, Layout], key: jax.Array
+    ) -> dict[str, Extra]:
+        del layouts
+        tables = list(weights.values())
+        if len(tables) != 1 or tables[0].ndim != 2:
+            found = ", ".join(f"{path} {tuple(w.shape)}" for path, w in weights.items())
+            raise ValueError(
+                f"Prompt takes its width from one embedding table [vocab, d], but is targeted at "
+                f'{found}. Target the table alone, such as targets="embed".'
+            )
+        vocab, width = tables[0].shape
+        key = jax.random.fold_in(key, stable_hash("prompt"))
+        if self.tokens is not None:
+            ids = jnp.resize(jnp.asarray(self.tokens, jnp.int32), (self.length,))
+        elif self.init == "vocab":
+            ids = jax.random.randint(key, (self.length,), 0, vocab)
+        else:
+            return {"prompt": SoftPrompt(jax.random.normal(key, (self.length, width), jnp.float32))}
+        return {"prompt": SoftPrompt(embed(ids, tables[0]).astype(jnp.float32))}
+
+
+@flax.struct.dataclass
+class SoftPrompt(Extra):
+    """`rows [P, d]`, float32; `[B, P, d]` where each row of a batch has a prompt of its own."""
+
+    rows: jax.Array
+
+    @property
+    def stack_ndim(self) -> int:
+        return self.rows.ndim - 2
+
+    def trainable(self) -> Self:
+        return dataclasses.replace(cast(Any, self), rows=True)

@@ -1,0 +1,162 @@
+"""Trees of quantised weights, and back."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lora_jax import paths
+from lora_jax.layouts import Layout
+from lora_jax.quant.blockwise import FORMATS, Blockwise
+from lora_jax.targets import Targets, as_rules, guessed_layout, match_rules, rule_matcher
+from lora_jax.weights import PyTree, is_weight
+
+BLOCK_SIZES = tuple(2**power for power in range(3, 13))
+
+
+def quantize(
+    params: PyTree,
+    format: str,
+    *,
+    targets: Targets = "all-linear",
+    layouts: Mapping[str, Layout | None] | None = None,
+    block_size: int = 64,
+    double_quant: bool = True,
+    donate: bool = False,
+) -> PyTree:
+    """The tree with its targeted leaves as quantised weights, which every model here takes.
+
+    The work is done on the host, leaf by leaf and layer by layer, in IEEE arithmetic: codes are
+    bitsandbytes' bit for bit, whatever JAX runs on. Under `jit` it is a callback to the host, and
+    under `jax.eval_shape` nothing is computed.
+
+    Args:
+      params: any pytree of arrays. Leaves that are not targeted stay what they are.
+      format: "nf4", or for comparison "fp4" (bitsandbytes' own), "e2m1", "int4", "int8".
+      targets: a preset, a regular expression over paths, or a sequence of them, as in
+        `lora_transform`. Embeddings and output head are quantised only where they are named.
+      layouts: `{path: Layout}` for weights that are more than stacked matrices, and None for leaves
+        that are none, as `infer_layouts` gives it.
+      block_size: rows of the matrix that share an absmax, a power of two from 8 to 4096.
+      double_quant: whether each absmax is itself stored in 8 bits: 4.127 bits a parameter instead
+        of 4.5 at blocks of 64.
+      donate: deletes each targeted leaf once it is quantised, for trees that barely fit.
+
+    Raises:
+      ValueError: for an unknown format or block size, a rule that matches nothing, and, naming the
+        path, a leaf of integers or complex numbers, with NaN or infinity, or with a number of rows
+        that is no multiple of the block size.
+
+    Source: Dettmers et al. 2023, arXiv:2305.14314, section 3.
+    """
+    finish = quantizer(
+        format, targets=".*", layouts=layouts, block_size=block_size, double_quant=double_quant
+    )
+    flat = paths.flatten(params, is_leaf=is_weight)
+    for path in layouts or {}:
+        if path not in flat:
+            near = ", ".join(paths.nearest(path, flat))
+            raise ValueError(f"layouts names {path!r}, which the tree lacks; near it are {near}.")
+    chosen = [m.path for m in match_rules(flat, as_rules(_Matrices(), targets), layouts)]
+    with _progress(f"quantising to {format}", len(chosen)) as advance:
+        for path in chosen:
+            leaf = flat[path]
+            flat[path] = finish(path, leaf)
+            if donate and isinstance(leaf, jax.Array):
+                leaf.delete()
+            advance()
+    return jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_weight), flat.values())
+
+
+def quantizer(
+    format: str,
+    *,
+    targets: Targets = "all-linear",
+    layouts: Mapping[str, Layout | None] | None = None,
+    block_size: int = 64,
+    double_quant: bool = True,
+) -> Callable[[str, Any], Any]:
+    """What `quantize` does to one leaf, as a function `(path, leaf) -> leaf`: for loaders, which
+    then never hold a model in floating point. Leaves that are not targeted become arrays as they
+    are; the arguments are those of `quantize`.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format {format!r}: expected one of {', '.join(FORMATS)}.")
+    if block_size not in BLOCK_SIZES:
+        raise ValueError(
+            f"block_size={block_size!r}: expected one of {', '.join(map(str, BLOCK_SIZES))}."
+        )
+    matchers = [rule_matcher(rule) for rule in as_rules(_Matrices(), targets)]
+    known = dict(layouts or {})
+
+    def finish(path: str, leaf: Any) -> Any:
+        layout = known[path] if path in known else guessed_layout(path, leaf)
+        if layout is None or not any(matches(path) for matches in matchers):
+            return jnp.asarray(leaf)
+        _check(path, leaf, layout, block_size)
+        try:
+            return FORMATS[format].of(
+                leaf, layout=layout, block_size=block_size, double_quant=double_quant
+            )
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    return finish
+
+
+def dequantize(tree: PyTree) -> PyTree:
+    """The tree with every quantised weight as the plain array that it stands for.
+
+    Concrete weights are decoded on the host, denormal values included, to bitsandbytes' bits. Under
+    a transformation XLA decodes them, which makes the same of normal numbers.
+    """
+    return jax.tree.map(
+        lambda w: w.dense_on_host() if isinstance(w, Blockwise) else w, tree, is_leaf=is_weight
+    )
+
+
+class _Matrices:
+    """What `match_rules` asks: which leaves a format can take."""
+
+    def accepts(self, path: str, leaf: Any, layout: Layout | None) -> bool:
+        del path, leaf
+        return layout is not None
+
+
+def _check(path: str, leaf: Any, layout: Layout, block_size: int) -> None:
+    out = f"Leave it out of the targets ({path!r} was matched)."
+    if is_weight(leaf):
+        raise ValueError(f"{path} is a {type(leaf).__name__} already. {out}")
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise ValueError(f"{path} holds {leaf.dtype}: only real floating-point weights can be "
+                         f"quantised. {out}")  # fmt: skip
+    try:
+        _, contracted, _ = layout.split(leaf.shape)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    rows = math.prod(contracted)
+    if rows % block_size:
+        fitting = [size for size in BLOCK_SIZES if rows % size == 0]
+        instead = f"give block_size={fitting[-1]}, or leave" if fitting else "leave"
+        raise ValueError(
+            f"{path} has {rows} rows (d_in), no multiple of the block size {block_size}: {instead} "
+            "it out of the targets."
+        )
+
+
+@contextlib.contextmanager
+def _progress(title: str, total: int) -> Iterator[Callable[[], None]]:
+    """A bar on stderr while there is something to wait for, and only before a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn())
+    console = Console(stderr=True)
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, transient=True,
+        disable=not console.is_terminal,
+    ) as bar:  # fmt: skip
+        task = bar.add_task(title, total=total)
+        yield lambda: bar.advance(task)

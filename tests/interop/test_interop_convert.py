@@ -1,0 +1,76 @@
+"""`scripts/convert.py`, from one format to the next, on a small model."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import cases
+import jax
+import numpy as np
+import pytest
+import small_checkpoints
+from absl import flags
+
+import lora_jax as lora
+from lora_jax.interop import load, peft
+from lora_jax.models import llama
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "convert.py"
+TOKENS = np.arange(12, dtype=np.int32).reshape(2, 6)
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("convert", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("convert") / "model"
+    return small_checkpoints.write_huggingface(path, *small_checkpoints.small("llama3_1"))
+
+
+def run(script, **arguments):
+    flags.FLAGS.unparse_flags()
+    for name in ("from", "to", "adapter", "merge", "dtype", "kind", "profile"):
+        flags.FLAGS[name].unparse()
+    flags.FLAGS(["convert", *(f"--{name}={value}" for name, value in arguments.items())])
+    return script.convert()
+
+
+def logits(model, delta=None):
+    weights = lora.bind(model.params, delta or {})
+    return np.asarray(jax.jit(llama.forward, static_argnums=2)(weights, TOKENS, model.config))
+
+
+def test_folders_files_and_merged_adapters(script, folder, tmp_path):
+    model = load(folder)
+    delta = cases.llama_delta(model.params, lora.LoRA(rank=2))
+    adapter = tmp_path / "adapter"
+    peft.save_adapter(adapter, delta, model.params, peft.llama_names(model.config))
+    whole = {"from": folder, "adapter": adapter}
+
+    said = run(script, to=tmp_path / "merged", merge=True, **whole)
+    assert "Hugging Face folder" in said["written"] and "trainable params" in said["adapter"]
+    expected = logits(model, delta)
+    cases.assert_close(logits(load(tmp_path / "merged")), expected, rtol=1e-4, atol=1e-5)
+
+    run(script, **{"from": tmp_path / "merged"}, to=tmp_path / "m.gguf")
+    found = logits(load(tmp_path / "m.gguf"))
+    assert np.abs(found - expected).max() < 0.02 * np.abs(expected).max()
+
+    run(script, to=tmp_path / "served", profile="vllm", **whole)
+    stated = json.loads((tmp_path / "served" / "adapter_config.json").read_text())
+    assert stated["r"] == 8 and stated["base_model_name_or_path"] == str(folder)
+
+
+def test_wrong_commands(script, folder, tmp_path):
+    with pytest.raises(ValueError, match="--from and --to are both needed"):
+        run(script, **{"from": folder})
+    with pytest.raises(ValueError, match="--merge needs an --adapter"):
+        run(script, **{"from": folder}, to=tmp_path / "x", merge=True)
+    with pytest.raises(FileExistsError, match="exists: choose another --to"):
+        run(script, **{"from": folder}, to=tmp_path)

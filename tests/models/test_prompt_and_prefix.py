@@ -1,0 +1,140 @@
+"""What a delta puts in front of the tokens: positions, packing, the cache, generation."""
+
+import functools
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import assert_close, assert_equal, moved
+
+import lora_jax as lora
+from lora_jax.models import llama
+from lora_jax.models.generate import generate
+
+CONFIG, PARAMS, TOKENS = cases.llama_case()
+KEY = jax.random.key(0)
+FORWARD = jax.jit(llama.forward, static_argnums=2, static_argnames="remat")
+METHODS = {
+    "prompt": {"embed": lora.Prompt(length=3)},
+    "prefix": {"k_proj": lora.Prefix(length=3)},
+    "encoded": {"k_proj": lora.Prefix(length=3, hidden=5)},
+    "all": {"embed": lora.Prompt(length=2), "k_proj": lora.Prefix(length=2),
+            "q_proj": lora.LoRA(rank=2)},
+}  # fmt: skip
+
+
+@functools.cache
+def made(name, seed=1):
+    make = jax.jit(lambda p: lora.lora_transform(p, METHODS[name], key=KEY)[1])
+    return moved(make(PARAMS), seed, size=0.7)
+
+
+def run(delta, tokens=TOKENS, **kwargs):
+    return FORWARD(lora.bind(PARAMS, delta), tokens, CONFIG, **kwargs)
+
+
+def test_packed_examples_all_see_it_and_nothing_else():
+    """Each as if it were alone."""
+    delta, (one, other) = made("all"), (TOKENS[:1, :3], TOKENS[1:, :3])
+    packed = run(
+        delta,
+        jnp.concatenate([one, other], axis=1),
+        positions=jnp.array([[0, 1, 2, 0, 1, 2]]),
+        segment_ids=jnp.array([[1, 1, 1, 2, 2, 2]]),
+    )
+    assert_close(packed[:, :3], run(delta, one), rtol=1e-3, atol=2e-5)
+    assert_close(packed[:, 3:], run(delta, other), rtol=1e-3, atol=2e-5)
+    plain = FORWARD(PARAMS, TOKENS, CONFIG)
+    assert np.abs(run(delta) - plain).max() > 1e-2 and plain.shape == run(delta).shape
+
+
+def test_generation_reads_on_from_it():
+    weights, lengths = lora.bind(PARAMS, made("all")), jnp.array([5, 3])
+    run = jax.jit(functools.partial(generate, config=CONFIG, max_new_tokens=4, eos_id=-1))
+    new = np.asarray(run(weights, TOKENS[:, :5], lengths))
+    for row, length in enumerate(lengths):
+        text = np.concatenate([TOKENS[row, :length], new[row], [0, 0]])[:9]
+        best = np.argmax(FORWARD(weights, jnp.asarray(text)[None], CONFIG)[0], axis=-1)
+        np.testing.assert_array_equal(new[row], best[length - 1 :][:4])
+
+
+def test_rows_have_their_own():
+    deltas = [made("all", seed) for seed in (1, 2)]
+    weights = lora.bind(PARAMS, lora.stack(deltas), adapter_ids=jnp.array([1, 0]))
+    expected = jnp.stack([run(deltas[1])[0], run(deltas[0])[1]])
+    assert_close(FORWARD(weights, TOKENS, CONFIG), expected, rtol=1e-3, atol=2e-5)
+
+
+def test_stacks_through_vmap():
+    deltas = [made("encoded", seed) for seed in (1, 2)]
+    outputs = jax.jit(jax.vmap(run))(lora.stack(deltas))
+    for output, delta in zip(outputs, deltas, strict=True):
+        assert_close(output, run(delta), rtol=1e-3, atol=2e-5)
+
+
+def test_all_that_trains_gets_a_gradient_with_and_without_remat():
+    delta = made("all")
+
+    def loss(delta, remat):
+        return (run(delta, remat=remat) ** 2).mean()
+
+    gradient = jax.jit(jax.grad(loss), static_argnums=1)
+    plain, again = (gradient(delta, remat) for remat in ("none", "full"))
+    assert jax.tree.map(lambda g: bool(np.any(g)), plain) == lora.trainable_mask(delta)
+    assert_close(again, plain, rtol=1e-3, atol=2e-5)
+
+
+def test_described_and_without_merged_form():
+    delta = made("all")
+    rows = {row.path: row.trainable for row in lora.describe(PARAMS, delta).rows}
+    assert rows["prompt"] == 2 * 16 and rows["layers/attn/prefix"] == 3 * 2 * 2 * 8
+    with pytest.raises(ValueError, match="layers/attn/prefix: KeyValues has no merged form"):
+        lora.merge(PARAMS, delta)
+
+
+def rows_of(**kwargs):
+    method = lora.Prompt(**kwargs)
+    return lora.lora_transform(PARAMS, method, targets="embed", key=KEY)[1]["prompt"].rows
+
+
+def test_prompt_starts():
+    assert_equal(rows_of(length=5, tokens=(3, 1)), PARAMS["embed"][jnp.array([3, 1, 3, 1, 3])])
+    assert_equal(rows_of(length=1, tokens=(3, 1)), PARAMS["embed"][jnp.array([3])])
+    distances = np.abs(np.asarray(rows_of(length=4))[:, None] - np.asarray(PARAMS["embed"])[None])
+    assert np.all(distances.max(-1).min(-1) == 0)  # each is a row of the table
+    assert 0.9 < np.std(rows_of(length=100, init="normal")) < 1.1
+
+
+def test_longer_than_the_context():
+    short = cases.tiny_llama(context_length=8)
+    for name in ("prompt", "prefix"):
+        delta = lora.stack([made(name)])
+        long = jax.tree.map(lambda x: jnp.repeat(x[0], 3, axis=-2), delta)
+        with pytest.raises(ValueError, match="leave no token in the model's context of 8"):
+            llama.forward(lora.bind(PARAMS, long), TOKENS, short)
+        with pytest.raises(ValueError, match="a prefix or soft prompt takes 3"):
+            generate(lora.bind(PARAMS, made(name)), TOKENS[:, :4], jnp.array([4, 4]), short,
+                     max_new_tokens=2, eos_id=0)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: lora.Prompt(length=0), r"Prompt\(length=0\)"),
+        (lambda: lora.Prompt(init="zeros"), "init='zeros'.*'vocab' or 'normal'"),
+        (lambda: lora.Prompt(tokens=()), "no tokens"),
+        (lambda: lora.Prefix(length=0), r"Prefix\(length=0\)"),
+        (lambda: lora.Prefix(hidden=0), r"Prefix\(hidden=0\)"),
+    ],
+)
+def test_bad_hyperparameters(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("targets", [("embed", "lm_head"), "k_proj"])
+def test_a_prompt_wants_one_table(targets):
+    with pytest.raises(ValueError, match="one embedding table .*Target the table"):
+        lora.lora_transform(PARAMS, lora.Prompt(), targets=targets, key=KEY)

@@ -1,0 +1,337 @@
+"""What holds for every format: error bounds, bytes, layouts, exactness under jit, clear errors."""
+
+import dataclasses
+import math
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax as lora
+from lora_jax.models import llama
+from lora_jax.models.config import LlamaConfig
+from lora_jax.quant import FORMATS, from_bitsandbytes, to_bitsandbytes
+from lora_jax.training import checkpoints
+from lora_jax.weights import linear, transpose
+
+W = {"up_proj": cases.normal(0, 3, 64, 40)}  # stacked layers
+X = cases.normal(1, 5, 64)
+
+
+def quantized(format="nf4", tree=W, **options):
+    return lora.quantize(tree, format, **({"block_size": 16} | options))
+
+
+def one_layer(tree, i=1):
+    return jax.tree.map(lambda leaf: leaf[i], tree)
+
+
+@pytest.fixture(params=FORMATS)
+def format(request):
+    return request.param
+
+
+@pytest.fixture(params=[False, True], ids=["single", "double"])
+def double_quant(request):
+    return request.param
+
+
+def test_values_lie_within_half_a_step(format):
+    w, weight = np.asarray(W["up_proj"]), quantized(format, double_quant=False)["up_proj"]
+    values = np.sort(FORMATS[format].codebook)
+    step = np.diff(values[values >= -1]).max() / 2
+    absmax = np.repeat(np.asarray(weight.absmax), 16, axis=-2)
+    assert (np.abs(weight.dense() - w) <= absmax * (step + 1e-6)).all()
+
+
+def test_double_quantisation_moves_the_scales_little():
+    weight, exact = (quantized(double_quant=d)["up_proj"] for d in (True, False))
+    np.testing.assert_array_equal(weight.codes, exact.codes)
+    error = np.abs(weight.absmax_values() - exact.absmax)
+    centred = np.abs(exact.absmax - np.asarray(exact.absmax).mean((1, 2), keepdims=True))
+    assert (error <= 0.008 * centred.max()).all()
+
+
+def test_quantising_again_changes_nothing(format):
+    values = lora.dequantize(quantized(format, double_quant=False))
+    again = lora.dequantize(quantized(format, values, double_quant=False))
+    cases.assert_equal(again, values)
+
+
+def test_stacked_layers_are_quantised_apart(format, double_quant):
+    stacked = quantized(format, double_quant=double_quant)
+    for i in range(3):
+        alone = quantized(format, {"up_proj": W["up_proj"][i]}, double_quant=double_quant)
+        cases.assert_equal(one_layer(stacked, i), alone)
+
+
+@pytest.mark.optimized
+def test_every_way_to_decode_gives_the_same_bits(format, double_quant):
+    tree = quantized(format, double_quant=double_quant)
+    on_host = lora.dequantize(tree)
+    cases.assert_equal(jax.jit(lora.dequantize)(tree), on_host)
+    cases.assert_equal(jax.tree.map(lambda w: w.dense(), tree, is_leaf=lora_weight), on_host)
+
+
+def lora_weight(leaf):
+    return isinstance(leaf, lora.Weight)
+
+
+def test_formats_have_structures_of_their_own():
+    """JAX compares dataclasses by their fields: `jit` would mistake one for another."""
+    structures = [jax.tree.structure(quantized(format)) for format in FORMATS]
+    assert len(structures) == 5
+    assert not any(a == b for i, a in enumerate(structures) for b in structures[:i])
+
+
+def test_jitted_quantising_gives_the_same_bits(format, double_quant):
+    def again(tree):
+        return quantized(format, tree, double_quant=double_quant)
+
+    cases.assert_equal(jax.jit(again)(W), again(W))
+    shapes = jax.eval_shape(again, W)
+    assert jax.tree.structure(shapes) == jax.tree.structure(again(W))
+    assert jax.tree.map(jnp.shape, again(W)) == jax.tree.map(lambda s: s.shape, shapes)
+
+
+def test_linear_embed_and_transpose(format, double_quant):
+    weight = one_layer(quantized(format, double_quant=double_quant))["up_proj"]
+    dense, tokens = weight.dense(), jnp.array([[3, 62], [0, 17]])
+    cases.assert_close(linear(X, weight), X @ dense)
+    cases.assert_equal(lora.embed(tokens, weight), dense[tokens])
+    head = transpose(weight)
+    assert head.shape == (40, 64) and head.T is weight
+    y = cases.normal(2, 2, 3, 40)
+    cases.assert_close(linear(y, head), y @ dense.T)
+    cases.assert_equal(head.dense(), dense.T)
+    for apply, x, matrix in ((weight, X, dense), (head, y, dense.T)):
+        ours = jax.grad(lambda x: jnp.sin(linear(x, apply)).sum())(x)  # noqa: B023
+        cases.assert_close(ours, jax.grad(lambda x: jnp.sin(x @ matrix).sum())(x))  # noqa: B023
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_other_dtypes_round_last(format, dtype):
+    w = jnp.asarray(W["up_proj"], dtype)
+    weight, wide = (quantized(format, {"w": x})["w"] for x in (w, w.astype(jnp.float32)))
+    assert weight.dtype == jnp.dtype(dtype) and wide.dtype == jnp.float32
+    cases.assert_equal(weight.dense(), wide.dense().astype(dtype))
+    x = X.astype(dtype)
+    assert linear(x, one_layer(weight)).dtype == x.dtype
+
+
+def test_a_kernel_with_two_output_axes():
+    """`[d, heads, head_dim]` is quantised as the matrix `[d, heads * head_dim]`."""
+    kernel = cases.normal(3, 2, 32, 4, 6)
+    layout = lora.Layout(contracted=(-3,), output=(-2, -1))
+    weight = quantized(tree={"query": kernel}, layouts={"query": layout})["query"]
+    flat = quantized(tree={"query": kernel.reshape(2, 32, 24)})["query"]
+    assert weight.shape == kernel.shape
+    cases.assert_equal(weight.codes, flat.codes)
+    cases.assert_equal(weight.dense(), flat.dense().reshape(kernel.shape))
+    assert weight.as_matrix(layout).shape == (2, 32, 24)
+    cases.assert_equal(weight.as_matrix(layout).dense(), flat.dense())
+    with pytest.raises(ValueError, match="NF4 was quantised as Layout.*asked for as Layout"):
+        weight.as_matrix(lora.Layout())
+
+
+def test_a_weight_applied_from_the_left():
+    w = cases.normal(3, 24, 32)  # y = w @ x
+    layout = lora.Layout(contracted=(-1,), output=(-2,))
+    weight = quantized(tree={"w": w}, layouts={"w": layout})["w"]
+    assert weight.shape == (24, 32) and weight.codes.shape == (16, 24)
+    cases.assert_equal(weight.dense(), quantized(tree={"w": w.T})["w"].dense().T)
+
+
+def test_nf4_stores_4_127_bits_a_parameter():
+    tree = {"down_proj": jax.ShapeDtypeStruct((2, 14_336, 4096), jnp.bfloat16)}
+
+    def bits(**options):
+        weight = jax.eval_shape(lambda t: lora.quantize(t, **options), tree)["down_proj"]
+        return 8 * weight.nbytes / math.prod(weight.shape)
+
+    assert bits(format="nf4") == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), abs=1e-5)
+    assert f"{bits(format='nf4'):.3f}" == "4.127"
+    assert bits(format="fp4", double_quant=False) == 4.5
+    assert bits(format="int8", double_quant=False) == 8.5
+
+
+def test_a_weight_prints_itself_in_one_line():
+    weight = lora.quantize({"w": jnp.ones((256, 128), jnp.bfloat16)}, "nf4")["w"]
+    assert repr(weight) == str(weight) == (
+        "NF4(256x128 bfloat16, blocks of 64, absmax in 8 bits, 4.128 bits a parameter)"
+    )  # fmt: skip
+    assert weight.nbytes == 256 * 64 + 4 * 128 + 2 * 4 + 4
+
+
+def test_merging_may_requantise():
+    tree = quantized()
+    base, delta = lora.lora_transform(tree, lora.LoRA(rank=2), key=jax.random.key(0))
+    delta = cases.moved(delta)
+    plain, again = lora.merge(base, delta), lora.merge(base, delta, requantize=True)
+    cases.assert_equal(again, quantized(tree=plain))
+    jitted = jax.jit(lambda b, d: lora.merge(b, d, requantize=True))(base, delta)
+    assert jax.tree.structure(jitted) == jax.tree.structure(tree)
+    cases.assert_equal(lora.merge({"up_proj": plain["up_proj"]}, delta, requantize=True),
+                       lora.merge(plain, delta))  # fmt: skip
+
+
+def test_quantised_trees_have_fingerprints(format):
+    tree = quantized(format)
+    other = dataclasses.replace(tree["up_proj"], codes=tree["up_proj"].codes.at[0, 0, 0].add(1))
+    name = checkpoints.fingerprint(tree)
+    assert name == checkpoints.fingerprint(quantized(format))
+    assert name != checkpoints.fingerprint({"up_proj": other})
+
+
+@pytest.mark.optimized
+@pytest.mark.mixed_dtypes
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_float_copy_of_a_weight_outlives_its_layer(dtype):
+    """A step's temporaries, activations and all, are a few layers' worth of float32."""
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=128, intermediate_size=256, num_layers=16, num_heads=4,
+        num_kv_heads=4, head_dim=32, context_length=64,
+    )  # fmt: skip
+
+    def make(key):
+        params = llama.init(config, key=key, dtype=jnp.dtype(dtype))
+        return lora.lora_transform(lora.quantize(params, "nf4"), lora.LoRA(rank=2), key=key)
+
+    def loss(delta, base, tokens):
+        logits = llama.forward(lora.bind(base, delta), tokens, config)
+        return (logits.astype(jnp.float32) ** 2).mean()
+
+    base, delta = jax.eval_shape(make, jax.random.key(0))
+    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    compiled = jax.jit(jax.grad(loss)).lower(delta, base, tokens).compile()
+    layer = 4 * (4 * 128 * 128 + 3 * 128 * 256)
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * layer  # of 16
+
+
+def bad(match, tree=W, format="nf4", **options):
+    with pytest.raises(ValueError, match=match):
+        lora.quantize(tree, format, **({"block_size": 16} | options))
+
+
+def test_an_unknown_format():
+    bad("format 'nf5': expected one of nf4, fp4, e2m1, int4, int8", format="nf5")
+
+
+@pytest.mark.parametrize("block_size", [0, 60, -64, 8192])
+def test_a_wrong_block_size(block_size):
+    bad("block_size=.*: expected one of 8, 16, 32, 64", block_size=block_size)
+
+
+def test_rows_that_are_no_multiple_of_the_block():
+    bad("mlp/up_proj has 48 rows .*multiple of the block size 64: give block_size=16, or leave",
+        {"mlp": {"up_proj": np.ones((48, 8), np.float32)}}, block_size=64)  # fmt: skip
+    bad("up_proj has 50 rows .*: leave it out", {"up_proj": np.ones((50, 8), np.float32)})
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.complex64])
+def test_weights_that_are_no_real_numbers(dtype):
+    bad(f"codes holds {np.dtype(dtype)}: only real floating-point weights",
+        {"codes": np.ones((16, 16), dtype)})  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_weight_that_is_not_finite(value):
+    w = np.asarray(W["up_proj"]).copy()
+    w[2, 5, 7] = value
+    bad("layers/up_proj: it holds NaN or infinity", {"layers": {"up_proj": w}})
+
+
+def test_scales_whose_sum_exceeds_float32():
+    w = {"up_proj": np.full((16, 32), 3e38, np.float32)}
+    bad("up_proj: the sum of its absmax exceeds float32: give double_quant=False", w)
+    assert (quantized(tree=w, double_quant=False)["up_proj"].dense() == 3e38).all()
+
+
+def test_a_weight_that_is_quantised_already():
+    bad("up_proj is a NF4 already. Leave it out", quantized())
+
+
+def test_a_rule_or_a_layout_that_matches_nothing():
+    bad("target 'q_prj' matches nothing", targets="q_prj")
+    bad("layouts names 'up'.*up_proj", layouts={"up": lora.Layout()})
+
+
+def state_dict(**changes):
+    weight = one_layer(quantized(block_size=64))["up_proj"]
+    return {**to_bitsandbytes(weight), **changes}
+
+
+def test_packed_bytes_that_do_not_fit_their_state():
+    with pytest.raises(ValueError, match=r"weight holds 1279 entries of uint8, expected 1280"):
+        from_bitsandbytes(state_dict(weight=state_dict()["weight"][:-1]))
+
+
+def test_state_dicts_that_are_incomplete_or_of_another_codebook():
+    tensors = state_dict()
+    key = "weight.quant_state.bitsandbytes__nf4"
+    with pytest.raises(ValueError, match="no 4-bit weight of bitsandbytes, or its state dict"):
+        from_bitsandbytes({k: v for k, v in tensors.items() if k != key})
+    with pytest.raises(ValueError, match="lacks weight.nested_absmax"):
+        from_bitsandbytes({k: v for k, v in tensors.items() if k != "weight.nested_absmax"})
+    with pytest.raises(ValueError, match="quant_map is not the codebook"):
+        from_bitsandbytes(state_dict(**{"weight.quant_map": np.ones(16, np.float32)}))
+    rows = np.frombuffer(tensors[key].tobytes().replace(b"[40, 64]", b"[80, 32]"), np.uint8)
+    with pytest.raises(ValueError, match="blocks of 64 run across its rows of 32"):
+        from_bitsandbytes(state_dict(**{key: rows}))
+
+
+def test_weights_that_bitsandbytes_has_no_place_for():
+    with pytest.raises(ValueError, match="no Int8 weights; expected NF4, FP4"):
+        to_bitsandbytes(one_layer(quantized("int8"))["up_proj"])
+    with pytest.raises(ValueError, match="is stacked: convert it layer by layer"):
+        to_bitsandbytes(quantized()["up_proj"])
+
+
+def test_state_dicts_convert_back_without_loss(double_quant):
+    for format in ("nf4", "fp4"):
+        tree = quantized(format, double_quant=double_quant)
+        weight = one_layer(tree)["up_proj"]
+        cases.assert_equal(from_bitsandbytes(to_bitsandbytes(weight, "q"), "q"), weight)
+
+
+def test_weights_split_over_devices():
+    """Each device multiplies by the columns, or the rows, that it holds."""
+    weight = one_layer(quantized(double_quant=False))["up_proj"]
+    mesh = jax.make_mesh((4,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    P = jax.sharding.PartitionSpec
+
+    def split(x, w):
+        return jnp.sin(linear(x, w)).sum()[None]
+
+    spec = P(None, "model")
+    specs = {"in_specs": (P(), weight.partition(spec)), "out_specs": P("model")}
+    total = lambda x, w: jax.shard_map(split, mesh=mesh, **specs)(x, w).sum()  # noqa: E731
+    value, gradient = jax.jit(jax.value_and_grad(total))(X, weight)
+    whole = jax.value_and_grad(lambda x: jnp.sin(x @ weight.dense()).sum())(X)
+    cases.assert_close((value, gradient), whole)
+
+    specs = {"in_specs": (P(None, "model"), weight.partition(P("model", None))), "out_specs": P()}
+
+    def rows(x, w):
+        assert w.shape == (16, 40)
+        return jax.lax.psum(linear(x, w), "model")
+
+    cases.assert_close(jax.shard_map(rows, mesh=mesh, **specs)(X, weight), X @ weight.dense())
+
+
+def test_double_quantised_weights_split_along_layers_alone():
+    weight = quantized()["up_proj"]
+    spec = jax.sharding.PartitionSpec("layers", None, None)
+    assert weight.partition(spec).absmax.scale == jax.sharding.PartitionSpec("layers")
+    with pytest.raises(ValueError, match="cannot be split by .*give|double_quant=False"):
+        weight.partition(jax.sharding.PartitionSpec(None, None, "model"))
+
+
+def test_checkpoints_keep_the_bytes(tmp_path, double_quant):
+    tree = quantized(double_quant=double_quant)
+    checkpoints.save(tmp_path, 1, tree, identity={}, position=None)
+    _, restored, _ = checkpoints.restore(tmp_path, tree, identity={})
+    cases.assert_equal(restored, tree)
+    assert restored["up_proj"].codes.dtype == jnp.uint8
