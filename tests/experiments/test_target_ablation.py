@@ -8,9 +8,9 @@ import pytest
 
 @pytest.mark.slow
 def test_equal_rank_and_equal_parameters(tmp_path):
-    """Over a quantised base, with a paged optimizer."""
+    """With a paged optimizer."""
     command.write_talk(tmp_path)
-    paged = ("--config.base.quantize=nf4", "--config.train.optimizer_memory=pinned_host")
+    paged = ("--config.train.optimizer_memory=pinned_host",)
     flags = (*command.QUICK, *paged, "--config.ablation.rank=2", "--workdir=run")
     code, output = command.run(tmp_path, "target_ablation", *flags)
     assert code == 0, output

@@ -48,7 +48,7 @@ def logits(model, delta=None):
 
 def test_folders_files_and_merged_adapters(script, folder, tmp_path):
     model = load(folder)
-    delta = cases.llama_delta(model.params, lora.LoRA(rank=2))
+    delta = cases.llama_delta(model.params, lora.LoRA(rank=2), size=0.03)
     adapter = tmp_path / "adapter"
     peft.save_adapter(adapter, delta, model.params, peft.llama_names(model.config))
     whole = {"from": folder, "adapter": adapter}
@@ -60,7 +60,7 @@ def test_folders_files_and_merged_adapters(script, folder, tmp_path):
 
     run(script, **{"from": tmp_path / "merged"}, to=tmp_path / "m.gguf")
     found = logits(load(tmp_path / "m.gguf"))
-    assert np.abs(found - expected).max() < 0.02 * np.abs(expected).max()
+    assert np.abs(found - expected).max() < 0.005 * np.abs(expected).max()
 
     run(script, to=tmp_path / "served", profile="vllm", **whole)
     stated = json.loads((tmp_path / "served" / "adapter_config.json").read_text())
