@@ -11,15 +11,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hostile
+import jax
 import numpy as np
 import pytest
 import small_checkpoints
 import small_llamas
+from safetensors.numpy import save_file
 
+import lora_jax as lora
 from lora_jax.data import render
 from lora_jax.data.tokenizer import CHATML
 from lora_jax.interop import load_gguf, load_huggingface
 from lora_jax.interop.gguf_header import read_header
+from lora_jax.quant import to_bitsandbytes
 
 FEW, MANY = 50, 400
 MEMORY = 512 << 20  # bytes beyond what the process has; the models here have some kilobytes
@@ -31,6 +35,7 @@ SMALL = small_llamas.VARIANTS["llama3_1"] | {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
 }
+PACKED = SMALL | {"hidden_size": 64}
 FILES = [
     "config.json",
     "generation_config.json",
@@ -115,6 +120,28 @@ def test_gguf(tmp_path, count):
         load_all(load_gguf, path)
 
     assert survives(case, count, str(path)) > count / 3
+
+
+@counts
+def test_states_of_packed_weights(tmp_path, count):
+    """bitsandbytes' JSON inside a tensor."""
+    folder, weights = tmp_path / "bad", small_llamas.draw_weights(PACKED)
+    dense = small_checkpoints.write_huggingface(tmp_path / "dense", PACKED, weights)
+    base = lora.quantize(load_huggingface(dense).params, "nf4", targets="q_proj")
+    layer = jax.tree.map(lambda x: x[0], base["layers"]["attn"]["q_proj"])
+    name = "model.layers.0.self_attn.q_proj.weight"
+    del weights[name]
+    weights |= to_bitsandbytes(layer, name)
+    state_name = f"{name}.quant_state.bitsandbytes__nf4"
+    state = json.loads(weights[state_name].tobytes())
+    load_all(load_huggingface, small_checkpoints.write_huggingface(folder, PACKED, weights))
+
+    def case(random):
+        weights[state_name] = np.frombuffer(hostile.json_bytes(state, random), np.uint8)
+        save_file(weights, folder / "model.safetensors")
+        load_all(load_huggingface, folder)
+
+    assert survives(case, count, str(folder)) > count / 3
 
 
 @counts
