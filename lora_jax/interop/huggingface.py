@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from lora_jax.interop.huggingface_config import config_from_huggingface
 from lora_jax.interop.llama_leaves import assemble, check_tensors
 from lora_jax.interop.model import Pretrained
+from lora_jax.interop.packed import keep_packed, take_packed
 from lora_jax.interop.placing import Place, on_device
 from lora_jax.interop.read_json import read_json
 from lora_jax.interop.tokenizers import check_vocabulary, tokenizer_from_huggingface
@@ -34,7 +35,8 @@ def load_huggingface(
     """Loads a Llama from a folder that holds config.json, safetensors and tokenizer.json.
 
     One file or many shards with an index; any float type, read tensor by tensor as `dtype`.
-    `place(path, leaf)` makes each leaf of the tree from what lies in the file.
+    `place(path, leaf)` makes each leaf of the tree from what lies in the file. What bitsandbytes
+    packed into 4 bits becomes `NF4` or `FP4` weights with its bits, whatever `place` is.
 
     Raises:
       FileNotFoundError: the folder or one of its files is missing.
@@ -48,8 +50,10 @@ def load_huggingface(
     with contextlib.ExitStack() as stack:
         tensors = _open_tensors(folder, stack)
         _drop_redundant(tensors, config)
+        packed = take_packed(tensors, str(folder))
         slices = {name: file.get_slice(name) for name, file in tensors.items()}
         shapes = {name: tuple(piece.get_shape()) for name, piece in slices.items()}
+        shapes |= {name: weight.shape for name, weight in packed.items()}
         check_tensors(config, "huggingface", shapes, str(folder))
         for name, piece in slices.items():
             if piece.get_dtype() not in _FLOATS:
@@ -57,7 +61,8 @@ def load_huggingface(
                     f"{folder}: the tensor {name!r} is {piece.get_dtype()}, expected one of "
                     f"{', '.join(_FLOATS)}; load the unquantised model, quantise it here."
                 )
-        params = assemble(config, "huggingface", slices.__getitem__, dtype, place)
+        read = (slices | packed).__getitem__
+        params = assemble(config, "huggingface", read, dtype, keep_packed(place, dtype))
     return Pretrained(
         params=params,
         config=config,

@@ -1,6 +1,5 @@
 """The model's shape, from and to a Hugging Face config.json."""
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,6 @@ _SUPPORTED = {
     "hidden_act": "silu",
     "attention_bias": False,  # Qwen2's biases have no switch
     "mlp_bias": False,
-    "quantization_config": None,
     "pretraining_tp": 1,
 }
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -137,6 +135,13 @@ def _refuse_other_models(path: Path, values: Mapping[str, Any]) -> None:
             f"{', '.join(map(repr, _FAMILIES))}): Llama 2, Llama 3.x, SmolLM2, Mistral, Qwen2, "
             "Qwen2.5 and Qwen3 checkpoints in plain floats can be loaded."
         )
+    quantization = values.get("quantization_config")
+    is_packed = isinstance(quantization, dict) and quantization.get("load_in_4bit") is True
+    if quantization is not None and not is_packed:
+        raise ValueError(
+            f"{path}: unsupported quantization_config={quantization!r}; plain floats can be "
+            "loaded, and the 4-bit weights of bitsandbytes."
+        )
     wrong = [
         f"{key}={values[key]!r} (supported: {supported!r})"
         for key, supported in _SUPPORTED.items()
@@ -166,7 +171,7 @@ def _positive(
     path: Path, values: Mapping[str, Any], key: str, default: float | None = None
 ) -> float:
     value = default if values.get(key) is None else values[key]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
         raise ValueError(f"{path}: {key} is {value!r}, expected a positive number.")
     return value
 
