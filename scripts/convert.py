@@ -59,7 +59,7 @@ def convert() -> dict[str, str]:
     if _MERGE.value:
         params = lora.merge(model.params, delta)
         if _QUANTIZE.value:
-            params = lora.quantize(params, _QUANTIZE.value)
+            params = lora.quantize(lora.dequantize(params), _QUANTIZE.value)
         model = dataclasses.replace(model, params=params)
         return said | {"merged": "yes"} | write_model(model, target)
     peft.save_adapter(
@@ -79,7 +79,9 @@ def load_model() -> Pretrained:
         return load(_FROM.value)
     model = load(_FROM.value, place=quantized(_QUANTIZE.value))
     if (held := formats(model)) != {_QUANTIZE.value}:
-        raise ValueError(f"{model.source} is in {', '.join(held)} already; leave --quantize out.")
+        raise ValueError(
+            f"{model.source} is in {', '.join(sorted(held))} already; leave --quantize out."
+        )
     return model
 
 
@@ -89,7 +91,7 @@ def write_model(model: Pretrained, target: Path) -> dict[str, str]:
         return {"written": f"{target}, {_KIND.value}, {target.stat().st_size / 1e6:,.1f} MB"}
     save_huggingface(target, model, dtype=_DTYPE.value)
     size = sum(file.stat().st_size for file in target.iterdir())
-    kind = "".join(f", {format} of bitsandbytes" for format in formats(model))
+    kind = "".join(f", {format} of bitsandbytes" for format in sorted(formats(model)))
     return {"written": f"{target}, a Hugging Face folder{kind}, {size / 1e6:,.1f} MB"}
 
 

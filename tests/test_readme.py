@@ -9,9 +9,10 @@ README = Path(__file__).parents[1] / "README.md"
 
 
 @pytest.mark.mixed_dtypes
-def test_blocks_run_in_order(capsys):
+def test_blocks_run_in_order(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"<!-- test: (.+?) -->\n```python\n(.*?)```", README.read_text(), re.S)
-    names = ["custom step", "targets", "methods", "sweep", "rows", "qlora", "flax"]
+    names = ["custom step", "targets", "methods", "sweep", "rows", "qlora", "flax", "peft"]
     assert [name for name, _ in blocks] == names
     assert README.read_text().count("```python") == len(blocks)
     scope: dict = {}
@@ -24,3 +25,5 @@ def test_blocks_run_in_order(capsys):
     assert scope["losses"].shape == (3,)
     assert scope["weights"]["embed"].shape == (320, 64)
     assert scope["logits"].shape == (2, 6, 100)
+    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+    assert scope["half"]["layers"]["attn"]["q_proj"].rank == 8

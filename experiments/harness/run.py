@@ -13,7 +13,7 @@ import optax
 from ml_collections import ConfigDict
 
 import lora_jax as lora
-from experiments.harness import setup
+from experiments.harness import adapters, setup
 from experiments.harness.arms import Arm, same_kind
 from experiments.harness.samples import sample
 from lora_jax import data, training
@@ -49,6 +49,7 @@ def run(config: ConfigDict, arms: Sequence[Arm], workdir: Path, log: Log) -> dic
         first, more = _train(config, kind, model, validation, identity, workdir, log)
         base_loss = first if number == 0 else base_loss
         outcomes += more
+    adapters.save(config, model, outcomes, workdir / "adapters")
     return {
         "base": {"name": model.name, "source": model.source, "val_loss": base_loss},
         "arms": [_row(outcome, model) for outcome in outcomes],

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
 from lora_jax.data.tokenizer import Tokenizer
-from lora_jax.interop.bitsandbytes_folder import quantization_config
+from lora_jax.interop.export_bitsandbytes import quantization_config
 from lora_jax.interop.huggingface_config import config_from_huggingface, config_to_huggingface
 from lora_jax.interop.llama_leaves import FileTensor, disassemble
 from lora_jax.interop.model import Pretrained

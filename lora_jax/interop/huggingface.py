@@ -10,14 +10,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
-from lora_jax.interop.bitsandbytes_folder import (
-    beside_quantized,
-    quantized_shapes,
-    take_quantized,
-)
 from lora_jax.interop.huggingface_config import config_from_huggingface
 from lora_jax.interop.llama_leaves import assemble, check_tensors
 from lora_jax.interop.model import Pretrained
+from lora_jax.interop.packed import keep_packed, take_packed
 from lora_jax.interop.placing import Place, on_device
 from lora_jax.interop.read_json import read_json
 from lora_jax.interop.tokenizers import check_vocabulary, tokenizer_from_huggingface
@@ -39,16 +35,14 @@ def load_huggingface(
     """Loads a Llama from a folder that holds config.json, safetensors and tokenizer.json.
 
     One file or many shards with an index; any float type, read tensor by tensor as `dtype`.
-    `place(path, leaf)` makes each leaf of the tree from what lies in the file.
-
-    Of a checkpoint that transformers saved with bitsandbytes' 4 bits, the quantised linears become
-    stacked NF4 or FP4 weights, on the default device: the file's own bits, and the dtype that
-    they were quantised from. `dtype` and `place` are for the other leaves.
+    `place(path, leaf)` makes each leaf of the tree from what lies in the file. What bitsandbytes
+    packed into 4 bits becomes `NF4` or `FP4` weights with its bits, on the default device: `place`
+    sees the other leaves.
 
     Raises:
       FileNotFoundError: the folder or one of its files is missing.
       ValueError: another architecture or an unsupported option; a corrupt shard; tensors missing,
-        unexpected or of the wrong shape; another quantisation than bitsandbytes' in 4 bits.
+        unexpected or of the wrong shape.
     """
     folder = Path(folder)
     config = config_from_huggingface(folder)
@@ -57,19 +51,19 @@ def load_huggingface(
     with contextlib.ExitStack() as stack:
         tensors = _open_tensors(folder, stack)
         _drop_redundant(tensors, config)
-        matrices = take_quantized(tensors)
+        packed = take_packed(tensors, str(folder))
         slices = {name: file.get_slice(name) for name, file in tensors.items()}
         shapes = {name: tuple(piece.get_shape()) for name, piece in slices.items()}
-        shapes |= quantized_shapes(matrices, str(folder))
+        shapes |= {name: weight.shape for name, weight in packed.items()}
         check_tensors(config, "huggingface", shapes, str(folder))
-        place = beside_quantized(config, matrices, place, str(folder))
         for name, piece in slices.items():
             if piece.get_dtype() not in _FLOATS:
                 raise ValueError(
                     f"{folder}: the tensor {name!r} is {piece.get_dtype()}, expected one of "
                     f"{', '.join(_FLOATS)}; load the unquantised model, quantise it here."
                 )
-        params = assemble(config, "huggingface", slices.__getitem__, dtype, place)
+        read = (slices | packed).__getitem__
+        params = assemble(config, "huggingface", read, dtype, keep_packed(place, dtype))
     return Pretrained(
         params=params,
         config=config,

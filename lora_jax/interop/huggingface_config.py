@@ -1,6 +1,5 @@
 """The model's shape, from and to a Hugging Face config.json."""
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -59,7 +58,6 @@ def config_from_huggingface(folder: Path) -> LlamaConfig:
     family = stated["model_type"]
     values = {**_FAMILIES[family], **stated}
     _refuse_window(path, values)
-    _refuse_quantisation(path, values)
 
     def number(key: str, default: float | None = None) -> float:
         return _positive(path, values, key, default)
@@ -135,7 +133,14 @@ def _refuse_other_models(path: Path, values: Mapping[str, Any]) -> None:
         raise ValueError(
             f"{path}: unsupported model_type={family!r} (supported: "
             f"{', '.join(map(repr, _FAMILIES))}): Llama 2, Llama 3.x, SmolLM2, Mistral, Qwen2, "
-            "Qwen2.5 and Qwen3 checkpoints can be loaded."
+            "Qwen2.5 and Qwen3 checkpoints in plain floats can be loaded."
+        )
+    quantization = values.get("quantization_config")
+    is_packed = isinstance(quantization, dict) and quantization.get("load_in_4bit") is True
+    if quantization is not None and not is_packed:
+        raise ValueError(
+            f"{path}: unsupported quantization_config={quantization!r}; plain floats can be "
+            "loaded, and the 4-bit weights of bitsandbytes."
         )
     wrong = [
         f"{key}={values[key]!r} (supported: {supported!r})"
@@ -144,18 +149,6 @@ def _refuse_other_models(path: Path, values: Mapping[str, Any]) -> None:
     ]
     if wrong:
         raise ValueError(f"{path}: unsupported {', '.join(wrong)} in a model of type {family!r}.")
-
-
-def _refuse_quantisation(path: Path, values: Mapping[str, Any]) -> None:
-    """Of quantised checkpoints, those of bitsandbytes in 4 bits can be loaded."""
-    stated = values.get("quantization_config")
-    wanted = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    if stated is None or (isinstance(stated, dict) and wanted.items() <= stated.items()):
-        return
-    raise ValueError(
-        f"{path}: unsupported quantization_config={stated!r} (supported: {wanted!r}). Load the "
-        "unquantised model, and quantise it here."
-    )
 
 
 def _refuse_window(path: Path, values: Mapping[str, Any]) -> None:
@@ -178,7 +171,7 @@ def _positive(
     path: Path, values: Mapping[str, Any], key: str, default: float | None = None
 ) -> float:
     value = default if values.get(key) is None else values[key]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
         raise ValueError(f"{path}: {key} is {value!r}, expected a positive number.")
     return value
 

@@ -9,6 +9,8 @@ from tokenizers import Tokenizer as Core
 from lora_jax.data.tokenizer import Tokenizer
 from lora_jax.interop.read_json import read_json
 
+_UNHEARD_OF = "a \ue000"  # meets the unknown token of those that have one
+
 
 def tokenizer_from_huggingface(folder: Path) -> Tokenizer:
     """Reads tokenizer.json and its companions in a Hugging Face folder.
@@ -26,10 +28,7 @@ def tokenizer_from_huggingface(folder: Path) -> Tokenizer:
             f"{folder} has no tokenizer.json. Download the whole repository, or save one with "
             "AutoTokenizer.from_pretrained(...).save_pretrained(...)."
         )
-    try:
-        core = Core.from_file(str(path))
-    except Exception as error:  # the Rust library raises bare Exception
-        raise ValueError(f"{path} is not a tokenizer: {error}") from None
+    core = _core(path)
     stated = folder / "tokenizer_config.json"
     settings = read_json(stated)
     eos_id = _token_id(core, stated, settings, "eos_token")
@@ -44,6 +43,19 @@ def tokenizer_from_huggingface(folder: Path) -> Tokenizer:
     )
 
 
+def _core(path: Path) -> Core:
+    try:
+        core = Core.from_file(str(path))
+        core.encode(_UNHEARD_OF)
+    except BaseException as error:  # the Rust library raises bare Exceptions, and its panics none
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        raise ValueError(f"{path} is not a tokenizer that works: {error}") from None
+    if not core.get_vocab():
+        raise ValueError(f"{path} is a tokenizer without tokens.")
+    return core
+
+
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, source: str) -> None:
     """Raises ValueError if the tokenizer may yield an id that the embedding has no row for."""
     if tokenizer.vocab_size > vocab_size:
@@ -52,6 +64,13 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, source: str) -> None
             f"vocabulary of {vocab_size}; they belong to different models, or tokens were added "
             "without resizing the embedding."
         )
+    for name in ("bos_id", "eos_id", "pad_id"):
+        token_id = getattr(tokenizer, name)
+        if token_id is not None and token_id >= vocab_size:
+            raise ValueError(
+                f"{source}: the tokenizer's {name} is {token_id}, outside the model's vocabulary "
+                f"of {vocab_size}."
+            )
 
 
 def _token_id(core: Core, path: Path, settings: Mapping[str, Any], key: str) -> int | None:

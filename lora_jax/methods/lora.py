@@ -32,7 +32,8 @@ class LoRA(Method):
       init: how `a` is drawn: "kaiming" is uniform on +-1/sqrt(d_in), as PEFT draws it; "gaussian"
         has standard deviation `1 / r`. "pissa", "pissa_niter_N" and "olora" take a and b from the
         weight itself, and the base that `lora_transform` returns is the rest: see
-        `decompositions.factors_of`, and `as_plain_lora` for the way back.
+        `decompositions.factors_of`, and `as_plain_lora` for the way back. Of a quantised weight the
+        rest is quantised again, and the model starts as close to the base as that error allows.
       train_a: False freezes `a` where it starts: LoRA-FA (Zhang et al. 2023, arXiv:2308.03303).
         No gradient of `a` is computed. The paper's correction of `b`'s gradient is `project_b`.
 

@@ -56,6 +56,12 @@ def test_records(finished):
     for arm in arms:
         assert arm["name"] in table and arm["name"] in output
     assert (folder / "run/rank_sweep.png").read_bytes()[:4] == b"\x89PNG"
+    adapters = {path.name for path in (folder / "run/adapters").iterdir()}
+    assert adapters == {f"{a['name'].replace(' ', '_')}" for a in arms if a["rank"]}
+    stated = json.loads(
+        (folder / "run/adapters/all-linear_r3_seed_1/adapter_config.json").read_text()
+    )
+    assert stated["r"] == 3 and stated["lora_dropout"] == 0.1
     records = command.metrics(folder / "run")
     losses = [r for r in records if r["arm"] == arms[0]["name"] and "loss" in r]
     assert [r["step"] for r in losses] == [1, 2, 3, 4]

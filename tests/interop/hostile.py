@@ -81,10 +81,12 @@ SNIPPETS = [
 def mutate_bytes(data: bytes, random: np.random.Generator, *, head: int | None = None) -> bytes:
     """Truncated, or a few bytes flipped, inserted or removed, mostly in the first `head`."""
     if random.random() < 0.25:
-        return data[: random.integers(len(data))]
+        return data[: random.integers(len(data) + 1)]
     mutated = bytearray(data)
     end = head if head and random.random() < 0.8 else len(data)
     for _ in range(random.integers(1, 5)):
+        if not mutated:
+            break
         at, kind = int(random.integers(min(end, len(mutated)))), random.integers(5)
         if kind < 2:
             mutated[at] ^= 1 << int(random.integers(8))
@@ -159,9 +161,10 @@ def safetensors_bytes(data: bytes, random: np.random.Generator) -> bytes:
     return struct.pack("<Q", claimed) + header + data[8 + length :]
 
 
-def template(random: np.random.Generator) -> str:
+def template(good: str, random: np.random.Generator) -> str:
     """Pieces of templates, kind and unkind, after one another."""
-    pieces = [SNIPPETS[i] for i in random.integers(len(SNIPPETS), size=random.integers(1, 5))]
+    known = [good, *SNIPPETS]
+    pieces = [known[i] for i in random.integers(len(known), size=random.integers(1, 5))]
     text = "".join(pieces)
     if random.random() < 0.3:
         text = mutate_bytes(text.encode(), random).decode(errors="replace")

@@ -48,6 +48,28 @@ def test_folders_saved_by_transformers(tmp_path, name):
     np.testing.assert_array_equal(generated, continued[:, prompt.shape[1] :])
 
 
+def test_four_bits_saved_by_bitsandbytes(tmp_path):
+    """Whose CPU build computes in float32 what our weights decode to."""
+    pytest.importorskip("bitsandbytes", reason="requirements-parity.txt")
+    values = small_llamas.VARIANTS["llama3_1"] | {"intermediate_size": 128}
+    weights = small_llamas.draw_weights(values)
+    plain = small_checkpoints.write_huggingface(tmp_path / "plain", values, weights)
+    how = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        plain, quantization_config=how, device_map="cpu", dtype=torch.float32
+    )
+    model.save_pretrained(tmp_path / "packed")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "packed" / name).write_bytes((plain / name).read_bytes())
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(small_llamas.TOKENS)).logits.numpy()
+    ours = load_huggingface(tmp_path / "packed")
+    logits = llama.forward(ours.params, jnp.asarray(small_llamas.TOKENS), ours.config)
+    assert relative_error(np.asarray(logits), theirs) <= 1e-4
+
+
 @pytest.mark.parametrize("name", small_llamas.VARIANTS)
 def test_folders_for_transformers(tmp_path, name):
     """From a GGUF, so that all is written anew; with the tokenizer and its chat template."""

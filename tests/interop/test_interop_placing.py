@@ -14,6 +14,7 @@ import small_checkpoints
 import small_llamas
 from jax.sharding import NamedSharding, PartitionSpec
 
+import lora_jax as lora
 from lora_jax.interop import StoredLeaf, load, load_gguf, load_huggingface, sharded
 from lora_jax.paths import flatten
 
@@ -73,6 +74,14 @@ def test_any_slice_is_that_of_the_whole(sources, kind):
 
     params = load(sources[kind], place=place).params
     assert flatten(params) == {path: path for path in flatten(params)}
+
+
+def test_quantised_as_they_are_read(sources):
+    finish = lora.quant.quantizer("nf4", targets="attention")
+    loaded = load(sources["gguf"], place=lambda path, leaf: finish(path, leaf.read()))
+    expected = lora.quantize(load(sources["gguf"]).params, "nf4", targets="attention")
+    assert jax.tree.structure(loaded.params) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, expected)
 
 
 def test_peak_of_host_memory(tmp_path):

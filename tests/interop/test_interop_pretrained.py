@@ -85,6 +85,17 @@ def test_no_such_file(tmp_path, name):
         load(tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["consolidated.00.pth", "model.pt", "pytorch_model.bin"])
+def test_pickles_are_refused_unread(tmp_path, name):
+    """By their names, alone or in a folder; the way to convert them is named."""
+    small_checkpoints.write_huggingface(tmp_path / "mine", *small_checkpoints.small("llama2"))
+    (tmp_path / "mine" / "model.safetensors").unlink()
+    (tmp_path / "mine" / name).touch()
+    for source in (tmp_path / "mine", tmp_path / "mine" / name):
+        with pytest.raises(ValueError, match=r"pickle.* refused\. .*save_pretrained\(new\)"):
+            load(source)
+
+
 def test_wheel_of_something_else(tmp_path):
     (tmp_path / "other.whl").write_bytes(b"PK")
     with pytest.raises(ValueError, match=r"other\.whl is truncated, corrupt or another wheel"):

@@ -32,12 +32,12 @@ def value_and_gradient(x, dy, codes, absmax, *, implementation=None):
     return y, *vjp(dy)
 
 
-def training_step(x, codes, absmax):
+def training_step(x, codes, absmax, *, implementation=None):
     """A loss and its gradient through rematerialised layers with a low-rank branch."""
 
     def loss(ab):
         def layer(x, weight):
-            h = nf4_matmul(x, *weight) + (x @ ab[0]) @ ab[1]
+            h = nf4_matmul(x, *weight, implementation=implementation) + (x @ ab[0]) @ ab[1]
             return x + jax.nn.silu(h), None
 
         y, _ = jax.lax.scan(jax.checkpoint(layer), x, (codes, absmax))

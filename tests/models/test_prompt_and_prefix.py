@@ -19,7 +19,6 @@ FORWARD = jax.jit(llama.forward, static_argnums=2, static_argnames="remat")
 METHODS = {
     "prompt": {"embed": lora.Prompt(length=3)},
     "prefix": {"k_proj": lora.Prefix(length=3)},
-    "encoded": {"k_proj": lora.Prefix(length=3, hidden=5)},
     "all": {"embed": lora.Prompt(length=2), "k_proj": lora.Prefix(length=2),
             "q_proj": lora.LoRA(rank=2)},
 }  # fmt: skip
@@ -37,27 +36,29 @@ def run(delta, tokens=TOKENS, **kwargs):
 
 def test_packed_examples_all_see_it_and_nothing_else():
     """Each as if it were alone."""
-    delta, (one, other) = made("all"), (TOKENS[:1, :3], TOKENS[1:, :3])
+    delta = made("all")
     packed = run(
         delta,
-        jnp.concatenate([one, other], axis=1),
+        jnp.concatenate([TOKENS[:1, :3], TOKENS[1:, :3]], axis=1),
         positions=jnp.array([[0, 1, 2, 0, 1, 2]]),
         segment_ids=jnp.array([[1, 1, 1, 2, 2, 2]]),
     )
-    assert_close(packed[:, :3], run(delta, one), rtol=1e-3, atol=2e-5)
-    assert_close(packed[:, 3:], run(delta, other), rtol=1e-3, atol=2e-5)
-    plain = FORWARD(PARAMS, TOKENS, CONFIG)
-    assert np.abs(run(delta) - plain).max() > 1e-2 and plain.shape == run(delta).shape
+    alone = run(delta)
+    assert_close(packed[0, :3], alone[0, :3], rtol=1e-3, atol=2e-5)
+    assert_close(packed[0, 3:], alone[1, :3], rtol=1e-3, atol=2e-5)
+    assert alone.shape == (*TOKENS.shape, CONFIG.vocab_size)
 
 
 def test_generation_reads_on_from_it():
-    weights, lengths = lora.bind(PARAMS, made("all")), jnp.array([5, 3])
-    run = jax.jit(functools.partial(generate, config=CONFIG, max_new_tokens=4, eos_id=-1))
-    new = np.asarray(run(weights, TOKENS[:, :5], lengths))
+    weights, lengths = lora.bind(PARAMS, made("all")), jnp.array([4, 3])
+    write = jax.jit(functools.partial(generate, config=CONFIG, max_new_tokens=3, eos_id=-1))
+    new = np.asarray(write(weights, TOKENS[:, :4], lengths))
+    text = np.array(TOKENS)
     for row, length in enumerate(lengths):
-        text = np.concatenate([TOKENS[row, :length], new[row], [0, 0]])[:9]
-        best = np.argmax(FORWARD(weights, jnp.asarray(text)[None], CONFIG)[0], axis=-1)
-        np.testing.assert_array_equal(new[row], best[length - 1 :][:4])
+        text[row, length : length + 3] = new[row]
+    best = np.argmax(FORWARD(weights, jnp.asarray(text), CONFIG), axis=-1)
+    for row, length in enumerate(lengths):
+        np.testing.assert_array_equal(new[row], best[row, length - 1 :][:3])
 
 
 def test_rows_have_their_own():
@@ -67,8 +68,19 @@ def test_rows_have_their_own():
     assert_close(FORWARD(weights, TOKENS, CONFIG), expected, rtol=1e-3, atol=2e-5)
 
 
+def test_rows_have_their_own_encoded_prefix():
+    method = {"k_proj": lora.Prefix(length=3, hidden=5)}
+    delta = jax.jit(lambda p: lora.lora_transform(p, method, key=KEY)[1])(PARAMS)
+    deltas = [moved(delta, seed) for seed in (1, 2)]
+    prefix = lora.bind(PARAMS, lora.stack(deltas), adapter_ids=jnp.array([1, 0, 1]))
+    alone = [lora.bind(PARAMS, delta)["layers"]["attn"]["prefix"] for delta in deltas]
+    for row, i in enumerate([1, 0, 1]):
+        assert_close(prefix["layers"]["attn"]["prefix"].k[:, row], alone[i].k)
+        assert_close(prefix["layers"]["attn"]["prefix"].v[:, row], alone[i].v)
+
+
 def test_stacks_through_vmap():
-    deltas = [made("encoded", seed) for seed in (1, 2)]
+    deltas = [made("all", seed) for seed in (1, 2)]
     outputs = jax.jit(jax.vmap(run))(lora.stack(deltas))
     for output, delta in zip(outputs, deltas, strict=True):
         assert_close(output, run(delta), rtol=1e-3, atol=2e-5)

@@ -15,6 +15,9 @@ from lora_jax.kernels.nf4_matmul import mosaic_gpu, mosaic_tpu, reference
 
 Implementation = Literal["xla", "mosaic_gpu", "mosaic_tpu"]
 PLATFORM: dict[Implementation, str] = {"mosaic_gpu": "cuda", "mosaic_tpu": "tpu"}
+# The Hopper kernel is taken by name alone until it has run on one: the interpreter has neither its
+# shuffle nor wgmma's operand in registers, and no GPU has been at hand.
+BY_DEFAULT: tuple[Implementation, ...] = ("mosaic_tpu",)
 HOPPER = re.compile(r"\bG?H(100|200|800|20)\b")
 
 
@@ -37,9 +40,10 @@ def nf4_matmul(
       codes: uint8 `[d_in / 2, d_out]`; byte `i` holds the code of row `2 i` in its high half and
         that of row `2 i + 1` in its low half.
       absmax: float32 `[d_in / block, d_out]`.
-      implementation: None takes a kernel where the device has one that takes the shapes and is
-        expected to pay, and XLA elsewhere. A name takes that one or raises. The device is that of
-        `jax.sharding.use_abstract_mesh`, for a program compiled ahead of time, or the default one.
+      implementation: None takes the TPU kernel where it takes the shapes, and XLA elsewhere; the
+        Hopper kernel is taken by name alone, until it was measured. A name takes that one or
+        raises. The device is that of `jax.sharding.use_abstract_mesh`, for a program compiled ahead
+        of time, or the default one.
         Kernels are not partitioned automatically: None takes them on a single device and inside
         `shard_map(..., check_vma=False)` or `pmap`, and XLA under automatic partitioning.
 
@@ -73,21 +77,12 @@ def _contract(
     kernels = {
         platform: runs[name]
         for name, platform in PLATFORM.items()
-        if _on_one_device() and not _lack(name, x, codes, absmax) and _pays(name, x)
+        if name in BY_DEFAULT and _on_one_device() and not _lack(name, x, codes, absmax)
     }
     if not kernels:
         return runs["xla"](x, codes, absmax)
     # The same trace may still be lowered for another platform, a host's CPU for one.
     return jax.lax.platform_dependent(x, codes, absmax, default=runs["xla"], **kernels)
-
-
-def _pays(implementation, x) -> bool:
-    """Whether a kernel is expected to beat decoding the weight first; predicted, not measured.
-
-    The Hopper kernel decodes a weight again for every 128 rows, and does not overlap that with its
-    own wgmma. XLA decodes once, and writes and reads a bfloat16 weight for it: 6 times the bytes.
-    """
-    return implementation != "mosaic_gpu" or x.size // x.shape[-1] <= 256
 
 
 def _forward(implementation, transpose, x, codes, absmax):

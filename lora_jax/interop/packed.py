@@ -1,0 +1,132 @@
+"""The 4-bit weights of a bitsandbytes checkpoint, kept as they are, bit for bit."""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from lora_jax.interop.placing import Place, StoredLeaf
+from lora_jax.quant import Blockwise, from_bitsandbytes
+
+_STATE = ".quant_state.bitsandbytes__"
+_BESIDE = re.compile(r"\.(?:quant_state\.bitsandbytes__.*|(?:nested_)?(?:absmax|quant_map))$")
+_STATE_BYTES = 4096  # bitsandbytes writes less than 300
+_LARGEST = 1 << 31
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Packed:
+    """A weight (out, in) that lies in 4 bits; `fetch` reads it and what stands beside it."""
+
+    source: str
+    name: str
+    shape: tuple[int, ...]
+    fetch: Callable[[], Mapping[str, np.ndarray]]
+
+    def read(self, dtype: DTypeLike) -> Blockwise:
+        """The weight (in, out), which stands for values of `dtype`."""
+        try:
+            weight = from_bitsandbytes(self.fetch(), self.name)
+        except ValueError as error:
+            raise ValueError(f"{self.source}: {error}") from None
+        return dataclasses.replace(weight, dense_dtype=jnp.dtype(dtype))
+
+
+def take_packed(tensors: dict[str, Any], source: str) -> dict[str, Packed]:
+    """Takes the 4-bit weights, and what stands beside them, out of `tensors` (name to file).
+
+    Raises:
+      ValueError: a weight has two states, or one that is no JSON as bitsandbytes writes it.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for key in [key for key in tensors if _STATE in key]:
+        name = key.partition(_STATE)[0]
+        if name in shapes:
+            raise ValueError(f"{source}: {name} has two quant_states, expected one.")
+        shapes[name] = _shape(tensors[key], key, source)
+    files: dict[str, dict[str, Any]] = {name: {} for name in shapes}
+    for key in list(tensors):
+        name = key if key in files else _BESIDE.sub("", key)
+        if name in files:
+            files[name][key] = tensors.pop(key)
+    return {
+        name: Packed(source=source, name=name, shape=shape, fetch=_fetcher(files[name]))
+        for name, shape in shapes.items()
+    }
+
+
+def keep_packed(place: Place, dtype: DTypeLike) -> Place:
+    """`place` for all but leaves whose tensors are `Packed`: those stay what they are."""
+
+    def placed(path: str, leaf: StoredLeaf) -> Any:
+        tensors = [open_tensor() for open_tensor in leaf.tensors]
+        packed = [tensor for tensor in tensors if isinstance(tensor, Packed)]
+        if not packed:
+            return place(path, leaf)
+        if len(packed) < len(tensors) or path == "embed":
+            raise ValueError(
+                f"{packed[0].source}: of {path}, {len(packed)} of {len(tensors)} tensors are in 4 "
+                "bits. Layers are scanned, so that all must be; the embedding must not."
+            )
+        weights = []
+        for tensor in packed:
+            weights.append(tensor.read(dtype))
+            leaf.on_read(leaf.nbytes // len(tensors))
+        if len({_kind(weight) for weight in weights}) > 1:
+            raise ValueError(f"{packed[0].source}: layers of {path} are quantised differently.")
+        return jax.tree.map(lambda *xs: jnp.stack(xs), *weights) if leaf.is_stacked else weights[0]
+
+    return placed
+
+
+def _kind(weight: Blockwise) -> tuple[Any, ...]:
+    leaves, structure = jax.tree.flatten(weight)
+    return structure, *(leaf.shape for leaf in leaves)
+
+
+def _fetcher(files: Mapping[str, Any]) -> Callable[[], dict[str, np.ndarray]]:
+    def fetch() -> dict[str, np.ndarray]:
+        for key, file in files.items():
+            if (kind := file.get_slice(key).get_dtype()) not in ("U8", "F32"):
+                raise ValueError(f"{key} is {kind}; bitsandbytes writes U8 and F32.")
+        return {key: file.get_tensor(key) for key, file in files.items()}
+
+    return fetch
+
+
+def _shape(file: Any, name: str, source: str) -> tuple[int, ...]:
+    """The weight's shape out of its state, all of whose values are checked."""
+    piece = file.get_slice(name)
+    try:
+        if piece.get_dtype() != "U8" or math.prod(piece.get_shape()) > _STATE_BYTES:
+            raise ValueError("it is no short text")
+        state = json.loads(file.get_tensor(name).tobytes())
+        if not isinstance(state, dict):
+            raise ValueError("it is no object")
+        _check_state(state)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source}: {name} is not what bitsandbytes writes: {error}.") from None
+    return tuple(state["shape"])
+
+
+def _check_state(state: Mapping[str, Any]) -> None:
+    shape, offset = state.get("shape"), state.get("nested_offset", 0.0)
+    if not isinstance(shape, list) or len(shape) != 2:
+        raise ValueError(f"shape is {shape!r}")
+    counts = {"shape[0]": shape[0], "shape[1]": shape[1], "blocksize": state.get("blocksize")}
+    if "nested_offset" in state:
+        counts["nested_blocksize"] = state.get("nested_blocksize")
+    for key, value in counts.items():
+        if type(value) is not int or not 0 < value < _LARGEST:
+            raise ValueError(f"{key} is {value!r}")
+    if not isinstance(offset, int | float) or not abs(offset) < _LARGEST:
+        raise ValueError(f"nested_offset is {offset!r}")
+    if state.get("dtype") not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype is {state.get('dtype')!r}")
