@@ -17,8 +17,10 @@ from lora_jax.interop.huggingface_config import config_from_huggingface, config_
 from lora_jax.interop.llama_leaves import FileTensor, disassemble
 from lora_jax.interop.model import Pretrained
 from lora_jax.interop.progress import byte_progress
+from lora_jax.interop.quantization_config import quantization_config
 from lora_jax.interop.read_json import read_json
 from lora_jax.interop.writing import appearing, cast
+from lora_jax.quant import Blockwise, to_bitsandbytes
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _TOKENIZER_FILES = (
@@ -31,7 +33,7 @@ _TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-# What names code to run or another place, or says how weights lay that lie plain now.
+# What names code to run or another place, or says how the source's weights lay.
 _LEFT_OUT = ("auto_map", "_name_or_path", "quantization_config", "dtype", "torch_dtype")
 
 
@@ -50,25 +52,32 @@ def save_huggingface(
     model's shape; otherwise they are written from what the model holds. The folder appears when
     all is written, or not at all; the host holds one shard at a time.
 
+    NF4 and FP4 weights, of one kind in all of the model, are written as bitsandbytes serialises
+    them, bit for bit, with the quantization_config that transformers loads them by.
+
     Args:
       folder: must not exist, or be empty.
-      model: its params plain arrays.
-      dtype: of the weights: float32, bfloat16 or float16; None keeps the embedding's.
+      model: its params plain arrays, or quantised linears among them.
+      dtype: of the plain weights: float32, bfloat16 or float16; None keeps the embedding's.
       shard_bytes: weights beyond this go into several files, with an index.
 
     Raises:
-      ValueError: the folder holds something; params do not follow the config or are not plain; a
-        weight overflows `dtype`.
+      ValueError: the folder holds something; params do not follow the config, or are neither plain
+        nor what bitsandbytes can say; a weight overflows `dtype`.
     """
     folder, source = Path(folder), Path(model.source)
     tensors = disassemble(model.params, model.config, "huggingface")
     kept = jnp.dtype(model.params["embed"].dtype if dtype is None else dtype)
     if kept.name not in _DTYPES:
         raise ValueError(f"dtype={kept.name}: weights are saved as one of {', '.join(_DTYPES)}.")
+    settings: dict[str, Any] = {"torch_dtype": kept.name}
+    quantization = quantization_config(model.params, model.config, kept.name)
+    if quantization is not None:
+        settings["quantization_config"] = quantization
     with appearing(folder) as temporary:
         temporary.mkdir()
         _write_weights(temporary, tensors, kept, shard_bytes)
-        _write_json(temporary / "config.json", _config(model, source) | {"torch_dtype": kept.name})
+        _write_json(temporary / "config.json", _config(model, source) | settings)
         if (source / "tokenizer.json").is_file():
             for name in _TOKENIZER_FILES:
                 _copy(source / name, temporary)
@@ -81,7 +90,7 @@ def save_huggingface(
 def _write_weights(
     folder: Path, tensors: Mapping[str, FileTensor], dtype: np.dtype, shard_bytes: int
 ) -> None:
-    sizes = {name: tensor.size * dtype.itemsize for name, tensor in tensors.items()}
+    sizes = {name: tensor.nbytes(dtype) for name, tensor in tensors.items()}
     shards: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():
@@ -93,18 +102,27 @@ def _write_weights(
     files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     if len(shards) == 1:
         files = ["model.safetensors"]
-    else:
-        index = {name: file for file, held in zip(files, shards, strict=True) for name in held}
-        total = {"total_size": sum(sizes.values())}
-        _write_json(
-            folder / "model.safetensors.index.json", {"metadata": total, "weight_map": index}
-        )
+    weight_map: dict[str, str] = {}
+    total = 0
     with byte_progress(only_on_terminal=True) as bar:
         task = bar.add_task("saving", total=sum(sizes.values()))
         for file, names in zip(files, shards, strict=True):
-            held = {name: cast(name, tensors[name].fetch(), dtype) for name in names}
+            held: dict[str, np.ndarray] = {}
+            for name in names:
+                held |= _as_stored(name, tensors[name].fetch(), dtype)
             save_file(held, folder / file, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(held, file)
+            total += sum(array.nbytes for array in held.values())
             bar.advance(task, sum(sizes[name] for name in names))
+    if len(files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _as_stored(name: str, tensor: Any, dtype: np.dtype) -> dict[str, np.ndarray]:
+    if isinstance(tensor, Blockwise):
+        return to_bitsandbytes(tensor, name)
+    return {name: cast(name, tensor, dtype)}
 
 
 def _config(model: Pretrained, source: Path) -> dict[str, Any]:

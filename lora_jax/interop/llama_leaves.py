@@ -15,6 +15,7 @@ from lora_jax.interop.placing import Place, StoredLeaf, on_device
 from lora_jax.interop.progress import byte_progress
 from lora_jax.models.config import LlamaConfig
 from lora_jax.paths import flatten, nest
+from lora_jax.quant import Blockwise
 
 Naming = Literal["gguf", "huggingface"]
 
@@ -44,14 +45,22 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FileTensor:
-    """A tensor as a file will hold it, (out, in); `fetch` brings it to the host."""
+    """A tensor as a file will hold it, (out, in); `fetch` brings it to the host.
+
+    Of a quantised matrix, `fetch` gives one layer's weight, of `packed_bytes`.
+    """
 
     shape: tuple[int, ...]
-    fetch: Callable[[], np.ndarray]
+    fetch: Callable[[], Any]
+    packed_bytes: int | None = None
 
     @property
     def size(self) -> int:
         return math.prod(self.shape)
+
+    def nbytes(self, dtype: np.dtype) -> int:
+        """What it takes in a file of `dtype`."""
+        return self.size * dtype.itemsize if self.packed_bytes is None else self.packed_bytes
 
 
 def family_of(config: LlamaConfig) -> str:
@@ -199,7 +208,8 @@ def disassemble(
     """What `assemble` undoes: the file's tensors by name, each to be fetched in its turn.
 
     Raises:
-      ValueError: a leaf is missing, unexpected, of the wrong shape, or no plain array.
+      ValueError: a leaf is missing, unexpected, of the wrong shape, or no plain array; for a
+        Hugging Face folder, it may be a quantised weight as well.
     """
     leaves = {"/".join(leaf.path): leaf for leaf in llama_leaves(config)}
     found = flatten(params, is_leaf=lambda node: not isinstance(node, Mapping))
@@ -211,24 +221,30 @@ def disassemble(
     tensors: dict[str, FileTensor] = {}
     for path, leaf in leaves.items():
         array, names = found[path], leaf.names(naming, config.num_layers)
-        if not isinstance(array, jax.Array | np.ndarray):
+        is_packed = isinstance(array, Blockwise) and naming == "huggingface"
+        if not is_packed and not isinstance(array, jax.Array | np.ndarray):
             raise ValueError(
                 f"{path} is a {type(array).__name__}, and only plain arrays can be exported: "
-                "merge adapters and dequantise first."
+                "merge adapters and dequantise first, by merge(base, delta) and dequantize(params)."
             )
         shape = leaf.shape[::-1] if leaf.is_transposed else leaf.shape
         shape = (len(names), *shape) if leaf.is_stacked else shape
         if array.shape != shape:
             raise ValueError(f"{path} has shape {array.shape}, but the config asks for {shape}.")
         for i, name in enumerate(names):
-            fetch = functools.partial(_tensor, array, leaf, i)
-            tensors[name] = FileTensor(shape=leaf.shape, fetch=fetch)
+            fetch = functools.partial(_layer if is_packed else _tensor, array, leaf, i)
+            packed_bytes = array.nbytes // len(names) if is_packed else None
+            tensors[name] = FileTensor(shape=leaf.shape, fetch=fetch, packed_bytes=packed_bytes)
     return tensors
 
 
 def _tensor(array: Any, leaf: Leaf, layer: int) -> np.ndarray:
     tensor = np.asarray(array[layer] if leaf.is_stacked else array)
     return np.ascontiguousarray(tensor.T if leaf.is_transposed else tensor)
+
+
+def _layer(weight: Blockwise, leaf: Leaf, layer: int) -> Blockwise:
+    return jax.tree.map(lambda x: x[layer], weight) if leaf.is_stacked else weight
 
 
 def _listed(names: Iterable[str], limit: int = 8) -> str:

@@ -1,0 +1,73 @@
+"""What a Hugging Face config says of 4-bit weights, as transformers and bitsandbytes read it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lora_jax.interop.llama_leaves import llama_leaves
+from lora_jax.models.config import LlamaConfig
+from lora_jax.paths import flatten
+from lora_jax.quant import FP4, NF4, Blockwise, DoubleQuantized
+from lora_jax.weights import is_weight
+
+_BLOCK_SIZES = tuple(2**power for power in range(5, 13))  # that bitsandbytes decodes
+
+
+def quantization_config(params: Any, config: LlamaConfig, dtype: str) -> dict[str, Any] | None:
+    """What config.json says of the 4-bit weights in `params`; None if there are none.
+
+    Raises:
+      ValueError: a weight that bitsandbytes, or its config, cannot say; the message names the path.
+    """
+    weights = {
+        path: leaf
+        for path, leaf in flatten(params, is_leaf=is_weight).items()
+        if isinstance(leaf, Blockwise)
+    }
+    if not weights:
+        return None
+    for path, weight in weights.items():
+        reason = _unsayable(path, weight)
+        if reason:
+            raise ValueError(
+                f"{path} is {weight}: bitsandbytes {reason}. Quantise the model otherwise, or "
+                "export dequantize(params)."
+            )
+    kinds = {(w.format, isinstance(w.absmax, DoubleQuantized)) for w in weights.values()}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"the params hold {len(kinds)} kinds of 4-bit weights, and a checkpoint of "
+            f"bitsandbytes one: {', '.join(map(str, weights.values()))}."
+        )
+    [(format, is_double)] = kinds
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": format,
+        "bnb_4bit_use_double_quant": is_double,
+        "bnb_4bit_compute_dtype": dtype,
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": _plain_linears(config, weights),
+    }
+
+
+def _unsayable(path: str, weight: Blockwise) -> str | None:
+    if not isinstance(weight, NF4 | FP4):
+        return f"has no {weight.format}, only nf4 and fp4"
+    if path == "embed":
+        return "quantises no embedding"
+    if weight.block_size not in _BLOCK_SIZES:
+        return f"has blocks of {', '.join(map(str, _BLOCK_SIZES))}"
+    return None
+
+
+def _plain_linears(config: LlamaConfig, weights: Mapping[str, Blockwise]) -> list[str]:
+    """The names of the linears left in floats; that of a tied head too, which is no leaf."""
+    quantized = set(weights)
+    linears = {
+        "/".join(leaf.path): leaf.huggingface.split(".")[-2]
+        for leaf in llama_leaves(config)
+        if len(leaf.shape) == 2 and leaf.is_transposed
+    }
+    linears["lm_head"] = "lm_head"
+    return [name for path, name in linears.items() if path not in quantized]
