@@ -13,11 +13,11 @@ from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
 from lora_jax.data.tokenizer import Tokenizer
-from lora_jax.interop.export_bitsandbytes import quantization_config
 from lora_jax.interop.huggingface_config import config_from_huggingface, config_to_huggingface
 from lora_jax.interop.llama_leaves import FileTensor, disassemble
 from lora_jax.interop.model import Pretrained
 from lora_jax.interop.progress import byte_progress
+from lora_jax.interop.quantization_config import quantization_config
 from lora_jax.interop.read_json import read_json
 from lora_jax.interop.writing import appearing, cast
 from lora_jax.quant import Blockwise, to_bitsandbytes

@@ -133,14 +133,16 @@ def _refuse_other_models(path: Path, values: Mapping[str, Any]) -> None:
         raise ValueError(
             f"{path}: unsupported model_type={family!r} (supported: "
             f"{', '.join(map(repr, _FAMILIES))}): Llama 2, Llama 3.x, SmolLM2, Mistral, Qwen2, "
-            "Qwen2.5 and Qwen3 checkpoints in plain floats can be loaded."
+            "Qwen2.5 and Qwen3 checkpoints can be loaded."
         )
     quantization = values.get("quantization_config")
-    is_packed = isinstance(quantization, dict) and quantization.get("load_in_4bit") is True
-    if quantization is not None and not is_packed:
+    in_four_bits = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    if quantization is not None and not (
+        isinstance(quantization, dict) and in_four_bits.items() <= quantization.items()
+    ):
         raise ValueError(
-            f"{path}: unsupported quantization_config={quantization!r}; plain floats can be "
-            "loaded, and the 4-bit weights of bitsandbytes."
+            f"{path}: unsupported quantization_config={quantization!r} (supported: "
+            f"{in_four_bits!r}, and none). Load the unquantised model, and quantise it here."
         )
     wrong = [
         f"{key}={values[key]!r} (supported: {supported!r})"

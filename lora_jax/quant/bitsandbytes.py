@@ -19,6 +19,7 @@ from lora_jax.quant.blockwise import FORMATS, FP4, NF4, Blockwise
 from lora_jax.quant.double import NESTED_BLOCK, DoubleQuantized
 
 _STATE = "quant_state.bitsandbytes__"
+_LARGEST = 1 << 31  # no size is larger; a flipped digit is
 
 
 def from_bitsandbytes(tensors: Mapping[str, np.ndarray], name: str = "weight") -> Blockwise:
@@ -32,7 +33,7 @@ def from_bitsandbytes(tensors: Mapping[str, np.ndarray], name: str = "weight") -
       ValueError: for a tensor that is missing or has the wrong number of entries, a codebook other
         than the format's, or rows that are no multiple of the block size.
     """
-    quant_type, state = _state(tensors, name)
+    quant_type, state = quant_state(tensors, name)
     d_out, d_in = state["shape"]
     block_size = state["blocksize"]
     if d_in % block_size:
@@ -46,10 +47,8 @@ def from_bitsandbytes(tensors: Mapping[str, np.ndarray], name: str = "weight") -
     blocks = d_out * d_in // block_size
     if "nested_offset" in state:
         _check_codebook(tensors, f"{name}.nested_quant_map", codebooks.DYNAMIC8)
-        if state["nested_blocksize"] != NESTED_BLOCK:
-            raise ValueError(
-                f"{name}: nested blocks of {state['nested_blocksize']}, expected {NESTED_BLOCK}."
-            )
+        if (nested := state.get("nested_blocksize")) != NESTED_BLOCK:
+            raise ValueError(f"{name}: nested blocks of {nested}, expected {NESTED_BLOCK}.")
         nested = -(-blocks // NESTED_BLOCK)
         absmax: Any = DoubleQuantized(
             codes=_transposed(_part(tensors, f"{name}.absmax", blocks, np.uint8), d_out),
@@ -101,15 +100,44 @@ def to_bitsandbytes(weight: Blockwise, name: str = "weight") -> dict[str, np.nda
     return {**tensors, f"{name}.{_STATE}{quant_type}": encoded.copy()}
 
 
-def _state(tensors: Mapping[str, np.ndarray], name: str) -> tuple[str, dict[str, Any]]:
+def quant_state(tensors: Mapping[str, np.ndarray], name: str) -> tuple[str, dict[str, Any]]:
+    """The format of the weight `name`, and what bitsandbytes states of it.
+
+    Raises:
+      ValueError: there is no such statement, or it is corrupt.
+    """
     for quant_type in ("nf4", "fp4"):
-        packed = tensors.get(f"{name}.{_STATE}{quant_type}")
-        if packed is not None:
-            return quant_type, json.loads(np.asarray(packed).tobytes())
+        key = f"{name}.{_STATE}{quant_type}"
+        if key in tensors:
+            return quant_type, _parsed(np.asarray(tensors[key]).tobytes(), key)
     raise ValueError(
         f"{name} has no {name}.{_STATE}nf4 (or fp4) beside it: it is no 4-bit weight of "
         "bitsandbytes, or its state dict is incomplete."
     )
+
+
+def _parsed(packed: bytes, key: str) -> dict[str, Any]:
+    try:
+        state = json.loads(packed)
+    except (ValueError, RecursionError):
+        state = None
+    known = isinstance(state, dict) and (
+        isinstance(shape := state.get("shape"), list)
+        and len(shape) == 2
+        and all(type(size) is int and 0 < size <= _LARGEST for size in shape)
+        and type(block := state.get("blocksize")) is int
+        and 0 < block <= _LARGEST
+        and block % 2 == 0
+        and state.get("dtype") in ("float32", "bfloat16", "float16")
+        and (type(state.get("nested_offset", 0.0)) is float)
+        and abs(state.get("nested_offset", 0.0)) <= float(np.finfo(np.float32).max)
+    )
+    if not known:
+        raise ValueError(
+            f"{key} is corrupt: expected JSON of a shape [out, in], an even blocksize, a float "
+            "dtype, and of double quantisation a finite nested_offset."
+        )
+    return state
 
 
 def _part(

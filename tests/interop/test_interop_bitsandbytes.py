@@ -50,7 +50,7 @@ def folder(model, tmp_path_factory) -> Path:
     return path
 
 
-def changed(folder: Path, to: Path, *, config=None, **tensors) -> Path:
+def changed(folder: Path, to: Path, *, without: str = "", config=None, **tensors) -> Path:
     """A copy of `folder` with other tensors, or another quantization_config."""
     to.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -59,14 +59,8 @@ def changed(folder: Path, to: Path, *, config=None, **tensors) -> Path:
     stated["quantization_config"] |= config or {}
     (to / "config.json").write_text(json.dumps(stated))
     held = load_file(folder / "model.safetensors") | tensors
-    save_file(held, to / "model.safetensors")
+    save_file({k: v for k, v in held.items() if k != without}, to / "model.safetensors")
     return to
-
-
-def state(**changes) -> np.ndarray:
-    known = {"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": [128, 128]}
-    nested = {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.5}
-    return np.frombuffer(json.dumps(known | nested | changes).encode(), np.uint8)
 
 
 @pytest.mark.parametrize("format", ["nf4", "fp4"])
@@ -122,14 +116,33 @@ def test_progress_counts_every_leaf(folder, model, monkeypatch, capfd):
     assert f"{total:.1f}/{total:.1f} MB" in capfd.readouterr().err
 
 
+def state(**changes) -> np.ndarray:
+    known = {"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": [128, 128]}
+    nested = {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.5}
+    return np.frombuffer(json.dumps(known | nested | changes).encode(), np.uint8)
+
+
 @pytest.mark.parametrize(
     ("tensor", "value", "message"),
     [
-        (STATE, state(dtype="float32", blocksize=128), r"absmax holds 256 entries .* expected 128"),
-        (STATE.replace("nf4", "fp4"), state(), r"q_proj\.weight has two quant_states"),
-        (f"{Q_PROJ}.quant_map", np.ones(16, np.float32), r"is not the codebook of this format"),
-        (f"{Q_PROJ}.absmax", F8, r"absmax is F8_E4M3; bitsandbytes writes U8 and F32"),
+        (STATE, state(shape=[128, 64]), r"q_proj\.weight' has shape \(128, 64\)"),
+        (STATE, state(shape=[128, "x"]), r"nf4 is corrupt: expected JSON of a shape"),
+        (STATE, state(blocksize=0), r"nf4 is corrupt"),
+        (STATE, state(blocksize=31), r"nf4 is corrupt"),
+        (STATE, state(dtype="object"), r"nf4 is corrupt"),
+        (STATE, state(nested_offset=float("nan")), r"nf4 is corrupt"),
+        (STATE, state(nested_offset=1e300), r"nf4 is corrupt"),
+        (STATE, state(blocksize=256), r"blocks of 256 run across its rows of 128"),
+        (STATE, state(blocksize=32), r"absmax holds 256 entries .* expected 512"),
+        (STATE, state(nested_blocksize=64), r"nested blocks of 64, expected 256"),
+        (STATE, np.frombuffer(b"[" * 10**5, np.uint8), r"nf4 is not .*: it is no short text"),
+        (STATE, np.frombuffer(b"[" * 10**3, np.uint8), r"nf4 is corrupt"),
+        (STATE, np.zeros(3, np.float64), r"it is no short text"),
         (Q_PROJ, np.zeros((9, 1), np.uint8), r"weight holds 9 entries of uint8, expected 8192"),
+        (STATE.replace("nf4", "fp4"), state(), r"q_proj\.weight has two quant_states"),
+        (f"{Q_PROJ}.absmax", F8, r"absmax is F8_E4M3; bitsandbytes writes U8 and F32"),
+        (f"{Q_PROJ}.quant_map", np.ones(16, np.float32), r"is not the codebook of this format"),
+        ("model.norm.weight", np.zeros(128, np.uint8), r"'model\.norm\.weight' is U8, expected"),
     ],
 )
 def test_corrupt_tensors(folder, tmp_path, tensor, value, message):
@@ -137,11 +150,33 @@ def test_corrupt_tensors(folder, tmp_path, tensor, value, message):
         load(changed(folder, tmp_path / "bad", **{tensor: value}))
 
 
-@pytest.mark.parametrize("method", ["bitsandbytes", "gptq"])
-def test_other_quantisations_are_refused(folder, tmp_path, method):
-    """Eight bits among them."""
-    config = {"quant_method": method, "load_in_4bit": False, "load_in_8bit": True}
-    with pytest.raises(ValueError, match=r"unsupported quantization_config=.*4-bit weights"):
+@pytest.mark.parametrize(
+    ("without", "message"),
+    [
+        (STATE, r"holds \d tensor\(s\): model\.layers\.0\.self_attn\.q_proj\.weight\.absmax"),
+        (Q_PROJ, r"lacks model\.layers\.0\.self_attn\.q_proj\.weight, which"),
+        (f"{Q_PROJ}.absmax", r"lacks .*\.absmax, which"),
+    ],
+)
+def test_missing_tensors(folder, tmp_path, without, message):
+    with pytest.raises(ValueError, match=message):
+        load(changed(folder, tmp_path / "bad", without=without))
+
+
+def test_a_leaf_of_which_some_layers_are_quantised(folder, tmp_path):
+    bad = changed(folder, tmp_path / "bad")
+    held = {k: v for k, v in load_file(bad / "model.safetensors").items() if Q_PROJ not in k}
+    held[Q_PROJ] = np.zeros((128, 128), np.float32)
+    save_file(held, bad / "model.safetensors")
+    with pytest.raises(ValueError, match="of layers/attn/q_proj, 1 of 2 tensors are in 4 bits"):
+        load(bad)
+
+
+@pytest.mark.parametrize(
+    "config", [{"load_in_4bit": False, "load_in_8bit": True}, {"quant_method": "gptq"}]
+)
+def test_other_quantisations_are_refused(folder, tmp_path, config):
+    with pytest.raises(ValueError, match=r"supported: \{'quant_method': 'bitsandbytes', 'load_in"):
         load(changed(folder, tmp_path / "bad", config=config))
 
 
@@ -237,3 +272,5 @@ def test_folders_saved_by_transformers(parity, plain, tmp_path, double_quant, dt
             stored = layer.get_submodule(name).weight
             expected = bnb.dequantize_4bit(stored.data, stored.quant_state).float().numpy()
             np.testing.assert_array_equal(values, expected.T, err_msg=path)
+    if dtype == "float32":
+        assert_close_logits(ours, their_logits(parity, tmp_path)[1])

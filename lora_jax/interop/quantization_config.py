@@ -1,4 +1,4 @@
-"""What a Hugging Face folder says of the 4-bit weights in it, for bitsandbytes to read them."""
+"""What a Hugging Face config says of 4-bit weights, as transformers and bitsandbytes read it."""
 
 from collections.abc import Mapping
 from typing import Any
