@@ -47,6 +47,7 @@ def test_covariances_are_those_of_what_the_layers_read():
     assert_close(found["layers/attn/q_proj"][0], expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_eva_starts_with_principal_directions_and_changes_nothing():
     importance = lora.input_importance(covariances(), rank=4)
     assert all(np.all(np.diff(v) <= 0) and np.all(v.sum(-1) < 1) for v in importance.values())

@@ -111,6 +111,7 @@ MIXED = {
 }
 
 
+@pytest.mark.slow
 def test_mixed_methods_in_one_model():
     delta = moved(jax.jit(lambda p: lora.lora_transform(p, MIXED, key=KEY)[1])(PARAMS))
     found = lora.describe(PARAMS, delta, MIXED)

@@ -115,9 +115,6 @@ COMPOSED = {
     "checkpoint": lambda f: jax.grad(lambda d, x: jax.checkpoint(f)(d, x).sum(), argnums=1),
     "vmap over x": lambda f: lambda d, x: jax.vmap(f, in_axes=(None, 0))(d, x),
     "scan": lambda f: lambda d, x: jax.lax.scan(lambda c, _: (c, f(d, x)), 0, None, length=2)[1],
-    "hessian by reverse over reverse": lambda f: jax.jacrev(
-        jax.grad(lambda d, x: jnp.sin(f(d, x[:1])).sum(), argnums=1), argnums=1
-    ),
 }
 
 

@@ -35,6 +35,7 @@ def compiled_step(forward):
     return jax.jit(jax.grad(loss)).lower(delta, params, TOKENS).compile()
 
 
+@pytest.mark.slow
 def test_flops_and_bytes_are_those_of_the_model_written_with_linear():
     ours, theirs = compiled_step(lora.adapt(llama.forward)), compiled_step(llama.forward)
     flops = [step.cost_analysis()["flops"] for step in (ours, theirs)]

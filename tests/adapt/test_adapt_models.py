@@ -132,7 +132,9 @@ def model(name):
 
 
 @pytest.mark.mixed_dtypes
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", ["linen", *(pytest.param(name, marks=pytest.mark.slow) for name in list(MODELS)[1:])]
+)
 def test_an_adapted_model_is_the_merged_one(name):
     apply, params, layouts, found = model(name)
     base, delta = lora.lora_transform(

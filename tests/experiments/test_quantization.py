@@ -10,6 +10,7 @@ from experiments.harness import formats, pictures
 from experiments.quantization import FORMATS
 
 
+@pytest.mark.slow
 def test_formats_are_measured_once_and_recorded(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command.write_talk(tmp_path)

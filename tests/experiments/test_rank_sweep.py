@@ -79,6 +79,7 @@ def test_another_config_in_the_same_workdir_is_refused(finished):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_kill_and_the_same_command_again(finished, tmp_path):
     """Killed among the LoRA arms, the run ends bit for bit where the whole one did."""
     whole, _ = finished
@@ -102,6 +103,7 @@ def test_kill_and_the_same_command_again(finished, tmp_path):
     assert steps(tmp_path) == steps(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_the_batched_mode_agrees(finished, tmp_path):
     folder, _ = finished

@@ -24,6 +24,7 @@ def test_loss_falls_and_only_a_and_b_move():
     assert moved == lora.trainable_mask(state.delta)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [lora.LoRA(rank=2), lora.Full()])
 def test_accumulated_gradients_are_the_whole_batch(method):
     """Also where the micro-batches count different numbers of tokens."""
