@@ -35,6 +35,7 @@ _MERGE = flags.DEFINE_bool("merge", False, "Write the model with the adapter mer
 _DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "Of a folder.")
 _KIND = flags.DEFINE_enum("kind", "F16", ["F16", "Q8_0"], "Of a GGUF file.")
 _QUANTIZE = flags.DEFINE_enum("quantize", None, ["nf4", "fp4"], "The linears of a folder.")
+_CHECK_BASE = flags.DEFINE_bool("check_base", True, "Hold an adapter to its base's fingerprint.")
 _PROFILE = flags.DEFINE_enum("profile", "peft", ["peft", "vllm"], "Of an adapter.")
 
 
@@ -54,7 +55,7 @@ def convert() -> dict[str, str]:
     if _ADAPTER.value is None:
         return said | write_model(model, target)
     names = peft.llama_names(model.config)
-    delta = peft.load_adapter(_ADAPTER.value, model.params, names)
+    delta = peft.load_adapter(_ADAPTER.value, model.params, names, check_base=_CHECK_BASE.value)
     said["adapter"] = str(lora.describe(model.params, delta)).splitlines()[-1]
     if _MERGE.value:
         params = lora.merge(model.params, delta)

@@ -17,7 +17,7 @@ LAYERS = [
     ["quant"],
     ["methods", "tracing"],
     ["transform", "adapt"],
-    ["masks", "stacking", "arithmetic", "allocation", "starts"],
+    ["masks", "stacking", "arithmetic", "allocation", "starts", "fingerprint"],
     ["describe"],
     ["models"],
     ["data"],

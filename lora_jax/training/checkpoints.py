@@ -1,36 +1,15 @@
 """Checkpoints of what trains, with a fingerprint of what does not."""
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from lora_jax import paths
+from lora_jax.fingerprint import fingerprint as fingerprint
 from lora_jax.weights import PyTree
-
-
-def fingerprint(base: PyTree) -> str:
-    """A name for a tree by its paths, shapes, dtypes and bits.
-
-    Each leaf's bits are summed as integers, weighted by their position, where the leaf lies, so
-    that nothing but a number leaves the device.
-    """
-    digest = hashlib.sha256()
-    for path, leaf in paths.flatten(base).items():
-        digest.update(f"{path} {leaf.shape} {leaf.dtype} {int(_checksum(leaf))}\n".encode())
-    return digest.hexdigest()[:16]
-
-
-@jax.jit
-def _checksum(leaf: jax.Array) -> jax.Array:
-    width = leaf.dtype.itemsize * 8
-    bits = jax.lax.bitcast_convert_type(leaf, f"uint{width}").astype(jnp.uint32).reshape(-1)
-    index = jnp.arange(bits.size, dtype=jnp.uint32)
-    return jnp.sum((bits ^ (bits >> 15)) * (index * jnp.uint32(2654435761) + 1), dtype=jnp.uint32)
 
 
 def save(

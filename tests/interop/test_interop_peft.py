@@ -183,6 +183,20 @@ def test_the_card_says_what_it_is(tmp_path):
         assert part in text
 
 
+def test_another_base_of_the_same_form_is_refused(tmp_path):
+    folder = save(tmp_path / "a", delta_of(METHODS["lora"], targets="q_proj"))
+    other = {**PARAMS, "norm": PARAMS["norm"] * 2}
+    with pytest.raises(ValueError, match="was made for another base: its fingerprint is"):
+        peft.load_adapter(folder, other, NAMES)
+    peft.load_adapter(folder, other, NAMES, check_base=False)
+    in_bf16 = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), PARAMS)
+    in_four_bits = lora.quantize(PARAMS, "nf4", block_size=8)
+    for base in (in_bf16, in_four_bits, jax.eval_shape(lambda: PARAMS)):
+        cases.assert_equal(
+            peft.load_adapter(folder, base, NAMES), peft.load_adapter(folder, PARAMS, NAMES)
+        )
+
+
 def test_it_never_overwrites(tmp_path):
     delta = delta_of(METHODS["lora"])
     save(tmp_path, delta)

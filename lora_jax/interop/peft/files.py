@@ -5,10 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from lora_jax.fingerprint import fingerprint, form
 from lora_jax.interop.peft import adalora, full, lora, prompts, vectors
 from lora_jax.interop.peft.model import Model, Tensors, model_of
 from lora_jax.interop.peft.names import Names
@@ -32,6 +34,7 @@ from lora_jax.weights import PyTree
 
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_FORM, _FINGERPRINT = "lora_jax.base_form", "lora_jax.base_fingerprint"
 _GROUPS: dict[str, tuple[type, ...]] = {
     "LORA": (LowRank, DecomposedLowRank),
     "IA3": (Rescaled,),
@@ -48,6 +51,7 @@ def load_adapter(
     names: Names,
     *,
     layouts: Mapping[str, Layout | None] | None = None,
+    check_base: bool = True,
 ) -> Delta:
     """The delta that an adapter of PEFT is, for `params`.
 
@@ -56,15 +60,19 @@ def load_adapter(
       params: the base, or its shapes; DoRA and modules_to_save need the weights themselves.
       names: `{path: module}`, `{}` for the index of a stacked layer; `llama_names(config)`.
       layouts: of leaves that are more than stacked matrices.
+      check_base: whether an adapter that states its base's fingerprint is held to it.
 
     Raises:
       FileNotFoundError: the folder or one of its files is missing.
       ValueError: a method or an option that we do not have, a tensor that is missing, unexpected or
-        of another shape than this base asks for.
+        of another shape than this base asks for; an adapter that was saved here for a base of the
+        same form with other weights.
     """
     folder = Path(folder)
     config = _read_config(folder)
-    tensors = _read_tensors(folder)
+    tensors, metadata = _read_tensors(folder)
+    if check_base:
+        _check_base(folder, params, metadata)
     model = model_of(str(folder), params, names, layouts)
     kind = config.get("peft_type")
     if kind not in _GROUPS:
@@ -131,7 +139,7 @@ def save_adapter(
     }
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-    save_file(tensors, folder / _TENSORS, metadata={"format": "pt"})
+    save_file(tensors, folder / _TENSORS, metadata={"format": "pt"} | _base_metadata(params))
     if card is not None:
         (folder / "README.md").write_text(card)
     (folder / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -203,7 +211,26 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return dict(read_json(path))
 
 
-def _read_tensors(folder: Path) -> Tensors:
+def _base_metadata(params: PyTree) -> dict[str, str]:
+    """What tells the base again, if its weights are at hand."""
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
+        return {}
+    return {_FORM: form(params), _FINGERPRINT: fingerprint(params)}
+
+
+def _check_base(folder: Path, params: PyTree, metadata: Mapping[str, str]) -> None:
+    """A base in other dtypes, or quantised, cannot be compared; one of the same form can."""
+    ours = _base_metadata(params)
+    comparable = ours and metadata.get(_FORM) == ours[_FORM]
+    if comparable and metadata.get(_FINGERPRINT) != ours[_FINGERPRINT]:
+        raise ValueError(
+            f"{folder} was made for another base: its fingerprint is "
+            f"{metadata.get(_FINGERPRINT)}, this one's {ours[_FINGERPRINT]}. Load the base that "
+            "the adapter names; check_base=False takes this one, a rounding of it for example."
+        )
+
+
+def _read_tensors(folder: Path) -> tuple[Tensors, dict[str, str]]:
     path = folder / _TENSORS
     if not path.is_file():
         raise FileNotFoundError(
@@ -212,7 +239,8 @@ def _read_tensors(folder: Path) -> Tensors:
         )
     try:
         with safe_open(path, framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or corrupt ({error}); fetch it again.") from None
 
