@@ -36,7 +36,17 @@ def folder(tmp_path_factory):
 
 def run(script, **arguments):
     flags.FLAGS.unparse_flags()
-    for name in ("from", "to", "adapter", "merge", "dtype", "kind", "quantize", "profile", "check_base"):
+    for name in (
+        "from",
+        "to",
+        "adapter",
+        "merge",
+        "dtype",
+        "kind",
+        "quantize",
+        "profile",
+        "check_base",
+    ):
         flags.FLAGS[name].unparse()
     flags.FLAGS(["convert", *(f"--{name}={value}" for name, value in arguments.items())])
     return script.convert()
