@@ -10,6 +10,7 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import cases
 import hostile
 import jax
 import numpy as np
@@ -21,7 +22,7 @@ from safetensors.numpy import save_file
 import lora_jax as lora
 from lora_jax.data import render
 from lora_jax.data.tokenizer import CHATML
-from lora_jax.interop import load_gguf, load_huggingface
+from lora_jax.interop import load_gguf, load_huggingface, peft
 from lora_jax.interop.gguf_header import read_header
 from lora_jax.quant import to_bitsandbytes
 
@@ -142,6 +143,40 @@ def test_states_of_packed_weights(tmp_path, count):
         load_all(load_huggingface, folder)
 
     assert survives(case, count, str(folder)) > count / 3
+
+
+ADAPTERS = {
+    "lora": {"q_proj": lora.LoRA(rank=2), "v_proj": lora.LoRA(rank=1, alpha=3)},
+    "ia3": {"k_proj": lora.IA3(), "down_proj": lora.IA3(scales="input")},
+    "vera": {"q_proj": lora.VeRA(rank=2)},
+    "adalora": {"q_proj": lora.AdaLoRA(total_steps=5, rank=3, target_rank=2)},
+    "prefix": {"k_proj": lora.Prefix(length=2)},
+}
+
+
+@counts
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_adapters(tmp_path, method, count):
+    config, params, _ = cases.llama_case()
+    names, folder = peft.llama_names(config), tmp_path / "bad"
+    delta = cases.llama_delta(params, ADAPTERS[method])
+    peft.save_adapter(folder, delta, params, names, num_kv_heads=config.num_kv_heads)
+    shapes = jax.eval_shape(lambda: params)
+    good = {file.name: file.read_bytes() for file in folder.iterdir()}
+
+    def case(random):
+        for name, data in good.items():
+            (folder / name).write_bytes(data)
+        if random.random() < 0.5:
+            name, bad = "adapter_config.json", json.loads(good["adapter_config.json"])
+            bad = hostile.json_bytes(bad, random)
+        else:
+            name = "adapter_model.safetensors"
+            bad = hostile.safetensors_bytes(good[name], random)
+        (folder / name).write_bytes(bad)
+        peft.load_adapter(folder, shapes, names)
+
+    assert survives(case, count, str(folder)) > count / 5
 
 
 @counts

@@ -259,3 +259,24 @@ def test_shapes_alone_serve_but_for_dora(tmp_path):
     save(tmp_path / "b", delta_of(METHODS["dora"]))
     with pytest.raises(ValueError, match="DoRA needs the base's weights, found their shape alone"):
         peft.load_adapter(tmp_path / "b", shapes, NAMES)
+
+
+HOSTILE = {
+    "r": ({"r": "3"}, "r is '3', expected a count"),
+    "alpha": ({"lora_alpha": [1]}, r"lora_alpha is \[1\], expected a number"),
+    "huge": ({"lora_alpha": 10**400}, "lora_alpha is 1000.*expected a number"),
+    "slow pattern": ({"alpha_pattern": {"(a+)+$": 1}}, "expected names of modules, or plain reg"),
+    "broken pattern": ({"alpha_pattern": {"(": 1}}, "expected names of modules, or plain reg"),
+    "pattern": ({"rank_pattern": [1]}, r"rank_pattern is \[1\], expected an object of numbers"),
+    "lost": ({"r": None}, "its config lacks r or lora_alpha"),
+    "type": ({"peft_type": ["LORA"]}, r"peft_type \['LORA'\] is not supported"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_configs_are_refused(name, tmp_path):
+    folder = save(tmp_path, delta_of(METHODS["lora"], targets="q_proj"))
+    changes, message = HOSTILE[name]
+    edited(folder, config=changes)
+    with pytest.raises(ValueError, match=message):
+        peft.load_adapter(folder, PARAMS, NAMES)

@@ -94,3 +94,7 @@ def test_ours_loads_there(name, tmp_path, recwarn):
     model = peft.PeftModel.from_pretrained(family_model.base(), tmp_path)
     recwarn.clear()
     assert relative(our_logits(delta), their_logits(model)) < 1e-5
+    model.save_pretrained(tmp_path / "back")
+    first, back = (ours.load_adapter(f, PARAMS, NAMES) for f in (tmp_path, tmp_path / "back"))
+    recwarn.clear()
+    cases.assert_equal(back, first)

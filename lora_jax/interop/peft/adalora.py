@@ -47,9 +47,12 @@ def from_peft(
     config: Mapping[str, Any], tensors: Mapping[str, Tensors], model: Model
 ) -> dict[str, DeltaNode]:
     """Triplets that PEFT pruned from its file come back as zeros at the end."""
-    given_fields = {ours: config[theirs] for theirs, ours in _FIELDS.items() if theirs in config}
-    method = AdaLoRA(**given_fields)
+    stated = {ours: config.get(theirs) for theirs, ours in _FIELDS.items()}
+    method = AdaLoRA(**{field: value for field, value in stated.items() if value is not None})
     rank = method.rank
+    narrowest = min(min(slot.d_in, slot.d_out) for slot in model.slots.values())
+    if rank > narrowest:
+        raise ValueError(f"{model.source}: init_r is {rank}, the smallest matrix has {narrowest}.")
     nodes: dict[str, DeltaNode] = {}
     for path, slots in model.by_path().items():
         found = [slot for slot in slots if slot.module in tensors]

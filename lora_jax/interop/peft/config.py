@@ -15,6 +15,51 @@ _UNSUPPORTED = (
 _MOVES_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
 
+_NUMBERS = (
+    "lora_alpha", "lora_dropout", "vera_dropout", "d_initial", "beta1", "beta2", "orth_reg_weight"
+)  # fmt: skip
+_COUNTS = ("r", "init_r", "target_r", "total_step", "tinit", "tfinal", "deltaT")
+_PATTERNS = ("rank_pattern", "alpha_pattern")
+_LARGEST = 1 << 31
+# Repeated groups can take a regular expression for ever, and no module's name needs them.
+_PLAIN_PATTERN = re.compile(r"(?!.*\)[*+{])[\w.\\|()\[\]^$*+?-]{1,200}")
+
+
+def check_values(source: str, config: Mapping[str, Any]) -> None:
+    """Raises ValueError for a value that is not of the kind, or the size, that its field takes."""
+
+    def refuse(field: str, expected: str):
+        raise ValueError(f"{source}: {field} is {config[field]!r:.200}, expected {expected}.")
+
+    for field in _NUMBERS:
+        if config.get(field) is not None and not _is_number(config[field]):
+            refuse(field, "a number")
+    for field in _COUNTS:
+        value = config.get(field)
+        if value is not None and not (_is_number(value) and isinstance(value, int) and value >= 0):
+            refuse(field, "a count")
+    for field in _PATTERNS if config.get("peft_type") == "LORA" else ():
+        found = config.get(field)
+        if found and not (isinstance(found, dict) and all(map(_is_number, found.values()))):
+            refuse(field, "an object of numbers")
+        if not all(map(_is_pattern, found or ())):
+            refuse(field, "names of modules, or plain regular expressions over them")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and -_LARGEST < value < _LARGEST
+
+
+def _is_pattern(key: str) -> bool:
+    if not _PLAIN_PATTERN.fullmatch(key):
+        return False
+    try:
+        re.compile(key)
+    except re.error:
+        return False
+    return True
+
+
 def check_supported(source: str, config: Mapping[str, Any]) -> None:
     """Raises ValueError for what our methods do not have."""
     if odd := [f"{key}={config[key]!r}" for key in _UNSUPPORTED if config.get(key)]:

@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from lora_jax.fingerprint import fingerprint, form
 from lora_jax.interop.peft import adalora, full, lora, prompts, vectors
+from lora_jax.interop.peft.config import check_values
 from lora_jax.interop.peft.model import Model, Tensors, model_of
 from lora_jax.interop.peft.names import Names
 from lora_jax.interop.read_json import read_json
@@ -34,6 +35,7 @@ from lora_jax.weights import PyTree
 
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_FLOATS = ("F64", "F32", "F16", "BF16")
 _FORM, _FINGERPRINT = "lora_jax.base_form", "lora_jax.base_fingerprint"
 _GROUPS: dict[str, tuple[type, ...]] = {
     "LORA": (LowRank, DecomposedLowRank),
@@ -70,31 +72,23 @@ def load_adapter(
     """
     folder = Path(folder)
     config = _read_config(folder)
+    check_values(str(folder / _CONFIG), config)
     tensors, metadata = _read_tensors(folder)
     if check_base:
         _check_base(folder, params, metadata)
     model = model_of(str(folder), params, names, layouts)
     kind = config.get("peft_type")
-    if kind not in _GROUPS:
+    if not isinstance(kind, str) or kind not in _GROUPS:
         raise ValueError(
             f"{folder / _CONFIG}: peft_type {kind!r} is not supported; supported: "
             f"{', '.join(_GROUPS)}."
         )
-    if kind in ("PROMPT_TUNING", "PREFIX_TUNING"):
-        return nest(_prompts(kind, tensors, model))
-    pair = {name: tensors.pop(name) for name in list(tensors) if name in vectors.PAIR}
-    inner = {_inner_name(folder, name): value for name, value in tensors.items()}
-    whole = full.from_peft(inner, model)
-    grouped = _by_module(inner, model)
-    if kind == "LORA":
-        nodes = lora.from_peft(config, grouped, model)
-    elif kind == "IA3":
-        nodes = vectors.ia3_from_peft(config, grouped, model)
-    elif kind == "VERA":
-        nodes = vectors.vera_from_peft(config, grouped, pair, model)
-    else:
-        nodes = adalora.from_peft(config, grouped, model)
-    return nest({**nodes, **whole})
+    try:
+        return nest(_decoded(kind, config, tensors, model))
+    except ValueError as error:
+        if str(folder) in str(error):
+            raise
+        raise ValueError(f"{folder}: {error}") from error
 
 
 def save_adapter(
@@ -143,6 +137,26 @@ def save_adapter(
     if card is not None:
         (folder / "README.md").write_text(card)
     (folder / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _decoded(
+    kind: str, config: Mapping[str, Any], tensors: Tensors, model: Model
+) -> dict[str, Any]:
+    if kind in ("PROMPT_TUNING", "PREFIX_TUNING"):
+        return _prompts(kind, tensors, model)
+    pair = {name: tensors.pop(name) for name in list(tensors) if name in vectors.PAIR}
+    inner = {_inner_name(model.source, name): value for name, value in tensors.items()}
+    whole = full.from_peft(inner, model)
+    grouped = _by_module(inner, model)
+    if kind == "LORA":
+        nodes = lora.from_peft(config, grouped, model)
+    elif kind == "IA3":
+        nodes = vectors.ia3_from_peft(config, grouped, model)
+    elif kind == "VERA":
+        nodes = vectors.vera_from_peft(config, grouped, pair, model)
+    else:
+        nodes = adalora.from_peft(config, grouped, model)
+    return {**nodes, **whole}
 
 
 def _encoded(
@@ -239,13 +253,19 @@ def _read_tensors(folder: Path) -> tuple[Tensors, dict[str, str]]:
         )
     try:
         with safe_open(path, framework="numpy") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return tensors, file.metadata() or {}
+            names = list(file.keys())
+            for name in names:
+                if (kind := file.get_slice(name).get_dtype()) not in _FLOATS:
+                    raise ValueError(
+                        f"{path}: the tensor {name!r} is {kind}, expected one of "
+                        f"{', '.join(_FLOATS)}."
+                    )
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or corrupt ({error}); fetch it again.") from None
 
 
-def _inner_name(folder: Path, name: str) -> str:
+def _inner_name(folder: str, name: str) -> str:
     if not name.startswith(_PREFIX):
         raise ValueError(f"{folder}: the tensor {name!r} does not begin with {_PREFIX!r}.")
     return name.removeprefix(_PREFIX)

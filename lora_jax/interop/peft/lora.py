@@ -86,6 +86,8 @@ def from_peft(
     config: Mapping[str, Any], tensors: Mapping[str, Tensors], model: Model
 ) -> dict[str, DeltaNode]:
     check_supported(model.source, config)
+    if config.get("r") is None or config.get("lora_alpha") is None:
+        raise ValueError(f"{model.source}: its config lacks r or lora_alpha.")
     nodes: dict[str, DeltaNode] = {}
     for path, slots in model.by_path().items():
         if found := [slot for slot in slots if slot.module in tensors]:
@@ -138,7 +140,7 @@ def _low_rank(path, slots, found, config, tensors, model: Model) -> LowRank:
         a=jnp.asarray(whole_a.reshape(*stack, *d_in, widest)),
         b=jnp.asarray(whole_b.reshape(*stack, widest, *d_out)),
         scale=jnp.asarray(scale.reshape(stack)),
-        dropout=float(config.get("lora_dropout", 0.0)),
+        dropout=float(config.get("lora_dropout") or 0.0),
         layout=model.layout(path),
     )
 

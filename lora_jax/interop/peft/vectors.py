@@ -95,8 +95,8 @@ def vera_from_peft(
             "drawn again here: save the adapter from PEFT with save_projection=True."
         )
     a, b = (jnp.asarray(np.asarray(pair[name], np.float32).T) for name in PAIR)
-    rank, dropout = a.shape[1], float(config.get("vera_dropout", 0.0))
-    place = VeRA(rank=rank, d_initial=config.get("d_initial", 0.1), dropout=dropout).projection
+    rank, dropout = a.shape[1], float(config.get("vera_dropout") or 0.0)
+    place = VeRA(rank=rank, d_initial=config.get("d_initial") or 0.1, dropout=dropout).projection
     nodes: dict[str, DeltaNode] = {}
     for path, slots in model.by_path().items():
         found = [slot for slot in slots if slot.module in tensors]
