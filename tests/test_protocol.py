@@ -90,7 +90,7 @@ def test_merged_equals_bound(name):
     assert_close(FORWARD(merged, TOKENS, CONFIG), run(delta), rtol=1e-3, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["dora", "vera"])
+@pytest.mark.parametrize("name", ["dora", pytest.param("vera", marks=pytest.mark.slow)])
 def test_remat_changes_no_gradient(name):
     delta = moved(transform(METHODS[name])[1])
 

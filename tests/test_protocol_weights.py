@@ -77,6 +77,7 @@ def delta_over(base, method=None, **kwargs):
     return cases.llama_delta(base, method or lora.LoRA(rank=2), **kwargs)
 
 
+@pytest.mark.slow
 def test_quantised_llama_runs_unadapted(base):
     ours, theirs = FORWARD(base, TOKENS, CONFIG), FORWARD(dense_form(base), TOKENS, CONFIG)
     assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

@@ -9,6 +9,8 @@ from experiments.harness import plan
 from experiments.harness.arms import rank_arms, target_arms
 from experiments.harness.main import conduct
 
+SLOW = pytest.mark.slow
+
 
 def test_the_plan_of_8b_needs_no_weights(tmp_path):
     config = f"--config={command.ROOT}/configs/llama8b.py"
@@ -19,6 +21,7 @@ def test_the_plan_of_8b_needs_no_weights(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_plan_of_8b_in_four_bits(tmp_path):
     flags = (f"--config={command.ROOT}/configs/llama8b.py", "--config.base.quantize=nf4")
     code, output = command.run(tmp_path, "rank_sweep", *flags, "--plan")
@@ -61,7 +64,11 @@ def conduct_tiny(folder, overrides: dict) -> None:
     [
         ({"sweep.ranks": (0, 4)}, r"LoRA\(rank=0\): a rank is an integer of at least 1"),
         ({"sweep.ranks": (4, -1)}, r"LoRA\(rank=-1\)"),
-        ({"sweep.ranks": (65,)}, r"layers/attn/k_proj: LoRA\(rank=65\) exceeds the smaller side"),
+        pytest.param(
+            {"sweep.ranks": (65,)},
+            r"layers/attn/k_proj: LoRA\(rank=65\) exceeds the smaller side",
+            marks=SLOW,
+        ),
         (
             {"lora.targets": "q_prj"},
             "target 'q_prj' matches nothing. The nearest paths are: .*q_pr",
@@ -70,12 +77,16 @@ def conduct_tiny(folder, overrides: dict) -> None:
         ({"data.path": "absent.jsonl"}, r"absent\.jsonl"),
         ({"data.path": "broken.jsonl"}, r"broken\.jsonl.*2"),
         ({"data.path": "empty.jsonl"}, r"empty\.jsonl"),
-        ({"data.seq_len": 2000}, "exceeds the model's context of 1024"),
+        pytest.param({"data.seq_len": 2000}, "exceeds the model's context of 1024", marks=SLOW),
         ({"data.seq_len": 8}, "fits a context of 8 tokens"),
         ({"model.shape": "huge"}, "expected one of tiny, smollm2-135m"),
-        ({"model.remat": "some"}, "expected one of none, elementwise, full"),
+        pytest.param(
+            {"model.remat": "some"}, "expected one of none, elementwise, full", marks=SLOW
+        ),
         ({"train.warmup_steps": 9}, "warmup_steps=9 must be at least 0 and less than steps=4"),
-        ({"train.accumulate": 3}, "accumulate=3 does not divide the batch of 2 rows"),
+        pytest.param(
+            {"train.accumulate": 3}, "accumulate=3 does not divide the batch of 2 rows", marks=SLOW
+        ),
         ({"lora.method.scaling": "sqrt"}, "expected one of lora, rslora"),
         ({"base.quantize": "nf5"}, "format 'nf5': expected one of nf4, fp4"),
         ({"base.quantize": "nf4", "base.block_size": 128}, "k_proj has 64 rows .*block_size=64"),

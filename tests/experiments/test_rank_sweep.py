@@ -25,7 +25,7 @@ def finished(tmp_path_factory):
     return folder, output
 
 
-def test_records(finished):
+def test_records_and_another_config(finished):
     folder, output = finished
     names = {path.name for path in (folder / "run").iterdir()}
     assert names >= {
@@ -65,15 +65,9 @@ def test_records(finished):
     records = command.metrics(folder / "run")
     losses = [r for r in records if r["arm"] == arms[0]["name"] and "loss" in r]
     assert [r["step"] for r in losses] == [1, 2, 3, 4]
-
-
-def test_compiled_steps_are_kept_for_the_next_run(finished):
-    folder, _ = finished
+    # Compiled steps are kept for the next run.
     assert any(path.name.startswith("jit_step-") for path in (folder / "cache/xla").iterdir())
-
-
-def test_another_config_in_the_same_workdir_is_refused(finished):
-    folder, _ = finished
+    # Another config in the same workdir is refused.
     code, output = command.run(folder, "rank_sweep", *SWEEP, "--config.train.steps=5")
     assert code != 0 and "train.steps (4 there, 5 here)" in output and "Traceback" not in output
 

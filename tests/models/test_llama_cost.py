@@ -129,7 +129,7 @@ def test_logits_stand_in_chunks():
     assert widest_logits(chunk=20) == 20
 
 
-@pytest.mark.parametrize("remat", ["none", "elementwise"])
+@pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.slow), "elementwise"])
 def test_a_scanned_step_copies_no_stacked_weights(remat):
     """A stop_gradient inside the scan once made JAX save `[L, d, f]` copies for the way back."""
     compiled = lowered(DEEP, NARROW, remat=remat, rows=1, length=8).compile()

@@ -187,7 +187,7 @@ def test_quantised_trees_have_fingerprints(format):
 
 @pytest.mark.optimized
 @pytest.mark.mixed_dtypes
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_no_float_copy_of_a_weight_outlives_its_layer(dtype):
     """A step's temporaries, activations and all, are a few layers' worth of float32."""
     config = LlamaConfig(

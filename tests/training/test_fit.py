@@ -53,7 +53,9 @@ def run(folder, *, arms=ARMS, schedule=SCHEDULE, base=None, kill_at=None, identi
     return states, progress, records
 
 
-@pytest.mark.parametrize("kill_at", [1, 3, 6])
+@pytest.mark.parametrize(
+    "kill_at", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(6, marks=pytest.mark.slow)]
+)
 def test_a_killed_run_ends_bit_for_bit_where_it_would_have(tmp_path, kill_at):
     states, progress, _ = run(tmp_path / "whole")
     with pytest.raises(Killed):

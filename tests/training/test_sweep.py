@@ -43,7 +43,7 @@ def train(arms, mode):
     return trimmed, losses, len(traces)
 
 
-@pytest.mark.parametrize("mode", ["in_turn", "batched"])
+@pytest.mark.parametrize("mode", [pytest.param("in_turn", marks=pytest.mark.slow), "batched"])
 def test_every_arm_ends_where_its_solo_run_ends(mode):
     deltas, losses, compilations = train(ARMS, mode)
     assert compilations == 1
