@@ -197,6 +197,17 @@ def test_another_base_of_the_same_form_is_refused(tmp_path):
         )
 
 
+def test_a_tied_table_has_no_form(tmp_path):
+    """Here the head follows its table; in PEFT it would stay behind."""
+    config, params, _ = cases.llama_case(tie_embeddings=True)
+    delta = cases.llama_delta(params, lora.LoRA(rank=2), targets="embed")
+    with pytest.raises(ValueError, match="embed is the output head as well"):
+        peft.save_adapter(tmp_path / "a", delta, params, peft.llama_names(config))
+    folder = save(tmp_path / "b", delta_of(lora.LoRA(rank=2), targets="embed"))
+    with pytest.raises(ValueError, match="embed is the output head as well"):
+        peft.load_adapter(folder, params, peft.llama_names(config))
+
+
 def test_it_never_overwrites(tmp_path):
     delta = delta_of(METHODS["lora"])
     save(tmp_path, delta)

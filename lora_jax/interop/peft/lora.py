@@ -29,6 +29,7 @@ def to_peft(nodes: Mapping[str, DeltaNode], model: Model) -> tuple[dict[str, Any
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for slot in model.slots_at(nodes):
+        _refuse_tied(slot, model)
         node = layer_of(nodes[slot.path], slot)
         low = node.low if isinstance(node, DecomposedLowRank) else node
         if not np.any(np.asarray(low.scale)):
@@ -109,6 +110,7 @@ def used_factors(low: LowRank) -> tuple[np.ndarray, np.ndarray]:
 def _low_rank(path, slots, found, config, tensors, model: Model) -> LowRank:
     factors, scales = {}, {}
     for slot in found:
+        _refuse_tied(slot, model)
         given, names = dict(tensors[slot.module]), _names(slot)
         a, b = (take(model, slot, given, name, (None, None)) for name in names)
         rank = len(a)
@@ -171,6 +173,15 @@ def _check_same_table(path: str, slot: Slot, theirs: Any, model: Model) -> None:
         raise ValueError(
             f"{model.source}: {slot.module} was adapted over another table, of shape "
             f"{theirs.shape}: this base's has shape {table.shape} or other entries."
+        )
+
+
+def _refuse_tied(slot: Slot, model: Model) -> None:
+    """PEFT adapts a table and leaves the head that is tied to it alone; here the head follows."""
+    if slot.is_embedding and "lm_head" not in model.slots:
+        raise ValueError(
+            f"{slot.path} is the output head as well, which PEFT's adapter of {slot.module} would "
+            "leave as it was. Leave it out, or merge the adapter and export the merged model."
         )
 
 
