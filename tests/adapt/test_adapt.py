@@ -223,7 +223,7 @@ def quantised(format):
     return base, layouts, ids
 
 
-@pytest.mark.parametrize("format", ["nf4", "int8"])
+@pytest.mark.parametrize("format", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
 def test_quantised_weights(format):
     """Frozen alone, and under LoRA: as their dense forms, with gradients that flow through them."""
     base, layouts, ids = quantised(format)

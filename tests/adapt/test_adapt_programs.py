@@ -45,7 +45,11 @@ def trained(grads):
     return [jax.tree.map(lambda g, t: g if t else 0 * g, of_delta, mask), *others]
 
 
-CASES = [(name, i) for name, programs in FOLLOWED.items() for i in range(len(programs))]
+CASES = [
+    pytest.param(name, i, marks=pytest.mark.slow if i else ())  # the first of each line at once
+    for name, programs in FOLLOWED.items()
+    for i in range(len(programs))
+]
 
 
 @pytest.mark.parametrize(("name", "i"), CASES)
