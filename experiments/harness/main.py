@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -16,7 +17,9 @@ from experiments.harness.arms import Arm
 from experiments.harness.progress import console, reporting
 from experiments.harness.run import run
 from lora_jax.data import default_cache_dir
+from lora_jax.parallel import hosts
 from lora_jax.training import records
+from lora_jax.training.fit import Preempted
 
 ROOT = Path(__file__).parents[2]
 _CONFIG = config_flags.DEFINE_config_file(
@@ -27,6 +30,24 @@ _WORKDIR = flags.DEFINE_string(
 )
 _PLAN = flags.DEFINE_bool(
     "plan", False, "Print parameters and memory of each arm without loading weights, and end."
+)
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed",
+    False,
+    "Run as one of several processes, which JAX finds by itself on a TPU pod, under Slurm, Open MPI "
+    "and Kubernetes. Start the same command everywhere, with a --workdir that all can write.",
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator_address", None, "HOST:PORT of process 0, where JAX does not find it."
+)
+_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "How many processes there are, where JAX does not find it."
+)
+_PROCESS = flags.DEFINE_integer(
+    "process_id", None, "Which of them this is, from 0, where JAX does not find it."
+)
+_TIMEOUT = flags.DEFINE_integer(
+    "process_timeout", 100, "Seconds after which a process that died ends the others."
 )
 
 
@@ -57,11 +78,21 @@ def launch(experiment: str, work: Callable[[ConfigDict, Path], None]) -> None:
         config = _CONFIG.value
         name = f"{experiment}-{config.name}-{_short_hash(config)}"
         try:
+            _join()
             work(config, Path(_WORKDIR.value or f"runs/{name}"))
         except (ValueError, FileNotFoundError) as error:
             sys.exit(f"{experiment}: {error}")
         except KeyboardInterrupt:
             sys.exit(f"\n{experiment}: interrupted; the same command continues.")
+        except Preempted as notice:
+            sys.exit(f"{experiment}: {notice}; the same command continues.")
+        except jax.errors.JaxRuntimeError as error:
+            if jax.process_count() == 1:
+                raise
+            sys.exit(
+                f"{experiment}: process {jax.process_index()} lost another one, whose own output "
+                f"says why ({str(error).splitlines()[0]}); the same commands continue."
+            )
 
     app.run(start)
 
@@ -81,19 +112,48 @@ def conduct(
     )
     with reporting(workdir / "metrics.jsonl") as log:
         results = run(config, arms, workdir, log)
-    report.write(workdir, f"{title}, {config.name}", shlex.join(["python", *sys.argv]), results)
-    draw(workdir / f"{experiment}.png", results)
+
+    def record() -> None:
+        report.write(workdir, f"{title}, {config.name}", shlex.join(["python", *sys.argv]), results)
+        draw(workdir / f"{experiment}.png", results)
+        console.print(
+            f"\nresults.json, results.md, metrics.jsonl and {experiment}.png are in {workdir}"
+        )
+
+    hosts.on_first(record)
+
+
+def _join() -> None:
+    """Makes this process part of its job, where the command line says that there is one."""
+    given = (_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    if not _DISTRIBUTED.value and given == (None, None, None):
+        return
+    setup.quiet_logs()
+    hosts.start(
+        coordinator_address=_COORDINATOR.value,
+        num_processes=_PROCESSES.value,
+        process_id=_PROCESS.value,
+        timeout_seconds=_TIMEOUT.value,
+    )
+    if not hosts.is_first():
+        console.quiet = True
+        logging.disable(logging.WARNING)
     console.print(
-        f"\nresults.json, results.md, metrics.jsonl and {experiment}.png are in {workdir}"
+        f"{jax.process_count()} processes, {jax.device_count()} devices. If one process dies, the "
+        f"others end within {_TIMEOUT.value} s; the same commands continue.",
+        markup=False,
     )
 
 
 def prepare(experiment: str, config: ConfigDict, workdir: Path) -> None:
     """Quiet logs, compiled programs kept for the next run, and the folder claimed for this one."""
+    settings = {"experiment": experiment, **config.to_dict()}
+    hosts.require_agreement({**records.flat(settings), "--workdir": str(workdir)})
     setup.quiet_logs()
     jax.config.update("jax_compilation_cache_dir", str(default_cache_dir() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    records.claim(workdir, {"experiment": experiment, **config.to_dict()})
+    hosts.on_first(lambda: records.claim(workdir, settings))
+    hosts.require_shared(workdir / records.CONFIG)
 
 
 def _short_hash(config: ConfigDict) -> str:

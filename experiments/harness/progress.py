@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lora_jax.parallel import hosts
 from lora_jax.training import records
 
 console = Console(highlight=False, soft_wrap=True)
@@ -62,7 +63,7 @@ def reporting(metrics: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
             records.append(metrics, record)
 
     with bar:
-        yield show
+        yield show if hosts.is_first() else lambda record: None
 
 
 def _sentence(record: dict[str, Any]) -> str:

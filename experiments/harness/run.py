@@ -18,6 +18,7 @@ from experiments.harness.arms import Arm, same_kind
 from experiments.harness.samples import sample
 from lora_jax import data, training
 from lora_jax.interop import Pretrained
+from lora_jax.parallel import hosts
 from lora_jax.training import checkpoints
 from lora_jax.training.fit import ArmProgress, Schedule, fit, mean_losses
 from lora_jax.training.sweep import make_sweep, same_shapes
@@ -45,10 +46,13 @@ def run(config: ConfigDict, arms: Sequence[Arm], workdir: Path, log: Log) -> dic
     identity = {"base": checkpoints.fingerprint(model.params)}
     outcomes: list[Outcome] = []
     base_loss = math.nan
-    for number, kind in enumerate(same_kind(arms)):
-        first, more = _train(config, kind, model, validation, identity, workdir, log)
-        base_loss = first if number == 0 else base_loss
-        outcomes += more
+    with hosts.preemption() as stop_requested:
+        for number, kind in enumerate(same_kind(arms)):
+            first, more = _train(
+                config, kind, model, validation, identity, workdir, log, stop_requested
+            )
+            base_loss = first if number == 0 else base_loss
+            outcomes += more
     adapters.save(config, model, outcomes, workdir / "adapters")
     return {
         "base": {"name": model.name, "source": model.source, "val_loss": base_loss},
@@ -66,6 +70,7 @@ def _train(
     identity: dict[str, str],
     workdir: Path,
     log: Log,
+    stop_requested: Callable[[], bool],
 ) -> tuple[float, list[Outcome]]:
     """Trains arms of one method through one step. Returns the base's validation loss, and them."""
     fresh = [_fresh_delta(arm, model) for arm in arms]
@@ -91,6 +96,7 @@ def _train(
         folder=workdir / "checkpoints" / type(arms[0].method).__name__.lower(),
         identity=identity,
         log=log,
+        stop_requested=stop_requested,
     )
     trained = lora.unstack(lora.stack([state.delta for state in states]), like=fresh)
     return base_loss, [Outcome(*parts) for parts in zip(arms, trained, progress, strict=True)]

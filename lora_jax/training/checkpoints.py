@@ -17,6 +17,8 @@ def save(
 ) -> None:
     """Writes a checkpoint, whole or not at all, and keeps the newest two.
 
+    Of several processes all take part, with global arrays: each writes the slices that it holds.
+
     Args:
       folder: where a run's checkpoints lie.
       step: its number.
@@ -33,6 +35,9 @@ def restore(
     folder: Path, like: PyTree, *, identity: Mapping[str, Any]
 ) -> tuple[int, PyTree, Any] | None:
     """The newest checkpoint as `(step, states, position)`, or None where there is none yet.
+
+    The arrays are placed as those of `like` are, whatever the number of devices and processes that
+    wrote them; each process reads its slices.
 
     Raises:
       ValueError: if it was made over another base, for other arms or another method, or is damaged.

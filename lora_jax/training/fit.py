@@ -19,6 +19,10 @@ RECENT = 10  # steps whose mean is an arm's training loss
 Log = Callable[[dict[str, Any]], None]
 
 
+class Preempted(Exception):  # noqa: N818
+    """The run was asked to end before its last step; a checkpoint of where it stands is saved."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Schedule:
     """When things happen, in steps.
@@ -71,6 +75,7 @@ def fit(
     folder: Path,
     identity: Mapping[str, Any],
     log: Log,
+    stop_requested: Callable[[], bool] = lambda: False,
 ) -> tuple[list[TrainState], list[ArmProgress]]:
     """Trains all arms in step on the same batches, from the newest checkpoint if there is one.
 
@@ -86,12 +91,14 @@ def fit(
       identity: what a checkpoint must agree with.
       log: is given a JSON-like record of every logged step and validation of every arm, and of
         every event: `{"event": "resumed" | "stopped" | ...}`.
+      stop_requested: is asked after every step that waits for the device whether to end early.
 
     Returns:
       Each arm's last state and its progress.
 
     Raises:
       ValueError: when the loss of every arm has stopped being a number, naming the step.
+      Preempted: when it was asked to end early, after saving a checkpoint.
     """
     packed, progress = sweep.pack(states), [ArmProgress() for _ in arms]
     identity = {**identity, "arms": list(arms)}
@@ -113,16 +120,20 @@ def fit(
         last = step == schedule.steps
         evaluates = last or step % schedule.eval_every == 0
         saves = last or step % schedule.checkpoint_every == 0
+        stops = False
         if evaluates or saves or step % schedule.log_every == 0:
             window.close()
             _raise_if_all_diverged(arms, progress, step)
+            stops = stop_requested()
         if evaluates:
             losses = mean_losses(sweep, packed, base, validation)
             _judge(losses, arms, progress, step, schedule.patience, log)
-        if saves or not _any_running(progress):
+        if saves or stops or not _any_running(progress):
             arm_records = [dataclasses.asdict(arm) for arm in progress]
             position = {"data": batches.get_state(), "arms": arm_records}
             checkpoints.save(folder, step, packed, identity=identity, position=position)
+        if stops:
+            raise Preempted(f"asked to end after step {step} of {schedule.steps}, which is saved")
     return sweep.unpack(packed), progress
 
 

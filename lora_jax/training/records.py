@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+CONFIG = "config.json"
+
 
 def claim(workdir: Path, config: Mapping[str, Any]) -> None:
     """Makes `workdir` this run's, by writing its config there.
@@ -14,10 +16,10 @@ def claim(workdir: Path, config: Mapping[str, Any]) -> None:
       ValueError: if it holds another run, naming what differs.
     """
     workdir.mkdir(parents=True, exist_ok=True)
-    path = workdir / "config.json"
-    ours = _flat(json.loads(json.dumps(config)))
+    path = workdir / CONFIG
+    ours = flat(json.loads(json.dumps(config)))
     if path.exists():
-        theirs = _flat(json.loads(path.read_text()))
+        theirs = flat(json.loads(path.read_text()))
         names = sorted({*ours, *theirs})
         differing = [name for name in names if ours.get(name) != theirs.get(name)]
         if differing:
@@ -65,11 +67,12 @@ def rewind(path: Path, arms: list[str], step: int) -> None:
     os.replace(partial, path)
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested mappings by their dotted names."""
     if not isinstance(tree, Mapping):
         return {prefix: tree}
     return {
         name: leaf
         for key, value in tree.items()
-        for name, leaf in _flat(value, f"{prefix}.{key}" if prefix else key).items()
+        for name, leaf in flat(value, f"{prefix}.{key}" if prefix else key).items()
     }

@@ -1,0 +1,168 @@
+"""Several processes as one job, on JAX's own distributed runtime.
+
+Every process runs the same program on its own devices. An array over all of them is global: each
+process holds its slices. What is decided on the host (to stop, to go on, to fail) must be decided
+alike everywhere, so it goes through a collective; a process that left the others behind would make
+them wait until JAX's heartbeat timeout ends the job.
+"""
+
+import contextlib
+import json
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from lora_jax.weights import PyTree
+
+
+def start(
+    *,
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    timeout_seconds: int = 100,
+) -> None:
+    """Joins this process to its job, before anything else touches JAX's devices.
+
+    What is not given JAX finds by itself: on a TPU pod, under Slurm, Open MPI and Kubernetes.
+
+    Args:
+      coordinator_address: `host:port` of process 0, which all processes can reach.
+      num_processes: how many there are.
+      process_id: which this is, from 0.
+      timeout_seconds: how long after a process has died, or left with an error, JAX ends the rest.
+
+    Raises:
+      ValueError: something is not given, and JAX cannot find it.
+    """
+    # `preemption` stands in for JAX's service, which counts steps from 0: of a notice that comes
+    # while a resumed run still loads, it would make a step that has long been passed.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(
+            coordinator_address,
+            num_processes,
+            process_id,
+            heartbeat_timeout_seconds=timeout_seconds,
+            shutdown_timeout_seconds=timeout_seconds,
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"this process cannot join a job: {error} JAX finds the others by itself on a TPU pod, "
+            "under Slurm, Open MPI and Kubernetes (there with the package `kubernetes`). "
+            "Elsewhere give --coordinator_address, --num_processes and --process_id."
+        ) from error
+
+
+def is_first() -> bool:
+    """Whether this is process 0, the one that logs and writes records."""
+    return jax.process_index() == 0
+
+
+def exchange(value: Any) -> list[Any]:
+    """The JSON-like values of all processes, in their order; all of them must call it."""
+    if jax.process_count() == 1:
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.int32(text.size))
+    rows = multihost_utils.process_allgather(np.pad(text, (0, lengths.max() - text.size)))
+    return [json.loads(bytes(row[:size])) for row, size in zip(rows, lengths, strict=True)]
+
+
+def require_agreement(settings: Mapping[str, Any]) -> None:
+    """Checks that all processes were started with the same settings, given flat by name.
+
+    Raises:
+      ValueError: on every process, naming what differs.
+    """
+    first, *others = exchange(dict(settings))
+    for process, other in enumerate(others, start=1):
+        names = sorted({*first, *other})
+        differing = [name for name in names if first.get(name) != other.get(name)]
+        if differing:
+            shown = ", ".join(
+                f"{name} ({first.get(name)!r} on process 0, {other.get(name)!r} on process "
+                f"{process})"
+                for name in differing[:5]
+            )
+            raise ValueError(
+                f"the processes of this job disagree on {shown}. Start all of them with the same "
+                "command."
+            )
+
+
+def require_shared(path: Path) -> None:
+    """Checks that all processes see what process 0 has written.
+
+    Raises:
+      ValueError: on every process, naming those that do not.
+    """
+    blind = [str(process) for process, seen in enumerate(exchange(path.exists())) if not seen]
+    if blind:
+        raise ValueError(
+            f"process {', '.join(blind)} does not see {path}, which process 0 has written: choose "
+            "a --workdir in a file system that all processes share."
+        )
+
+
+def on_first(work: Callable[[], None]) -> None:
+    """Does `work` on process 0, while the others wait.
+
+    Raises:
+      ValueError: on every process, where `work` raised one, or an `OSError`.
+    """
+    error = None
+    if is_first():
+        try:
+            work()
+        except (ValueError, OSError) as raised:
+            error = raised
+    message = exchange(None if error is None else str(error))[0]
+    if message is not None:
+        raise ValueError(message) from error
+
+
+@contextlib.contextmanager
+def preemption() -> Iterator[Callable[[], bool]]:
+    """Within it SIGTERM, as a notice of preemption, ends nothing.
+
+    Yields what tells whether any process has had the signal. All of them must ask it at the same
+    places, where they wait for their devices anyway: the answer is a collective.
+    """
+    noticed: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: noticed.append(number))
+    try:
+        yield lambda: bool(np.any(multihost_utils.process_allgather(bool(noticed))))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def place(tree: PyTree, shardings: PyTree) -> PyTree:
+    """Arrays of the given shardings from values that every process has whole.
+
+    Each device is given its slice alone, and nothing goes between processes. This is how a batch
+    is split: every process iterates over the same batches, so that rows, and the position in them,
+    do not depend on how many processes there are.
+    """
+
+    def slices(value: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+        host = np.asarray(value)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(slices, tree, shardings)
+
+
+def whole(tree: PyTree) -> PyTree:
+    """The tree with what lies over several processes whole on each of them, as numpy arrays."""
+
+    def gathered(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+            return leaf
+        return multihost_utils.process_allgather(leaf, tiled=True)
+
+    return jax.tree.map(gathered, tree)
