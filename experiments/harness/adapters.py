@@ -10,28 +10,43 @@ from typing import TYPE_CHECKING
 from ml_collections import ConfigDict
 
 from lora_jax.interop import Pretrained, peft
+from lora_jax.parallel import hosts
 
 if TYPE_CHECKING:
     from experiments.harness.run import Outcome
 
 
 def save(
-    config: ConfigDict, model: Pretrained, outcomes: Sequence["Outcome"], folder: Path
+    config: ConfigDict,
+    model: Pretrained,
+    outcomes: Sequence["Outcome"],
+    folder: Path,
+    base_fingerprint: str,
 ) -> None:
     """Writes what is not there yet; full fine-tuning leaves no adapter."""
-    names = peft.llama_names(model.config)
-    for outcome in outcomes:
-        target = folder / re.sub(r"[^\w.-]+", "_", outcome.arm.name)
-        if outcome.arm.rank is None or target.exists():
-            continue
-        card = peft.model_card(
-            model.params,
-            outcome.delta,
-            base_name=model.name,
-            data=config.data.source,
-            command=shlex.join(["python", *sys.argv]),
-            validation_loss=outcome.progress.val_loss,
-        )
-        peft.save_adapter(
-            target, outcome.delta, model.params, names, base_name=model.name, card=card
-        )
+    deltas = [hosts.whole(outcome.delta) if outcome.arm.rank else None for outcome in outcomes]
+
+    def write() -> None:
+        for outcome, delta in zip(outcomes, deltas, strict=True):
+            target = folder / re.sub(r"[^\w.-]+", "_", outcome.arm.name)
+            if delta is None or target.exists():
+                continue
+            card = peft.model_card(
+                model.params,
+                delta,
+                base_name=model.name,
+                data=config.data.source,
+                command=shlex.join(["python", *sys.argv]),
+                validation_loss=outcome.progress.val_loss,
+            )
+            peft.save_adapter(
+                target,
+                delta,
+                model.params,
+                peft.llama_names(model.config),
+                base_name=model.name,
+                card=card,
+                base_fingerprint=base_fingerprint,
+            )
+
+    hosts.on_first(write)

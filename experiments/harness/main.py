@@ -34,8 +34,8 @@ _PLAN = flags.DEFINE_bool(
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
     False,
-    "Run as one of several processes, which JAX finds by itself on a TPU pod, under Slurm, Open MPI "
-    "and Kubernetes. Start the same command everywhere, with a --workdir that all can write.",
+    "Run as one of several processes, which JAX finds by itself on a TPU pod, under Slurm, Open "
+    "MPI and Kubernetes. Start the same command everywhere, with a --workdir that all can write.",
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator_address", None, "HOST:PORT of process 0, where JAX does not find it."

@@ -53,7 +53,7 @@ def run(config: ConfigDict, arms: Sequence[Arm], workdir: Path, log: Log) -> dic
             )
             base_loss = first if number == 0 else base_loss
             outcomes += more
-    adapters.save(config, model, outcomes, workdir / "adapters")
+    adapters.save(config, model, outcomes, workdir / "adapters", identity["base"])
     return {
         "base": {"name": model.name, "source": model.source, "val_loss": base_loss},
         "arms": [_row(outcome, model) for outcome in outcomes],

@@ -13,6 +13,7 @@ from lora_jax import data
 from lora_jax.interop import Pretrained
 from lora_jax.models import llama
 from lora_jax.models.generate import generate
+from lora_jax.parallel import hosts
 
 if TYPE_CHECKING:
     from experiments.harness.run import Outcome
@@ -71,7 +72,7 @@ def _answering(
         )
 
     def answers(params: llama.Params) -> list[str]:
-        tokens = answer(params, rows, lengths).tolist()
+        tokens = hosts.whole(answer(params, rows, lengths)).tolist()
         return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in tokens]
 
     return answers

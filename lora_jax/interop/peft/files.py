@@ -102,6 +102,7 @@ def save_adapter(
     num_kv_heads: int | None = None,
     profile: str = "peft",
     card: str | None = None,
+    base_fingerprint: str | None = None,
 ) -> None:
     """Writes a delta as an adapter that PEFT loads.
 
@@ -116,6 +117,7 @@ def save_adapter(
       profile: "peft", or "vllm" for what vLLM serves: LoRA alone, its scales folded into B and its
         ranks padded to one that vLLM accepts.
       card: the text of README.md, such as `model_card` makes.
+      base_fingerprint: `fingerprint(params)` where it is known; else it is computed.
 
     Raises:
       FileExistsError: the folder holds an adapter.
@@ -131,9 +133,10 @@ def save_adapter(
         "inference_mode": True,
         "task_type": "CAUSAL_LM",
     }
+    metadata = _base_metadata(params, base_fingerprint)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-    save_file(tensors, folder / _TENSORS, metadata={"format": "pt"} | _base_metadata(params))
+    save_file(tensors, folder / _TENSORS, metadata={"format": "pt"} | metadata)
     if card is not None:
         (folder / "README.md").write_text(card)
     (folder / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -225,11 +228,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return dict(read_json(path))
 
 
-def _base_metadata(params: PyTree) -> dict[str, str]:
-    """What tells the base again, if its weights are at hand."""
-    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
+def _base_metadata(params: PyTree, known: str | None = None) -> dict[str, str]:
+    """What tells the base again, if its weights are at hand or their fingerprint is known."""
+    shapes_alone = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params))
+    if shapes_alone and known is None:
         return {}
-    return {_FORM: form(params), _FINGERPRINT: fingerprint(params)}
+    return {_FORM: form(params), _FINGERPRINT: known or fingerprint(params)}
 
 
 def _check_base(folder: Path, params: PyTree, metadata: Mapping[str, str]) -> None:
