@@ -142,19 +142,22 @@ def preemption() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGTERM, before)
 
 
-def place(tree: PyTree, shardings: PyTree) -> PyTree:
-    """Arrays of the given shardings from values that every process has whole.
+def place(tree: PyTree, shardings: PyTree, *, may_alias: bool | None = None) -> PyTree:
+    """`jax.device_put` for a job of several processes, each of which has the same values whole.
 
-    Each device is given its slice alone, and nothing goes between processes. This is how a batch
-    is split: every process iterates over the same batches, so that rows, and the position in them,
-    do not depend on how many processes there are.
+    Each device is given its slice, and nothing goes between processes. This is how a batch is
+    split: every process iterates over the same batches, so that rows, and the position in them, do
+    not depend on how many processes there are.
     """
 
-    def slices(value: Any, sharding: jax.sharding.Sharding) -> jax.Array:
-        host = np.asarray(value)
-        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+    def put(value: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+        spread = isinstance(value, jax.Array) and not value.is_fully_addressable
+        if spread or sharding.is_fully_addressable:
+            return jax.device_put(value, sharding, may_alias=may_alias)
+        whole = np.asarray(value)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
-    return jax.tree.map(slices, tree, shardings)
+    return jax.tree.map(put, tree, shardings)
 
 
 def whole(tree: PyTree) -> PyTree:
