@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from lora_jax import parallel, training
 from lora_jax.interop import Place, StoredLeaf, on_device, sharded
+from lora_jax.parallel import hosts
 from lora_jax.training.execution import Execution, single
 from lora_jax.weights import PyTree
 
@@ -19,6 +20,11 @@ def mesh_of(config: ConfigDict) -> Mesh | None:
       ValueError: for an unknown mode, or sizes that it does not take.
     """
     settings = config.parallel
+    if settings.mode == "single" and jax.process_count() > 1:
+        raise ValueError(
+            f"config.parallel.mode='single' runs on one device, not on {jax.process_count()} "
+            "processes: choose pmap, fsdp, tensor or fsdp+tensor."
+        )
     sizes = {name: settings[name] for name in ("tensor", "sequence", "arms")}
     if settings.mode not in ("single", "pmap"):
         return parallel.mesh_of(settings.mode, **sizes)
@@ -62,6 +68,6 @@ def placed(config: ConfigDict, place: Place | None) -> Place:
     def made_on_the_host(path: str, leaf: StoredLeaf) -> Any:
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
             made = place(path, leaf)
-        return jax.device_put(made, sharding(path, made))
+        return hosts.place(made, sharding(path, made))
 
     return made_on_the_host

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import PartitionSpec
 
 from lora_jax.weights import PyTree
 
@@ -158,6 +159,13 @@ def place(tree: PyTree, shardings: PyTree, *, may_alias: bool | None = None) -> 
         return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
     return jax.tree.map(put, tree, shardings)
+
+
+def across_processes(tree: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
+    """What `pmap` gave each process by itself, the same on all devices, as arrays of the mesh."""
+    if jax.process_count() == 1:
+        return tree
+    return multihost_utils.host_local_array_to_global_array(tree, mesh, PartitionSpec())
 
 
 def whole(tree: PyTree) -> PyTree:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lora_jax.context_mesh import ARMS
+from lora_jax.parallel import hosts
 from lora_jax.parallel.mesh import make_mesh
 from lora_jax.parallel.rules import Specs
 from lora_jax.parallel.shardings import (
@@ -74,10 +75,11 @@ def on_mesh(mesh: Mesh, specs: Specs) -> Execution:
 
     def batch(values):
         require_divisible(mesh, values)
-        return jax.device_put(values, batch_sharding(mesh))
+        lying = batch_sharding(mesh)
+        return jax.tree.map(lambda x: hosts.place(x, lying), dict(values))
 
     return Execution(
-        base=lambda base: jax.device_put(base, base_shardings(mesh, base, specs)),
+        base=lambda base: hosts.place(base, base_shardings(mesh, base, specs)),
         states=lambda state, stacked: jax.tree.map(_put, state, lie(state, stacked)),
         batch=batch,
         step=step,
@@ -93,6 +95,7 @@ def replicated(devices: Sequence[jax.Device] | None = None) -> Execution:
     count = len(devices)
     mesh = jax.make_mesh((count,), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
     whole = NamedSharding(mesh, PartitionSpec())
+    ours = [device.process_index == jax.process_index() for device in devices]
 
     def batch(values):
         rows = values["tokens"].shape[0]
@@ -101,10 +104,11 @@ def replicated(devices: Sequence[jax.Device] | None = None) -> Execution:
                 f"a batch of {rows} rows cannot be split over {count} devices: choose a multiple "
                 f"of {count}."
             )
-        return jax.tree.map(lambda x: x.reshape(count, rows // count, *x.shape[1:]), values)
+        return jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:])[ours], dict(values))
 
     def mapped(fn, axes, **options):
-        return jax.pmap(fn, AXIS, in_axes=axes, out_axes=None, devices=devices, **options)
+        call = jax.pmap(fn, AXIS, in_axes=axes, out_axes=None, devices=devices, **options)
+        return lambda *args: hosts.across_processes(call(*args), mesh)
 
     def evaluate(fn):
         def summed(delta, base, batch):
@@ -117,7 +121,7 @@ def replicated(devices: Sequence[jax.Device] | None = None) -> Execution:
         return mapped(fn, axes, donate_argnums=0)
 
     return Execution(
-        base=lambda base: jax.device_put(base, whole),
+        base=lambda base: jax.tree.map(lambda leaf: hosts.place(leaf, whole), base),
         states=lambda state, stacked: jax.tree.map(lambda leaf: _put(leaf, whole), state),
         batch=batch,
         step=step,
@@ -129,7 +133,7 @@ def replicated(devices: Sequence[jax.Device] | None = None) -> Execution:
 def _put(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
     """In the kind of memory that it is in already."""
     kind = leaf.sharding.memory_kind or "device"
-    return jax.device_put(leaf, sharding.with_memory_kind(kind), may_alias=False)
+    return hosts.place(leaf, sharding.with_memory_kind(kind), may_alias=False)
 
 
 def _lying(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:

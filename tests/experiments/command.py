@@ -3,9 +3,11 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -48,13 +50,40 @@ def run(folder: Path, experiment: str, *flags: str, **env: str) -> tuple[int, st
     return process.returncode, output
 
 
-def kill_after_lines(process: subprocess.Popen, metrics: Path, lines: int) -> None:
-    """`kill -9` as soon as the metrics have so many lines."""
+def start_two(folder: Path, experiment: str, *flags: str, second: Sequence[str] = (), **env: str):
+    """One job of two processes on this machine; `second` are flags of process 1 alone."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    job = (f"--coordinator_address=127.0.0.1:{port}", "--num_processes=2", "--process_timeout=30")
+    return [
+        start(folder, experiment, *flags, *job, f"--process_id={process}", *own, **env)
+        for process, own in enumerate([(), second])
+    ]
+
+
+def finish(processes: Sequence[subprocess.Popen]) -> list[tuple[int, str]]:
+    """Exit codes and outputs; a process that does not end by itself is a failure, and is killed."""
+    try:
+        outputs = [process.communicate(timeout=600)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, out) for process, out in zip(processes, outputs, strict=True)]
+
+
+def signal_after_lines(process: subprocess.Popen, metrics: Path, lines: int, number: int) -> None:
+    """Sends a signal as soon as the metrics have so many lines."""
     while process.poll() is None:
         if metrics.exists() and metrics.read_text().count("\n") >= lines:
-            process.send_signal(signal.SIGKILL)
+            process.send_signal(number)
             break
         time.sleep(0.005)
+
+
+def kill_after_lines(process: subprocess.Popen, metrics: Path, lines: int) -> None:
+    """`kill -9` as soon as the metrics have so many lines."""
+    signal_after_lines(process, metrics, lines, signal.SIGKILL)
     process.communicate()
 
 

@@ -1,0 +1,132 @@
+"""One job of two processes with two devices each, as a user starts it."""
+
+import json
+import signal
+
+import command
+import pytest
+
+SWEEP = (
+    *command.QUICK,
+    "--config.data.batch_size=4",
+    "--config.train.steps=24",
+    "--config.train.eval_every=12",
+    "--config.train.checkpoint_every=4",
+    "--config.parallel.mode=fsdp",
+    "--config.sweep.ranks=(1, 3)",
+    "--workdir=run",
+)
+TWO = {"JAX_NUM_CPU_DEVICES": "2", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+ALONE = {**TWO, "JAX_NUM_CPU_DEVICES": "4"}
+SLOW = pytest.mark.slow
+pytestmark = pytest.mark.xdist_group("several_processes")  # they share finished runs
+
+
+def steps(folder):
+    """What each step of each arm came to, whatever the time it took."""
+    records = command.metrics(folder / "run")
+    return [(r["arm"], r["step"], r.get("loss"), r.get("val_loss")) for r in records]
+
+
+def assert_close(ours, theirs):
+    assert [step[:2] for step in ours] == [step[:2] for step in theirs]
+    numbers = [[x for step in run for x in step[2:] if x is not None] for run in (ours, theirs)]
+    assert numbers[0] == pytest.approx(numbers[1], rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return {"LORA_JAX_CACHE": str(tmp_path_factory.mktemp("cache"))}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, cache):
+    folder = tmp_path_factory.mktemp("alone")
+    command.write_talk(folder)
+    code, output = command.run(folder, "rank_sweep", *SWEEP, **ALONE, **cache)
+    assert code == 0, output
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory, cache):
+    folder = tmp_path_factory.mktemp("pair")
+    command.write_talk(folder)
+    ends = command.finish(command.start_two(folder, "rank_sweep", *SWEEP, **TWO, **cache))
+    assert [code for code, _ in ends] == [0, 0], ends
+    return folder, [output for _, output in ends]
+
+
+def test_processes_that_disagree_end_with_one_error_each(tmp_path):
+    """The cheapest job there is: processes find each other, exchange what they have, and end."""
+    second = ("--config.train.steps=25", "--config.lora.targets=qv")
+    ends = command.finish(command.start_two(tmp_path, "rank_sweep", *SWEEP, second=second, **TWO))
+    for code, output in ends:
+        assert code == 1 and "Traceback" not in output, output
+        assert "disagree on lora.targets ('all-linear' on process 0, 'qv' on process 1), " in output
+        assert "train.steps (24 on process 0, 25 on process 1). Start all of them" in output
+    assert not (tmp_path / "run").exists()
+
+
+@SLOW
+def test_two_processes_have_the_losses_of_one(alone, pair):
+    folder, (first, second) = pair
+    assert_close(steps(folder), steps(alone))
+    assert "2 processes, 4 devices" in first and "results.json" in first
+    assert [line for line in second.splitlines() if "[Gloo]" not in line] == []
+    ours, theirs = (json.loads((f / "run/results.json").read_text()) for f in (folder, alone))
+    assert ours["samples"] == theirs["samples"]
+    for path in (alone / "run/adapters").rglob("adapter_config.json"):
+        assert (folder / path.relative_to(alone)).read_text() == path.read_text()
+
+
+@SLOW
+def test_a_killed_process_ends_the_job_and_the_same_commands_continue(pair, tmp_path, cache):
+    """Process 0 waits for the one that is gone until JAX's heartbeat says so."""
+    command.write_talk(tmp_path)
+    job = command.start_two(tmp_path, "rank_sweep", *SWEEP, **TWO, **cache)
+    command.kill_after_lines(job[1], tmp_path / "run/metrics.jsonl", 12)
+    (code, output), _ = command.finish(job)
+    assert code != 0 and "If one process dies, the others end within 30 s" in output
+    assert "another task died" in output
+    assert not (tmp_path / "run/results.json").exists()
+    (code, output), _ = command.finish(
+        command.start_two(tmp_path, "rank_sweep", *SWEEP, **TWO, **cache)
+    )
+    assert code == 0 and "continuing after step" in output, output
+    assert steps(tmp_path) == steps(pair[0])
+
+
+@SLOW
+def test_preempted_jobs_go_on_with_other_numbers_of_processes(alone, tmp_path, cache):
+    """Two processes, then one, then two; each saves when it is told to end."""
+    command.write_talk(tmp_path)
+    path = tmp_path / "run/metrics.jsonl"
+    job = command.start_two(tmp_path, "rank_sweep", *SWEEP, **TWO, **cache)
+    command.signal_after_lines(job[1], path, 4, signal.SIGTERM)
+    for code, output in command.finish(job):
+        assert code == 1 and "which is saved; the same command continues" in output, output
+    saved = max(step for _, step, _, _ in steps(tmp_path))
+    job = [command.start(tmp_path, "rank_sweep", *SWEEP, **ALONE, **cache)]
+    command.signal_after_lines(job[0], path, 2 * saved + 4, signal.SIGTERM)
+    [(code, output)] = command.finish(job)
+    assert code == 1 and "which is saved; the same command continues" in output, output
+    assert f"continuing after step {saved} of 24" in output
+    ends = command.finish(command.start_two(tmp_path, "rank_sweep", *SWEEP, **TWO, **cache))
+    assert [code for code, _ in ends] == [0, 0], ends
+    assert_close(steps(tmp_path), steps(alone))
+
+
+@SLOW
+def test_pmap_over_processes(alone, tmp_path, cache):
+    command.write_talk(tmp_path)
+    flags = (*SWEEP, "--config.parallel.mode=pmap", "--config.train.patience=1")
+    ends = command.finish(command.start_two(tmp_path, "rank_sweep", *flags, **TWO, **cache))
+    assert [code for code, _ in ends] == [0, 0], ends
+    assert_close(steps(tmp_path), steps(alone))
+
+
+@SLOW
+def test_a_job_that_nobody_describes(tmp_path):
+    code, output = command.run(tmp_path, "rank_sweep", *SWEEP, "--distributed")
+    assert code == 1 and "give --coordinator_address, --num_processes and --process_id" in output
