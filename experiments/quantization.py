@@ -11,6 +11,7 @@ import shlex
 import sys
 from pathlib import Path
 
+import jax
 from ml_collections import ConfigDict
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a checkout, installed or not
@@ -30,6 +31,8 @@ FORMATS = {
 
 
 def work(config: ConfigDict, workdir: Path) -> None:
+    if jax.process_count() > 1:
+        raise ValueError("this comparison runs in one process: start it without --distributed.")
     prepare("quantization", config, workdir)
     results = formats.compare(config, FORMATS, workdir)
     title, command = f"Quantisation, {config.name}", shlex.join(["python", *sys.argv])

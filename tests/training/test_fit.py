@@ -8,7 +8,7 @@ import small
 
 import lora_jax as lora
 from lora_jax import training
-from lora_jax.training.fit import Schedule, fit
+from lora_jax.training.fit import Preempted, Schedule, fit
 from lora_jax.training.sweep import make_sweep, same_shapes
 
 SCHEDULE = Schedule(steps=6, eval_every=2, checkpoint_every=2)
@@ -19,7 +19,17 @@ class Killed(Exception):  # noqa: N818
     """Stands for `kill -9`: nothing after it runs."""
 
 
-def run(folder, *, arms=ARMS, schedule=SCHEDULE, base=None, kill_at=None, identity=None, log=None):
+def run(
+    folder,
+    *,
+    arms=ARMS,
+    schedule=SCHEDULE,
+    base=None,
+    kill_at=None,
+    identity=None,
+    log=None,
+    stop_requested=lambda: False,
+):
     base = small.params() if base is None else base
     tx = training.adamw(steps=schedule.steps)
     specs = list(arms.values())
@@ -49,6 +59,7 @@ def run(folder, *, arms=ARMS, schedule=SCHEDULE, base=None, kill_at=None, identi
         folder=folder,
         identity=identity or {"base": "b"},
         log=keep,
+        stop_requested=stop_requested,
     )
     return states, progress, records
 
@@ -65,6 +76,16 @@ def test_a_killed_run_ends_bit_for_bit_where_it_would_have(tmp_path, kill_at):
     small.assert_equal(again, states)
     for ours, theirs in zip(reached, progress, strict=True):
         assert dataclasses.replace(ours, seconds=0) == dataclasses.replace(theirs, seconds=0)
+
+
+def test_a_run_asked_to_end_saves_and_ends_bit_for_bit_where_it_would_have(tmp_path):
+    states, _, _ = run(tmp_path / "whole")
+    asked = iter([False, False, True])
+    with pytest.raises(Preempted, match="after step 3 of 6, which is saved"):
+        run(tmp_path / "asked", stop_requested=lambda: next(asked))
+    again, _, records = run(tmp_path / "asked")
+    assert records[0]["step"] == 3
+    small.assert_equal(again, states)
 
 
 def test_a_finished_run_trains_no_further(tmp_path):
