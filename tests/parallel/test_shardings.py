@@ -88,7 +88,7 @@ def test_a_leaf_of_many_axes_and_a_quantised_one():
 
 def test_a_flax_model_by_rules_of_its_own():
     model = nn.Sequential([nn.Embed(32, 16), nn.MultiHeadDotProductAttention(4), nn.Dense(32)])
-    tokens = np.arange(8 * 6).reshape(8, 6) % 32
+    tokens = np.arange(8 * 6, dtype=np.int32).reshape(8, 6) % 32
     params = model.init(jax.random.key(0), tokens)
     layouts = lora.infer_layouts(model.apply, params, tokens)
     base, delta = lora.lora_transform(
