@@ -50,12 +50,16 @@ def run(folder: Path, experiment: str, *flags: str, **env: str) -> tuple[int, st
     return process.returncode, output
 
 
-def start_two(folder: Path, experiment: str, *flags: str, second: Sequence[str] = (), **env: str):
-    """One job of two processes on this machine; `second` are flags of process 1 alone."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    job = (f"--coordinator_address=127.0.0.1:{port}", "--num_processes=2", "--process_timeout=30")
+        return free.getsockname()[1]
+
+
+def start_two(folder: Path, experiment: str, *flags: str, second: Sequence[str] = (), **env: str):
+    """One job of two processes on this machine; `second` are flags of process 1 alone."""
+    address = f"--coordinator_address=127.0.0.1:{free_port()}"
+    job = (address, "--num_processes=2", "--process_timeout=30")
     return [
         start(folder, experiment, *flags, *job, f"--process_id={process}", *own, **env)
         for process, own in enumerate([(), second])

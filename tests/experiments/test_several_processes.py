@@ -139,6 +139,26 @@ def test_pmap_over_processes(alone, tmp_path, cache, sweep):
 
 
 @SLOW
+def test_slurm_describes_the_job(tmp_path):
+    """JAX reads what `srun` gives each of its tasks."""
+    port = str(command.free_port())
+    job = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+    tasks = [{"SLURM_PROCID": task, "SLURM_LOCALID": task} for task in ("0", "1")]
+    ends = command.finish(
+        [
+            command.start(
+                *(tmp_path, "rank_sweep", *SWEEP, "--distributed"),
+                f"--config.data.seed={task['SLURM_PROCID']}",
+                **{**TWO, **job, **task, "JAX_COORDINATOR_PORT": port},
+            )
+            for task in tasks
+        ]
+    )
+    for code, output in ends:
+        assert code == 1 and "data.seed (0 on process 0, 1 on process 1)" in output, output
+
+
+@SLOW
 def test_a_job_that_nobody_describes(tmp_path):
     code, output = command.run(tmp_path, "rank_sweep", *SWEEP, "--distributed")
     assert code == 1 and "give --coordinator_address, --num_processes and --process_id" in output
