@@ -90,8 +90,9 @@ def launch(experiment: str, work: Callable[[ConfigDict, Path], None]) -> None:
             if jax.process_count() == 1:
                 raise
             sys.exit(
-                f"{experiment}: process {jax.process_index()} lost another one, whose own output "
-                f"says why ({str(error).splitlines()[0]}); the same commands continue."
+                f"{experiment}: process {jax.process_index()}: {str(error).splitlines()[0]}\nWhere "
+                "that is a connection, another process has ended, and says why itself; the same "
+                "commands continue."
             )
 
     app.run(start)

@@ -77,7 +77,9 @@ def train_batches(
 ) -> grain.DatasetIterator[Batch]:
     """An endless iterator of this process's batches, every epoch in a new order.
 
-    `batch_size` counts rows a process. The order depends on the arguments alone. `get_state()` is a
+    `batch_size` counts rows a process. With another `process_count` the batches are others; where
+    they must not be, let every process iterate over whole batches and place its rows of each, as
+    `parallel.hosts.place` does. The order depends on the arguments alone. `get_state()` is a
     JSON-serialisable position, from which `set_state` on an iterator made with the same arguments
     goes on bit for bit. With `pack`, epochs may meet within a row.
 
