@@ -44,8 +44,7 @@ def strict_dtypes(request):
 @pytest.fixture(autouse=True)
 def quick_compilation(request):
     """Small models compile for longer than they run; a model of real size is worth optimizing."""
-    of_real_size = bool({"interop", "experiments"} & set(request.path.parts))
-    optimized = of_real_size or request.node.get_closest_marker("optimized")
+    optimized = "smollm2" in request.fixturenames or request.node.get_closest_marker("optimized")
     jax.config.update("jax_disable_most_optimizations", not optimized)
 
 
