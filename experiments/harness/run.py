@@ -91,7 +91,9 @@ def _train(
         for arm, delta in zip(arms, same_shapes(fresh), strict=True)
     ]
     log({"event": "compiling", "arms": [arm.name for arm in arms]})
-    base_loss = mean_losses(sweep, sweep.pack(states[:1]), model.params, validation)[0]
+    base_loss = mean_losses(
+        sweep, sweep.pack(states[: config.parallel.arms]), model.params, validation
+    )[0]
     log({"event": "base", "val_loss": base_loss})
     states, progress = fit(
         sweep,

@@ -58,6 +58,8 @@ def on_mesh(mesh: Mesh, specs: Specs) -> Execution:
       specs: how each leaf of the base lies, from `match_specs`.
     """
 
+    whole = NamedSharding(mesh, PartitionSpec())  # what the host reads, on every process
+
     def lie(state, stacked):
         if stacked and (count := jnp.size(state.seed)) % mesh.shape[ARMS]:
             raise ValueError(
@@ -69,6 +71,7 @@ def on_mesh(mesh: Mesh, specs: Specs) -> Execution:
     def step(fn, stacked):
         def kept(state, base, batch, *rest):
             moved, metrics = fn(state, base, batch, *rest)
+            metrics = jax.lax.with_sharding_constraint(metrics, whole)
             return jax.tree.map(_lying, moved, lie(moved, stacked)), metrics
 
         return jax.jit(kept, donate_argnums=0)
@@ -83,7 +86,7 @@ def on_mesh(mesh: Mesh, specs: Specs) -> Execution:
         states=lambda state, stacked: jax.tree.map(_put, state, lie(state, stacked)),
         batch=batch,
         step=step,
-        evaluate=jax.jit,
+        evaluate=lambda fn: jax.jit(fn, out_shardings=whole),
         context=lambda: jax.set_mesh(mesh),
         arms_axis=ARMS,
     )

@@ -67,3 +67,12 @@ def test_placing_gives_each_device_its_slice():
     for name, sharding in shardings.items():
         assert placed[name].sharding == sharding
     jax.tree.map(np.testing.assert_array_equal, hosts.whole(placed), tree)
+
+
+def test_what_the_host_reads_is_whole_on_every_device():
+    """Arms may lie on devices of another process."""
+    mesh = parallel.make_mesh({"arms": 2, "fsdp": 4})
+    by_arm = hosts.place(np.arange(2.0), NamedSharding(mesh, PartitionSpec("arms")))
+    evaluate = parallel.on_mesh(mesh, {}).evaluate(lambda delta, base, batch: (2 * delta,))
+    (sums,) = evaluate(by_arm, None, None)
+    assert sums.sharding.is_fully_replicated
