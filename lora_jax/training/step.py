@@ -61,10 +61,17 @@ def init_state(
     )
 
 
-def llama_loss(config: LlamaConfig, *, remat: llama.Remat = "elementwise") -> LossSum:
+def llama_loss(
+    config: LlamaConfig,
+    *,
+    remat: llama.Remat = "elementwise",
+    unroll: int = 1,
+    chunk: int = 128,
+) -> LossSum:
     """The summed loss over a batch's counted tokens, and their number.
 
     A batch holds `tokens`, `targets`, `loss_mask`, `segment_ids` and `positions`, each `[B, T]`.
+    `unroll` is of `hidden_states`, `chunk` of `token_losses`.
     """
 
     def loss_sum(delta, base, batch, dropout_key):
@@ -76,15 +83,20 @@ def llama_loss(config: LlamaConfig, *, remat: llama.Remat = "elementwise") -> Lo
             positions=batch["positions"],
             segment_ids=batch["segment_ids"],
             remat=remat,
+            unroll=unroll,
         )
         head = llama.output_head(weights)
-        return token_losses(hidden, head, batch["targets"], batch["loss_mask"])
+        return token_losses(hidden, head, batch["targets"], batch["loss_mask"], chunk=chunk)
 
     return loss_sum
 
 
 def train_step(
-    loss_sum: LossSum, tx: optax.GradientTransformation, *, accumulate: int = 1
+    loss_sum: LossSum,
+    tx: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    correct: optax.GradientTransformation | None = None,
 ) -> Callable[[TrainState, PyTree, Batch], tuple[TrainState, StepMetrics]]:
     """A pure function `(state, base, batch) -> (state, metrics)`, to be jitted, vmapped or pmapped.
 
@@ -95,15 +107,20 @@ def train_step(
       tx: the optimizer; if its update takes `learning_rate`, it gets the state's.
       accumulate: into how many micro-batches the batch is cut. Their losses are summed before
         they are divided, so that the result is the whole batch's, however tokens fall.
+      correct: a transformation without state that reads frozen leaves too, and so stands in front
+        of the mask: LoRA-FA's `project_b()`.
     """
 
     def step(state: TrainState, base: PyTree, batch: Batch) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
         total, count, grads = _summed_gradients(loss_sum, state.delta, base, batch, key, accumulate)
         grads = jax.tree.map(lambda g: g / count, grads)
+        moving = (
+            grads if correct is None else correct.update(grads, correct.init(()), state.delta)[0]
+        )
         masked = optax.with_extra_args_support(mask_optimizer(tx, state.delta))
         updates, opt_state = masked.update(
-            grads, state.opt_state, state.delta, learning_rate=state.learning_rate
+            moving, state.opt_state, state.delta, learning_rate=state.learning_rate
         )
         delta = optax.apply_updates(state.delta, updates)
         moved = dataclasses.replace(
