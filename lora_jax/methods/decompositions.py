@@ -31,8 +31,9 @@ def factors_of(
 
     def split(matrix, scale, key):
         if start == "olora":
-            q, r = jnp.linalg.qr(matrix.T)
-            return r[:rank].T, q[:, :rank].T
+            q, _ = jnp.linalg.qr(matrix[:rank].T)  # of w^T's first columns: all that counts
+            with jax.default_matmul_precision("highest"):
+                return matrix @ q, q.T
         if found[1]:
             return _rooted(*subspace_svd(matrix, rank, int(found[1]), key), scale)
         return _rooted(*truncated_svd(matrix, rank), scale)
