@@ -7,7 +7,7 @@ sizes of their own; Full trains everything. Seeds vary the initialisation, dropo
 the data. The first picks each method's learning rate; the others run at that rate.
 
     python experiments/methods.py
-    python experiments/methods.py --config.data.seq_len=128 --config.train.steps=10
+    python experiments/methods.py --config.data.seq_len=128 --config.train.steps=8
     python experiments/methods.py --config.methods.names="('LoRA', 'DoRA')"
 """
 

@@ -33,5 +33,11 @@ def save(
             validation_loss=outcome.progress.val_loss,
         )
         peft.save_adapter(
-            target, outcome.delta, model.params, names, base_name=model.name, card=card
+            target,
+            outcome.delta,
+            model.params,
+            names,
+            base_name=model.name,
+            num_kv_heads=model.config.num_kv_heads,
+            card=card,
         )
