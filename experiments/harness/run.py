@@ -14,12 +14,13 @@ import optax
 from ml_collections import ConfigDict
 
 import lora_jax as lora
-from experiments.harness import adapters, setup
+from experiments.harness import adapters, devices, setup
 from experiments.harness.arms import Arm, same_kind
 from experiments.harness.samples import sample
 from lora_jax import data, paths, training
 from lora_jax.interop import Pretrained
 from lora_jax.training import checkpoints
+from lora_jax.training.execution import Execution
 from lora_jax.training.fit import ArmProgress, Schedule, fit
 from lora_jax.training.sweep import Step, Sweep, make_sweep, same_shapes
 from lora_jax.transform import Delta
@@ -64,19 +65,23 @@ def run(
     started = time.time()
     log({"event": "loading", "what": f"model {config.model.source}"})
     model = setup.load_model(config)
+    execution = devices.execution(config, model.params)
+    model = dataclasses.replace(model, params=execution.base(model.params))
     log({"event": "loading", "what": f"data {config.data.source}"})
     validation = setup.validation_batches(config, model)
     identity = {"base": checkpoints.fingerprint(model.params)}
-    base_loss = _untuned_loss(config, model, validation)
+    base_loss = _untuned_loss(config, model, execution, validation)
     log({"event": "base", "val_loss": base_loss})
     outcomes: list[Outcome] = []
     steps: dict[Hashable, Sweep] = {}
     while arms:
         for kind in same_kind(arms):
             if kind[0].step not in steps:
-                steps[kind[0].step] = _compiled_once(config, kind[0], model)
+                steps[kind[0].step] = _compiled_once(config, kind[0], model, execution)
             sweep = steps[kind[0].step]
-            outcomes += _train(config, kind, sweep, model, validation, identity, workdir, log)
+            outcomes += _train(
+                config, kind, sweep, model, execution, validation, identity, workdir, log
+            )
         arms = more(outcomes)
     adapters.save(config, model, outcomes, workdir / "adapters")
     return {
@@ -87,26 +92,40 @@ def run(
     }
 
 
-def step_of(config: ConfigDict, arm: Arm, loss: training.LossSum) -> Step:
+def step_of(
+    config: ConfigDict, arm: Arm, loss: training.LossSum, axis_name: str | None = None
+) -> Step:
     """One step of an arm's training."""
-    correct = lora.project_b() if arm.project_b else None
     return training.train_step(
-        loss, optimizer(config, arm), accumulate=config.train.accumulate, correct=correct
+        loss,
+        optimizer(config, arm),
+        accumulate=config.train.accumulate,
+        correct=lora.project_b() if arm.project_b else None,
+        axis_name=axis_name,
     )
 
 
-def _untuned_loss(config: ConfigDict, model: Pretrained, validation: Sequence[data.Batch]) -> float:
+def _loss(config: ConfigDict, model: Pretrained) -> training.LossSum:
     loss = training.llama_loss(model.config, remat=config.model.remat)
-    summed = jax.jit(lambda params, batch: loss({}, params, batch, None))
-    sums = [jax.device_get(summed(model.params, batch)) for batch in validation]
+    return devices.over_devices(config, model.params, loss)
+
+
+def _untuned_loss(
+    config: ConfigDict, model: Pretrained, execution: Execution, validation: Sequence[data.Batch]
+) -> float:
+    summed = execution.evaluate(functools.partial(_without_dropout, _loss(config, model)))
+    with execution.context():
+        sums = [
+            jax.device_get(summed({}, model.params, execution.batch(batch))) for batch in validation
+        ]
     return float(sum(total for total, _ in sums) / sum(count for _, count in sums))
 
 
-def _compiled_once(config: ConfigDict, arm: Arm, model: Pretrained) -> Sweep:
-    loss = training.llama_loss(model.config, remat=config.model.remat)
-    return make_sweep(
-        step_of(config, arm, loss), functools.partial(_without_dropout, loss), config.sweep.mode
-    )
+def _compiled_once(config: ConfigDict, arm: Arm, model: Pretrained, execution: Execution) -> Sweep:
+    loss = _loss(config, model)
+    step = step_of(config, arm, loss, execution.axis_name)
+    evaluate = functools.partial(_without_dropout, loss)
+    return make_sweep(step, evaluate, config.sweep.mode, execution)
 
 
 def _train(
@@ -114,6 +133,7 @@ def _train(
     arms: Sequence[Arm],
     sweep: Sweep,
     model: Pretrained,
+    execution: Execution,
     validation: Sequence[data.Batch],
     identity: dict[str, str],
     workdir: Path,
@@ -121,7 +141,7 @@ def _train(
 ) -> list[Outcome]:
     """Trains arms of one kind through one step."""
     made = [_fresh(arm, model.params) for arm in arms]
-    base, fresh = made[0][0], [delta for _, delta in made]
+    base, fresh = execution.base(made[0][0]), [delta for _, delta in made]
     tx = optimizer(config, arms[0])
     states = [
         training.init_state(delta, tx, learning_rate=arm.learning_rate, seed=arm.seed)

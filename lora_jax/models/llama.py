@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from lora_jax.context_mesh import FSDP, SEQUENCE, constrain
 from lora_jax.models.attention import attend, causal_mask
 from lora_jax.models.config import LlamaConfig
 from lora_jax.models.rope import rotate
@@ -136,7 +137,7 @@ def hidden_states(
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     prefix, prompt = leading(params, config)
     mask = causal_mask(positions, segment_ids, prompt=prompt, prefix=prefix)
-    x_BTD = embed(tokens, params["embed"])
+    x_BTD = constrain(embed(tokens, params["embed"]), FSDP, SEQUENCE)
     if prompt:
         rows_BPD = prompt_rows(params, x_BTD)
         first = jnp.broadcast_to(jnp.arange(prompt), rows_BPD.shape[:2])
@@ -148,7 +149,8 @@ def hidden_states(
         if prefix:
             before = [prefix_heads(leaf, k) for leaf in prefix_of(weights)]
             k, v = (jnp.concatenate(pair, axis=1) for pair in zip(before, (k, v), strict=True))
-        return finish_layer(x_BTD, attend(q, k, v, mask), weights, config), None
+        x_BTD = finish_layer(x_BTD, attend(q, k, v, mask), weights, config)
+        return constrain(x_BTD, FSDP, SEQUENCE), None
 
     x_BTD, _ = scan_layers(checkpointed(layer, remat), x_BTD, params["layers"], unroll=unroll)
     return rms_norm(x_BTD[:, prompt:], params["norm"], config.norm_eps)

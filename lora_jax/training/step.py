@@ -97,6 +97,7 @@ def train_step(
     *,
     accumulate: int = 1,
     correct: optax.GradientTransformation | None = None,
+    axis_name: str | None = None,
 ) -> Callable[[TrainState, PyTree, Batch], tuple[TrainState, StepMetrics]]:
     """A pure function `(state, base, batch) -> (state, metrics)`, to be jitted, vmapped or pmapped.
 
@@ -109,18 +110,23 @@ def train_step(
         they are divided, so that the result is the whole batch's, however tokens fall.
       correct: a transformation without state that reads frozen leaves too, and so stands in front
         of the mask: LoRA-FA's `project_b()`.
+      axis_name: of a `pmap` or `shard_map` whose devices hold parts of the batch; sums go over it
+        before they are divided. Each device draws dropout of its own.
     """
 
     def step(state: TrainState, base: PyTree, batch: Batch) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
-        total, count, grads = _summed_gradients(loss_sum, state.delta, base, batch, key, accumulate)
+        if axis_name is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+        sums = _summed_gradients(loss_sum, state.delta, base, batch, key, accumulate)
+        total, count, grads = sums if axis_name is None else jax.lax.psum(sums, axis_name)
         grads = jax.tree.map(lambda g: g / count, grads)
-        moving = (
-            grads if correct is None else correct.update(grads, correct.init(()), state.delta)[0]
-        )
+        corrected = grads
+        if correct is not None:
+            corrected, _ = correct.update(grads, correct.init(state.delta), state.delta)
         masked = optax.with_extra_args_support(mask_optimizer(tx, state.delta))
         updates, opt_state = masked.update(
-            moving, state.opt_state, state.delta, learning_rate=state.learning_rate
+            corrected, state.opt_state, state.delta, learning_rate=state.learning_rate
         )
         delta = optax.apply_updates(state.delta, updates)
         moved = dataclasses.replace(
