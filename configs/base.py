@@ -96,5 +96,13 @@ def get_config() -> ConfigDict:
             "rank": 8,  # of every arm at equal rank; of all-linear at equal parameters
         }
     )
+    config.methods = ConfigDict(
+        {
+            "names": (),  # those to compare; empty: all that experiments/methods.py lists
+            "rank": 8,  # of LoRA, whose trainable parameters are the budget
+            "rate_factors": (0.5, 2.0),  # learning rates, as multiples of each method's own
+            "seeds": (0, 1),  # of initialisation, dropout and data; the first chooses the rate
+        }
+    )
     config.samples = ConfigDict({"prompts": 2, "max_new_tokens": 40})
     return config

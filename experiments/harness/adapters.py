@@ -23,8 +23,8 @@ def save(
     folder: Path,
     base_fingerprint: str,
 ) -> None:
-    """Writes what is not there yet; full fine-tuning leaves no adapter."""
-    deltas = [hosts.whole(outcome.delta) if outcome.arm.rank else None for outcome in outcomes]
+    """Writes what is not there yet and PEFT has a form for."""
+    deltas = [hosts.whole(outcome.delta) if outcome.arm.in_peft else None for outcome in outcomes]
 
     def write() -> None:
         for outcome, delta in zip(outcomes, deltas, strict=True):
@@ -45,6 +45,7 @@ def save(
                 model.params,
                 peft.llama_names(model.config),
                 base_name=model.name,
+                num_kv_heads=model.config.num_kv_heads,
                 card=card,
                 base_fingerprint=base_fingerprint,
             )
