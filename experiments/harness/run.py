@@ -70,7 +70,11 @@ def _train(
     """Trains arms of one method through one step. Returns the base's validation loss, and them."""
     fresh = [_fresh_delta(arm, model) for arm in arms]
     tx = _optimizer(config)
-    loss = training.llama_loss(model.config, remat=config.model.remat)
+    loss = training.llama_loss(
+        model.config,
+        remat=config.model.remat,
+        attention=None if config.model.attention == "auto" else config.model.attention,
+    )
     step = training.train_step(loss, tx, accumulate=config.train.accumulate)
     sweep = make_sweep(step, functools.partial(_without_dropout, loss), config.sweep.mode)
     states = [

@@ -27,15 +27,16 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from lora_jax.models.attention import attend, causal_mask
+from lora_jax.kernels.attention import ATTENDED, Implementation, attend, masked_attention
 from lora_jax.models.config import LlamaConfig
 from lora_jax.models.rope import rotate
 from lora_jax.weights import NARROW, UNSCALED, embed, linear, scan_layers, transpose
 
 Params = dict[str, Any]
-Remat = Literal["none", "elementwise", "full"]
+Remat = Literal["none", "elementwise", "full", "offload"]
+LAYER_INPUT = "layer_input"
 SAVED = (
-    "projected", "query", "key", "value", "attended", "residual", "gate", "up", NARROW, UNSCALED
+    "projected", "query", "key", "value", ATTENDED, "residual", "gate", "up", NARROW, UNSCALED
 )  # fmt: skip
 
 
@@ -109,8 +110,9 @@ def forward(
       config: the shape of the model.
       positions: `[B, T]`, counted from 0 along each row unless given.
       segment_ids: `[B, T]`, the example that a packed position belongs to; attention stays inside.
-      remat: what the backward pass recomputes: "none", "elementwise" (norms,
-        activations and attention scores, but no product with a weight), "full" (whole layers).
+      remat: what the backward pass recomputes: "none", "elementwise" (norms, activations and
+        attention scores, but no product with a weight), "full" (whole layers, whose inputs stay on
+        the device), "offload" (whole layers, whose inputs wait in host memory).
     """
     x = hidden_states(
         params, tokens, config, positions=positions, segment_ids=segment_ids, remat=remat
@@ -126,16 +128,17 @@ def hidden_states(
     positions: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     remat: Remat = "none",
+    attention: Implementation | None = None,
     unroll: int = 1,
 ) -> jax.Array:
     """What the output head reads, `[B, T, D]`: `forward` short of its product with the vocabulary.
 
+    `attention` names an implementation of `lora_jax.kernels.attention`; None chooses by platform.
     `unroll` layers of the scan are laid out one after another in the program.
     """
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     prefix, prompt = leading(params, config)
-    mask = causal_mask(positions, segment_ids, prompt=prompt, prefix=prefix)
     x_BTD = embed(tokens, params["embed"])
     if prompt:
         rows_BPD = prompt_rows(params, x_BTD)
@@ -144,11 +147,15 @@ def hidden_states(
         x_BTD = jnp.concatenate([rows_BPD, x_BTD], axis=1)
 
     def layer(x_BTD, weights):
+        x_BTD = checkpoint_name(x_BTD, LAYER_INPUT)
         q, k, v = project(x_BTD, weights, positions + prefix, config)
         if prefix:
             before = [prefix_heads(leaf, k) for leaf in prefix_of(weights)]
             k, v = (jnp.concatenate(pair, axis=1) for pair in zip(before, (k, v), strict=True))
-        return finish_layer(x_BTD, attend(q, k, v, mask), weights, config), None
+        attended = attend(
+            q, k, v, segment_ids, prompt=prompt, prefix=prefix, implementation=attention
+        )
+        return finish_layer(x_BTD, attended, weights, config), None
 
     x_BTD, _ = scan_layers(checkpointed(layer, remat), x_BTD, params["layers"], unroll=unroll)
     return rms_norm(x_BTD[:, prompt:], params["norm"], config.norm_eps)
@@ -177,7 +184,7 @@ def _read(params: Params, x_BTD: jax.Array, cache: Cache, config: LlamaConfig):
         q, k, v = project(x_BTD, weights, positions, config)
         k_cache = k_cache.at[rows, positions].set(k.astype(k_cache.dtype))
         v_cache = v_cache.at[rows, positions].set(v.astype(v_cache.dtype))
-        x_BTD = finish_layer(x_BTD, attend(q, k_cache, v_cache, mask), weights, config)
+        x_BTD = finish_layer(x_BTD, masked_attention(q, k_cache, v_cache, mask), weights, config)
         return x_BTD, (k_cache, v_cache)
 
     x_BTD, (k, v) = scan_layers(layer, x_BTD, (params["layers"], cache.k, cache.v))
@@ -279,7 +286,7 @@ def finish_layer(
     x_BTD: jax.Array, attended_BTNH: jax.Array, weights: Params, config: LlamaConfig
 ) -> jax.Array:
     """The rest of a layer after attention: the output projection, then the gated MLP."""
-    attended_BTE = checkpoint_name(attended_BTNH.reshape(*x_BTD.shape[:2], -1), "attended")
+    attended_BTE = attended_BTNH.reshape(*x_BTD.shape[:2], -1)
     x_BTD = x_BTD + linear(attended_BTE, weights["attn"]["o_proj"])
     x_BTD = checkpoint_name(x_BTD, "residual")
     mlp = weights["mlp"]
@@ -298,12 +305,19 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 def checkpointed(layer, remat: Remat):
     """`layer` under the named rematerialisation policy."""
-    policies = {
-        "elementwise": jax.checkpoint_policies.save_only_these_names(*SAVED),
-        "full": jax.checkpoint_policies.nothing_saveable,
+    policies = jax.checkpoint_policies
+    named = {
+        "elementwise": policies.save_only_these_names(*SAVED),
+        "full": policies.nothing_saveable,
+        "offload": policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[LAYER_INPUT],
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
     }
     if remat == "none":
         return layer
-    if remat not in policies:
-        raise ValueError(f"remat={remat!r}: expected one of none, {', '.join(policies)}.")
-    return jax.checkpoint(layer, policy=policies[remat], prevent_cse=False)
+    if remat not in named:
+        raise ValueError(f"remat={remat!r}: expected one of none, {', '.join(named)}.")
+    return jax.checkpoint(layer, policy=named[remat], prevent_cse=False)

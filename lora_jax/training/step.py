@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lora_jax.kernels.attention import Implementation
 from lora_jax.masks import mask_optimizer
 from lora_jax.methods import allocate_budget, orthogonality
 from lora_jax.models import llama
@@ -61,7 +62,12 @@ def init_state(
     )
 
 
-def llama_loss(config: LlamaConfig, *, remat: llama.Remat = "elementwise") -> LossSum:
+def llama_loss(
+    config: LlamaConfig,
+    *,
+    remat: llama.Remat = "elementwise",
+    attention: Implementation | None = None,
+) -> LossSum:
     """The summed loss over a batch's counted tokens, and their number.
 
     A batch holds `tokens`, `targets`, `loss_mask`, `segment_ids` and `positions`, each `[B, T]`.
@@ -76,6 +82,7 @@ def llama_loss(config: LlamaConfig, *, remat: llama.Remat = "elementwise") -> Lo
             positions=batch["positions"],
             segment_ids=batch["segment_ids"],
             remat=remat,
+            attention=attention,
         )
         head = llama.output_head(weights)
         return token_losses(hidden, head, batch["targets"], batch["loss_mask"])
