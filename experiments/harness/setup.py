@@ -83,6 +83,7 @@ def training_batches(config: ConfigDict, model: Pretrained) -> Any:
         seq_len=settings.seq_len,
         seed=settings.seed,
         pack=settings.pack,
+        place=jax.device_put,
     )
 
 

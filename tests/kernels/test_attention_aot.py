@@ -127,7 +127,7 @@ def narrow_step(remat):
 @for_tpu
 @pytest.mark.parametrize(
     ("remat", "kernels", "on_host"),
-    [("elementwise", 3, 0),  # the forward kernel is not run again
+    [pytest.param("elementwise", 3, 0, marks=pytest.mark.slow),  # the forward kernel runs once
      ("offload", 4, NARROW.num_layers * T * NARROW.hidden_size * 2)],
 )  # fmt: skip
 def test_a_step_on_a_tpu(remat, kernels, on_host):

@@ -48,9 +48,9 @@ def attend(
         `jax.sharding.use_abstract_mesh`, for a program compiled ahead of time, or the default one.
         "xla" stores a score for every head and pair of positions. "splash" (TPU) stores none; with
         several devices it wants their mesh in context (`jax.set_mesh`), and lies over the axes
-        `fsdp` (rows), `tensor` (heads) and `sequence` (query positions). "cudnn" (GPU, 16-bit types)
-        stores none either, but takes segments as a bias of 2 bytes for every row and pair of
-        positions, which all heads share: JAX offers no other way to it.
+        `fsdp` (rows), `tensor` (heads) and `sequence` (query positions). "cudnn" (GPU, 16-bit
+        types) stores none either, but takes segments as a bias of 2 bytes for every row and pair
+        of positions, which all heads share: JAX has no other public way to it.
 
     Raises:
       ValueError: for an implementation asked for by name that the platform or an argument lacks.
@@ -108,7 +108,7 @@ def _lack(implementation, q, k, prompt, prefix) -> str | None:
         return f"needs a {wanted.upper()}, and this program is for a {device.device_kind}"
     if prompt or prefix:
         return f"takes neither a prompt nor a prefix, and there are {prompt} and {prefix} positions"
-    (B, T, N, H), K = q.shape, k.shape[2]
+    (B, T, _, H), K = q.shape, k.shape[2]
     if implementation == "cudnn":
         if q.dtype not in (jnp.bfloat16, jnp.float16):
             return f"takes bfloat16 and float16, and the queries are {q.dtype}"
