@@ -5,7 +5,10 @@ hence unrolled layers and a single chunk of the loss.
 """
 
 import functools
+import importlib
 import re
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +23,7 @@ from lora_jax.models.shapes import SHAPES
 from lora_jax.training import init_state, llama_loss, train_step
 from lora_jax.training.loss import token_losses
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 pytestmark = pytest.mark.mixed_dtypes
 WIDE = LlamaConfig(
     vocab_size=8000, hidden_size=4096, intermediate_size=14336, num_layers=2, num_heads=32,
@@ -80,6 +84,14 @@ def test_full_fine_tuning_costs_6n():
 @pytest.mark.parametrize(("remat", "most"), [("none", 0.68), ("full", 0.76)])
 def test_lora_step_beside_a_full_step(remat, most):
     assert 0.6 < flops(LORA, remat) / flops(FULL, remat) <= most
+
+
+def test_the_model_flops_of_the_benchmark_are_what_xla_counts():
+    """Which multiplies all scores, and not just the half that a causal model needs."""
+    at_size = importlib.import_module("at_size")
+    half = 6 * WIDE.num_layers * WIDE.num_heads * WIDE.head_dim * 512
+    per_token = at_size.model_flops_per_token(WIDE, 512) + half
+    assert flops(LORA, "none") == pytest.approx(per_token * 4 * 512, rel=0.02)
 
 
 def test_full_remat_costs_another_forward_pass():

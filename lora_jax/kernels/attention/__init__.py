@@ -4,6 +4,7 @@
 a GPU.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Literal, get_args
 
@@ -60,7 +61,7 @@ def attend(
         raise ValueError(
             f"attention: {implementation!r} {lack}. Leave `implementation` out, or ask for 'xla'."
         )
-    runs = {
+    runs: dict[str, Callable[..., jax.Array]] = {
         "xla": partial(_xla, prompt=prompt, prefix=prefix),
         "splash": partial(splash.attend, name=ATTENDED),
         "cudnn": _cudnn,

@@ -6,6 +6,8 @@ each key head once for its group of query heads. A score stands in vector memory
 Dimensions: B batch, T positions, N query heads, K key/value heads, H head.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
@@ -46,12 +48,13 @@ def attend(
     if not _free(mesh):
         return _on_blocks(*arguments)
     keys = jax.P(rows, None, heads)
+    of_segments: Any = (jax.P(rows, positions), jax.P(rows))
     specs = (
         kernel.manual_sharding_spec(jax.NamedSharding(mesh, jax.P(heads, positions))),
         jax.P(rows, positions, heads),
         keys,
         keys,
-        None if segments is None else splash.SegmentIds(jax.P(rows, positions), jax.P(rows)),
+        None if segments is None else splash.SegmentIds(*of_segments),
     )
     over_mesh = jax.shard_map(
         _on_blocks,
