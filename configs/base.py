@@ -73,6 +73,16 @@ def get_config() -> ConfigDict:
             "patience": 0,  # validations without a new best before an arm stops; 0 never stops
         }
     )
+    config.parallel = ConfigDict(
+        {
+            # How a step runs on the devices there are: single, pmap (the base on each, the batch
+            # split), fsdp (the base split as well), tensor (products split), fsdp+tensor.
+            "mode": "single",
+            "tensor": 1,  # of fsdp+tensor: devices that share each product; fsdp takes the rest
+            "sequence": 1,  # devices that share each row's positions
+            "arms": 1,  # devices among which a batched sweep's arms are divided
+        }
+    )
     config.sweep = ConfigDict(
         {
             "ranks": (1, 4, 16, 64),

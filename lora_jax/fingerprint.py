@@ -24,8 +24,12 @@ def fingerprint(base: PyTree) -> str:
 @jax.jit
 def _checksum(leaf: jax.Array) -> jax.Array:
     width = leaf.dtype.itemsize * 8
-    bits = jax.lax.bitcast_convert_type(leaf, f"uint{width}").astype(jnp.uint32).reshape(-1)
-    index = jnp.arange(bits.size, dtype=jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(leaf, f"uint{width}").astype(jnp.uint32)
+    index = jnp.zeros(
+        bits.shape, jnp.uint32
+    )  # of the flattened leaf, which may lie on many devices
+    for axis, size in enumerate(bits.shape):
+        index = index * size + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
     return jnp.sum((bits ^ (bits >> 15)) * (index * jnp.uint32(2654435761) + 1), dtype=jnp.uint32)
 
 

@@ -80,6 +80,11 @@ class Weight(abc.ABC):
         ValueError where its blocks do not follow from the blocks of such an array."""
         raise ValueError(f"{type(self).__name__} cannot be split by {spec}.")
 
+    def placement(self, spec: PartitionSpec) -> "Weight":
+        """The same tree with the partition spec of each array on a mesh where a plain array would
+        lie by `spec`, with an entry for each of its axes."""
+        raise ValueError(f"{type(self).__name__} cannot lie on a mesh by {spec}.")
+
     def as_matrix(self, layout: Layout) -> "Weight | jax.Array":
         """The same weight with its axes laid out as `[stack..., d_in, d_out]`."""
         if layout != Layout():

@@ -11,7 +11,7 @@ import lora_jax
 ROOT = Path(lora_jax.__file__).parent
 # From the bottom up: a module imports from its own line and the lines above it.
 LAYERS = [
-    ["paths", "layouts", "version", "tables"],
+    ["paths", "layouts", "version", "tables", "context_mesh"],
     ["targets", "kernels"],
     ["weights"],
     ["quant"],

@@ -13,12 +13,13 @@ import optax
 from ml_collections import ConfigDict
 
 import lora_jax as lora
-from experiments.harness import adapters, setup
+from experiments.harness import adapters, devices, setup
 from experiments.harness.arms import Arm, same_kind
 from experiments.harness.samples import sample
 from lora_jax import data, training
 from lora_jax.interop import Pretrained
 from lora_jax.training import checkpoints
+from lora_jax.training.execution import Execution
 from lora_jax.training.fit import ArmProgress, Schedule, fit, mean_losses
 from lora_jax.training.sweep import make_sweep, same_shapes
 from lora_jax.transform import Delta
@@ -40,13 +41,15 @@ def run(config: ConfigDict, arms: Sequence[Arm], workdir: Path, log: Log) -> dic
     started = time.time()
     log({"event": "loading", "what": f"model {config.model.source}"})
     model = setup.load_model(config)
+    execution = devices.execution(config, model.params)
+    model = dataclasses.replace(model, params=execution.base(model.params))
     log({"event": "loading", "what": f"data {config.data.source}"})
     validation = setup.validation_batches(config, model)
     identity = {"base": checkpoints.fingerprint(model.params)}
     outcomes: list[Outcome] = []
     base_loss = math.nan
     for number, kind in enumerate(same_kind(arms)):
-        first, more = _train(config, kind, model, validation, identity, workdir, log)
+        first, more = _train(config, kind, model, execution, validation, identity, workdir, log)
         base_loss = first if number == 0 else base_loss
         outcomes += more
     adapters.save(config, model, outcomes, workdir / "adapters")
@@ -62,6 +65,7 @@ def _train(
     config: ConfigDict,
     arms: Sequence[Arm],
     model: Pretrained,
+    execution: Execution,
     validation: Sequence[data.Batch],
     identity: dict[str, str],
     workdir: Path,
@@ -75,8 +79,12 @@ def _train(
         remat=config.model.remat,
         attention=None if config.model.attention == "auto" else config.model.attention,
     )
-    step = training.train_step(loss, tx, accumulate=config.train.accumulate)
-    sweep = make_sweep(step, functools.partial(_without_dropout, loss), config.sweep.mode)
+    loss = devices.over_devices(config, model.params, loss)
+    step = training.train_step(
+        loss, tx, accumulate=config.train.accumulate, axis_name=execution.axis_name
+    )
+    evaluate = functools.partial(_without_dropout, loss)
+    sweep = make_sweep(step, evaluate, config.sweep.mode, execution)
     states = [
         training.init_state(delta, tx, learning_rate=arm.learning_rate, seed=arm.seed)
         for arm, delta in zip(arms, same_shapes(fresh), strict=True)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from experiments.harness import devices
 from lora_jax import data
 from lora_jax.interop import Pretrained, load, quantized
 from lora_jax.models import llama
@@ -29,9 +30,8 @@ def load_model(config: ConfigDict) -> Pretrained:
     where the config says so."""
     dtype = jnp.dtype(config.model.dtype)
     if config.model.source != "random":
-        if config.base.quantize == "none":
-            return load(config.model.source, dtype=dtype)
-        return load(config.model.source, dtype=dtype, place=quantized(**_format(config)))
+        place = None if config.base.quantize == "none" else quantized(**_format(config))
+        return load(config.model.source, dtype=dtype, place=devices.placed(config, place))
     shape = shape_of(config)
     return Pretrained(
         params=as_configured(config, llama.init(shape, key=jax.random.key(0), dtype=dtype)),

@@ -67,8 +67,9 @@ def quantized(format: str, **options: Any) -> Place:
     return lambda path, leaf: finish(path, leaf.read())
 
 
-def sharded(sharding: Callable[[str], jax.sharding.Sharding]) -> Place:
-    """Places each leaf by the sharding of its path; a process reads only what its devices hold."""
+def sharded(sharding: Callable[[str, StoredLeaf], jax.sharding.Sharding]) -> Place:
+    """Places each leaf by the sharding of its path and shape; a process reads only what its devices
+    hold."""
 
     def place(path: str, leaf: StoredLeaf) -> jax.Array:
         parts: dict[str, np.ndarray] = {}
@@ -78,6 +79,8 @@ def sharded(sharding: Callable[[str], jax.sharding.Sharding]) -> Place:
                 parts[str(index)] = leaf.read(index)
             return parts[str(index)]
 
-        return jax.make_array_from_callback(leaf.shape, sharding(path), part, dtype=leaf.dtype)
+        return jax.make_array_from_callback(
+            leaf.shape, sharding(path, leaf), part, dtype=leaf.dtype
+        )
 
     return place

@@ -9,6 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from lora_jax.layouts import Layout
 from lora_jax.methods.base import Additive, AnyWeight, DeltaNode, Method, require_shape
@@ -169,6 +170,16 @@ class Triplets(Additive):
             uncertainty=reshaped(self.uncertainty),
             layout=Layout(),
         )
+
+    def placement(self, spec: PartitionSpec) -> "Triplets":
+        stack, d_in, d_out = self.layout.split(tuple(spec))
+        parts: Any = self._partitioned(PartitionSpec(*stack))
+        factors: Any = {
+            "a": PartitionSpec(*stack, *d_in, None),
+            "e": PartitionSpec(*stack),
+            "b": PartitionSpec(*stack, None, *d_out),
+        }
+        return dataclasses.replace(parts, **factors, sensitivity=factors, uncertainty=factors)
 
     def trainable(self) -> Self:
         frozen = jax.tree.map(lambda _: False, self)

@@ -96,6 +96,13 @@ class DeltaNode(abc.ABC):
             )
         return self._partitioned(PartitionSpec(*stack))
 
+    def placement(self, spec: PartitionSpec) -> Self:
+        """The same tree with the partition spec of each leaf on a mesh where the weight lies by
+        `spec`, with an entry for each of its axes. What follows no axis of the weight lies whole on
+        every device."""
+        stack, _, _ = self.layout.split(tuple(spec))
+        return self._partitioned(PartitionSpec(*stack))
+
     def _partitioned(self, spec: PartitionSpec) -> Self:
         def split(leaf):
             return Shared(PartitionSpec()) if is_shared(leaf) else spec

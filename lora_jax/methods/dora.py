@@ -7,6 +7,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from lora_jax.layouts import Layout
 from lora_jax.methods.base import AnyWeight, DeltaNode
@@ -111,6 +112,12 @@ class DecomposedLowRank(DeltaNode):
             magnitude=self.magnitude.reshape(*stack, -1),
             base_square=self.base_square.reshape(*stack, -1),
         )
+
+    def placement(self, spec: PartitionSpec) -> "DecomposedLowRank":
+        stack, _, d_out = self.layout.split(tuple(spec))
+        columns: Any = PartitionSpec(*stack, *d_out)
+        low = self.low.placement(spec)
+        return dataclasses.replace(self, low=low, magnitude=columns, base_square=columns)
 
     def trainable(self) -> Self:
         low = self.low.trainable()

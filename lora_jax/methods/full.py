@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Self, cast
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from lora_jax.layouts import Layout
 from lora_jax.methods.base import Additive, AnyWeight, Method, require_shape
@@ -54,6 +55,9 @@ class DenseDelta(Additive):
     def linear(self, x: jax.Array, base: AnyWeight, dropout_key: jax.Array | None) -> jax.Array:
         del dropout_key
         return jnp.matmul(x, self.merge(base))
+
+    def placement(self, spec: PartitionSpec) -> "DenseDelta":
+        return dataclasses.replace(self, delta=cast(Any, spec))
 
     def trainable(self) -> Self:
         return dataclasses.replace(cast(Any, self), delta=True)

@@ -202,6 +202,12 @@ class LowRank(Additive):
         a, b = PartitionSpec(*stack, d_in, None), PartitionSpec(*stack, None, d_out)
         return dataclasses.replace(parts, a=a, b=b)
 
+    def placement(self, spec: PartitionSpec) -> "LowRank":
+        stack, d_in, d_out = self.layout.split(tuple(spec))
+        parts: Any = self._partitioned(PartitionSpec(*stack))
+        a, b = PartitionSpec(*stack, *d_in, None), PartitionSpec(*stack, None, *d_out)
+        return dataclasses.replace(parts, a=a, b=b)
+
     def update(self, shape: tuple[int, ...]) -> jax.Array:
         matrix = self.as_matrix()
         with jax.default_matmul_precision("highest"):

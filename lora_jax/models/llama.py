@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from lora_jax.context_mesh import FSDP, SEQUENCE, constrain
 from lora_jax.kernels.attention import ATTENDED, Implementation, attend, masked_attention
 from lora_jax.models.config import LlamaConfig
 from lora_jax.models.rope import rotate
@@ -139,7 +140,7 @@ def hidden_states(
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     prefix, prompt = leading(params, config)
-    x_BTD = embed(tokens, params["embed"])
+    x_BTD = constrain(embed(tokens, params["embed"]), FSDP, SEQUENCE)
     if prompt:
         rows_BPD = prompt_rows(params, x_BTD)
         first = jnp.broadcast_to(jnp.arange(prompt), rows_BPD.shape[:2])
@@ -155,7 +156,8 @@ def hidden_states(
         attended = attend(
             q, k, v, segment_ids, prompt=prompt, prefix=prefix, implementation=attention
         )
-        return finish_layer(x_BTD, attended, weights, config), None
+        x_BTD = finish_layer(x_BTD, attended, weights, config)
+        return constrain(x_BTD, FSDP, SEQUENCE), None
 
     x_BTD, _ = scan_layers(checkpointed(layer, remat), x_BTD, params["layers"], unroll=unroll)
     return rms_norm(x_BTD[:, prompt:], params["norm"], config.norm_eps)

@@ -175,6 +175,22 @@ class Blockwise(Weight):
             absmax = DoubleQuantized(codes=spec, scale=stack, offset=stack)  # type: ignore[arg-type]
         return dataclasses.replace(cast(Any, self), codes=spec, absmax=absmax)
 
+    def placement(self, spec: PartitionSpec) -> Self:
+        """An axis of the matrix lies as its first dimension; scales of double quantisation, one for
+        256 blocks, are whole everywhere."""
+        stack, *sides = self.layout.split(tuple(spec))
+        matrix: Any = PartitionSpec(*stack, *(side[0] for side in sides))
+        if any(entry for side in sides for entry in side[1:]):
+            raise ValueError(
+                f"{spec} splits a dimension that is not the first on its side of the matrix, and "
+                "blocks of a quantised weight follow the matrix. Split the first one."
+            )
+        absmax: Any = matrix
+        if isinstance(self.absmax, DoubleQuantized):
+            whole: Any = PartitionSpec(*stack)
+            absmax = DoubleQuantized(codes=matrix, scale=whole, offset=whole)
+        return dataclasses.replace(cast(Any, self), codes=matrix, absmax=absmax)
+
     def absmax_values(self) -> jax.Array:
         """float32 `[stack..., d_in / block, d_out]`."""
         return self.absmax.decode() if isinstance(self.absmax, DoubleQuantized) else self.absmax

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_jax.context_mesh import FSDP, SEQUENCE, constrain, size
 from lora_jax.weights import Weight, linear
 
 
@@ -32,36 +33,53 @@ def token_losses(
       head: the output head, a weight `[D, V]` of any type.
       targets: `[B, T]` int32.
       loss_mask: `[B, T]` bool.
-      chunk: how many positions share one product with the vocabulary.
+      chunk: how many positions of a device share one product with the vocabulary.
 
     Returns:
       The sum in nats and the count, both float32 scalars: what a mean over devices or over
       accumulated micro-batches needs.
     """
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    counts = loss_mask.reshape(-1)
-    size = min(chunk, rows.shape[0])
-    padding = -rows.shape[0] % size
-    order = jnp.argsort(~counts, stable=True)
-    order = jnp.pad(order, (0, padding), mode="edge")
-    counted = jnp.arange(order.size) < counts.sum()
+    over = size(FSDP), size(SEQUENCE)
+    # Rows and positions that lie on one device are a group of their own, [G, S, n].
+    hidden, targets, counts = (_grouped(x, *over) for x in (hidden, targets, loss_mask))
+    length = min(chunk, counts.shape[-1])
+    padding = -counts.shape[-1] % length
+    order = jnp.argsort(~counts, axis=-1, stable=True)
+    order = jnp.pad(order, ((0, 0), (0, 0), (0, padding)), mode="edge")
+    counted = jnp.arange(order.shape[-1])[None, None] < counts.sum(-1, keepdims=True)
     leaves, treedef = jax.tree.flatten(head)
-    total = _summed(size, treedef, rows[order], targets.reshape(-1)[order], counted, leaves)
+    rows = jnp.take_along_axis(hidden, order[..., None], axis=2)
+    targets = jnp.take_along_axis(targets, order, axis=2)
+    total = _summed(length, treedef, rows, targets, counted, leaves)
     return total, counts.sum().astype(jnp.float32)
+
+
+def _grouped(x: jax.Array, groups: int, spans: int) -> jax.Array:
+    """`[B, T, ...]` as `[groups, spans, n, ...]`, each span of positions of each group of rows."""
+    B, T, *rest = x.shape
+    x = x.reshape(groups, B // groups, spans, T // spans, *rest)
+    x = jnp.swapaxes(x, 1, 2).reshape(groups, spans, -1, *rest)
+    return constrain(x, FSDP, SEQUENCE)
 
 
 def _chunk_loss(treedef, rows: jax.Array, targets, counted, leaves: list[Any]) -> jax.Array:
     logits = linear(rows, treedef.unflatten(leaves)).astype(jnp.float32)
-    picked = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return jnp.sum(jnp.where(counted, jax.nn.logsumexp(logits, axis=-1) - picked, 0.0))
 
 
-def _chunks(size: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    return tuple(array.reshape(-1, size, *array.shape[1:]) for array in arrays)
+def _chunks(length: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """`[G, S, n, ...]` as `[n / length, G, S, length, ...]`."""
+
+    def cut(array):
+        groups, spans, _, *rest = array.shape
+        return jnp.moveaxis(array.reshape(groups, spans, -1, length, *rest), 2, 0)
+
+    return tuple(cut(array) for array in arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _summed(size: int, treedef, rows, targets, counted, leaves) -> jax.Array:
+def _summed(length: int, treedef, rows, targets, counted, leaves) -> jax.Array:
     def step(total, chunk):
         loss = jax.lax.cond(
             chunk[2].any(),
@@ -70,11 +88,11 @@ def _summed(size: int, treedef, rows, targets, counted, leaves) -> jax.Array:
         )
         return total + loss, None
 
-    total, _ = jax.lax.scan(step, jnp.float32(0), _chunks(size, rows, targets, counted))
+    total, _ = jax.lax.scan(step, jnp.float32(0), _chunks(length, rows, targets, counted))
     return total
 
 
-def _summed_forward(size: int, treedef, rows, targets, counted, leaves):
+def _summed_forward(length: int, treedef, rows, targets, counted, leaves):
     """The sum, and beside it the gradients of just what is being differentiated."""
     trained = [leaf.perturbed for leaf in leaves]
     leaves = [leaf.value for leaf in leaves]
@@ -106,18 +124,19 @@ def _summed_forward(size: int, treedef, rows, targets, counted, leaves):
         value, row_gradient, more = jax.lax.cond(chunk_counted.any(), counts, skipped)
         return (total + value, jax.tree.map(jnp.add, head_gradient, more)), row_gradient
 
-    chunks = _chunks(size, rows, targets, counted)
+    chunks = _chunks(length, rows, targets, counted)
     (total, head_gradient), row_gradient = jax.lax.scan(step, (jnp.float32(0), zero), chunks)
     gradients = iter(head_gradient)
     leaf_gradients = [
         next(gradients).astype(leaf.dtype) if trains else None
         for trains, leaf in zip(trained, leaves, strict=True)
     ]
-    return total, (row_gradient.reshape(rows.shape), leaf_gradients)
+    row_gradient = jnp.moveaxis(row_gradient, 0, 2).reshape(rows.shape)
+    return total, (row_gradient, leaf_gradients)
 
 
-def _summed_backward(size: int, treedef, gradients, cotangent):
-    del size, treedef
+def _summed_backward(length: int, treedef, gradients, cotangent):
+    del length, treedef
 
     def scaled(gradient):
         return (cotangent * gradient.astype(jnp.float32)).astype(gradient.dtype)

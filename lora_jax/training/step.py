@@ -91,7 +91,11 @@ def llama_loss(
 
 
 def train_step(
-    loss_sum: LossSum, tx: optax.GradientTransformation, *, accumulate: int = 1
+    loss_sum: LossSum,
+    tx: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    axis_name: str | None = None,
 ) -> Callable[[TrainState, PyTree, Batch], tuple[TrainState, StepMetrics]]:
     """A pure function `(state, base, batch) -> (state, metrics)`, to be jitted, vmapped or pmapped.
 
@@ -102,11 +106,16 @@ def train_step(
       tx: the optimizer; if its update takes `learning_rate`, it gets the state's.
       accumulate: into how many micro-batches the batch is cut. Their losses are summed before
         they are divided, so that the result is the whole batch's, however tokens fall.
+      axis_name: of a `pmap` or `shard_map` whose devices hold parts of the batch; sums go over it
+        before they are divided. Each device draws dropout of its own.
     """
 
     def step(state: TrainState, base: PyTree, batch: Batch) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
-        total, count, grads = _summed_gradients(loss_sum, state.delta, base, batch, key, accumulate)
+        if axis_name is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+        sums = _summed_gradients(loss_sum, state.delta, base, batch, key, accumulate)
+        total, count, grads = sums if axis_name is None else jax.lax.psum(sums, axis_name)
         grads = jax.tree.map(lambda g: g / count, grads)
         masked = optax.with_extra_args_support(mask_optimizer(tx, state.delta))
         updates, opt_state = masked.update(

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.stacking import stack, unstack
+from lora_jax.training.execution import Execution, single
 from lora_jax.training.step import Batch, StepMetrics, TrainState
 from lora_jax.transform import Delta
 from lora_jax.weights import PyTree
@@ -58,58 +59,74 @@ def resolve_mode(mode: Mode) -> Literal["batched", "in_turn"]:
     return "in_turn" if jax.default_backend() == "cpu" else "batched"
 
 
-def make_sweep(step: Step, evaluate: Evaluate, mode: Mode = "auto") -> Sweep:
-    """Jits `step` and `evaluate` once for all arms, in the given mode."""
+def make_sweep(
+    step: Step, evaluate: Evaluate, mode: Mode = "auto", execution: Execution | None = None
+) -> Sweep:
+    """Compiles `step` and `evaluate` once for all arms, in the given mode, to run as `execution`
+    says: on one device unless it is given."""
+    execution = execution or single()
     chosen = resolve_mode(mode)
-    return _in_turn(step, evaluate) if chosen == "in_turn" else _batched(step, evaluate)
+    held = _in_turn if chosen == "in_turn" else _batched
+    return held(step, evaluate, execution)
 
 
-def _batched(step: Step, evaluate: Evaluate) -> Sweep:
+def _batched(step: Step, evaluate: Evaluate, execution: Execution) -> Sweep:
     def step_or_stay(state, base, batch, running):
         moved, metrics = step(state, base, batch)
         return jax.tree.map(functools.partial(_chosen, running), moved, state), metrics
 
-    step_all = jax.jit(jax.vmap(step_or_stay, in_axes=(0, None, None, 0)), donate_argnums=0)
-    evaluate_all = jax.jit(jax.vmap(evaluate, in_axes=(0, None, None)))
+    each_arm = functools.partial(jax.vmap, spmd_axis_name=execution.arms_axis)
+    step_all = execution.step(each_arm(step_or_stay, in_axes=(0, None, None, 0)), True)
+    evaluate_all = execution.evaluate(each_arm(evaluate, in_axes=(0, None, None)))
 
     def unpack(states: PyTree) -> list[TrainState]:
         arms = states.seed.shape[0]
         return [jax.tree.map(lambda leaf: leaf[i], states) for i in range(arms)]  # noqa: B023
 
+    def step_batch(states, base, batch, running):
+        with execution.context():
+            return step_all(states, base, execution.batch(batch), jnp.asarray(running))
+
+    def evaluate_batch(states, base, batch):
+        with execution.context():
+            return evaluate_all(states.delta, base, execution.batch(batch))
+
     return Sweep(
-        pack=_stacked,
+        pack=lambda states: execution.states(_stacked(states), True),
         unpack=unpack,
-        step=lambda states, base, batch, running: step_all(
-            states, base, batch, jnp.asarray(running)
-        ),
-        evaluate=lambda states, base, batch: evaluate_all(states.delta, base, batch),
+        step=step_batch,
+        evaluate=evaluate_batch,
     )
 
 
-def _in_turn(step: Step, evaluate: Evaluate) -> Sweep:
-    step_one = jax.jit(step, donate_argnums=0)
-    evaluate_one = jax.jit(evaluate)
+def _in_turn(step: Step, evaluate: Evaluate, execution: Execution) -> Sweep:
+    step_one = execution.step(step, False)
+    evaluate_one = execution.evaluate(evaluate)
     stopped = StepMetrics(jnp.float32(jnp.nan), jnp.float32(jnp.nan))
 
     def step_each(states, base, batch, running):
-        moved, metrics = zip(
-            *(
-                step_one(state, base, batch) if runs else (state, stopped)
-                for state, runs in zip(states, running, strict=True)
-            ),
-            strict=True,
-        )
+        placed = execution.batch(batch)
+        with execution.context():
+            moved, metrics = zip(
+                *(
+                    step_one(state, base, placed) if runs else (state, stopped)
+                    for state, runs in zip(states, running, strict=True)
+                ),
+                strict=True,
+            )
         return list(moved), _stacked(metrics)
 
     def evaluate_each(states, base, batch):
-        return _stacked([evaluate_one(state.delta, base, batch) for state in states])
+        placed = execution.batch(batch)
+        with execution.context():
+            return _stacked([evaluate_one(state.delta, base, placed) for state in states])
 
-    return Sweep(_copied, list, step_each, evaluate_each)
-
-
-def _copied(states: Sequence[TrainState]) -> list[TrainState]:
-    """The first step donates what it is given, and the caller's deltas are not ours to consume."""
-    return jax.tree.map(lambda x: jax.device_put(x, x.sharding, may_alias=False), list(states))
+    return Sweep(
+        pack=lambda states: [execution.states(state, False) for state in states],
+        unpack=list,
+        step=step_each,
+        evaluate=evaluate_each,
+    )
 
 
 def _chosen(running: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:

@@ -45,7 +45,9 @@ def test_sharded_leaves_are_read_once_each(sources, kind):
         def count(amount):
             read[path] += amount
 
-        return sharded(sharding)(path, dataclasses.replace(leaf, on_read=count))
+        return sharded(lambda path, leaf: sharding(path))(
+            path, dataclasses.replace(leaf, on_read=count)
+        )
 
     placed = flatten(load(sources[kind], place=place).params)
     expected = flatten(load(sources[kind]).params)

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-# Mesh axes that rows, heads and query positions lie over; a mesh may lack any.
-ROWS, HEADS, POSITIONS = AXES = "fsdp", "tensor", "sequence"
+from lora_jax.context_mesh import FSDP, SEQUENCE, TENSOR
+
+AXES = (FSDP, TENSOR, SEQUENCE)  # what rows, heads and query positions lie over
 BLOCKS = (512, 256, 128)
 
 

@@ -1,0 +1,67 @@
+"""The devices of a run, as `config.parallel` says."""
+
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from lora_jax import parallel, training
+from lora_jax.interop import Place, StoredLeaf, on_device, sharded
+from lora_jax.training.execution import Execution, single
+from lora_jax.weights import PyTree
+
+
+def mesh_of(config: ConfigDict) -> Mesh | None:
+    """The mesh of a mode that has one.
+
+    Raises:
+      ValueError: for an unknown mode, or sizes that it does not take.
+    """
+    settings = config.parallel
+    sizes = {name: settings[name] for name in ("tensor", "sequence", "arms")}
+    if settings.mode not in ("single", "pmap"):
+        return parallel.mesh_of(settings.mode, **sizes)
+    for name, size in sizes.items():
+        if size != 1:
+            raise ValueError(
+                f"config.parallel.{name}={size} beside mode {settings.mode!r}, which has no mesh: "
+                "choose fsdp, tensor or fsdp+tensor."
+            )
+    return None
+
+
+def execution(config: ConfigDict, params: PyTree) -> Execution:
+    """How steps run over these params."""
+    mesh = mesh_of(config)
+    if mesh is not None:
+        return parallel.on_mesh(mesh, parallel.match_specs(params, parallel.LLAMA_RULES))
+    return parallel.replicated() if config.parallel.mode == "pmap" else single()
+
+
+def over_devices(config: ConfigDict, params: PyTree, loss: training.LossSum) -> training.LossSum:
+    """The loss for a base that lies over the run's devices."""
+    if config.parallel.mode in ("single", "pmap"):
+        return loss
+    return parallel.over_mesh(loss, parallel.match_specs(params, parallel.LLAMA_RULES))
+
+
+def placed(config: ConfigDict, place: Place | None) -> Place:
+    """Puts each leaf of a file where the run wants it, as `place` makes it where it is given."""
+    mesh = mesh_of(config)
+    if mesh is None:
+        return place or on_device
+
+    def sharding(path: str, leaf: Any) -> Any:
+        spec = parallel.spec_of(path, leaf, parallel.LLAMA_RULES)
+        return parallel.leaf_sharding(mesh, path, leaf, spec)
+
+    if place is None:
+        return sharded(sharding)
+
+    def made_on_the_host(path: str, leaf: StoredLeaf) -> Any:
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            made = place(path, leaf)
+        return jax.device_put(made, sharding(path, made))
+
+    return made_on_the_host

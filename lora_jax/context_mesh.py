@@ -1,0 +1,25 @@
+"""How values lie over the mesh of the context (`jax.set_mesh`): for models and losses, which are
+given none. Without a mesh, and under a shard_map, nothing here does anything.
+
+A model's activations `[B, T, ...]` lie with their rows over the axis `fsdp` and their positions
+over `sequence`; its weights over `fsdp` and `tensor`; the arms of a sweep over `arms`.
+"""
+
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+ARMS, FSDP, SEQUENCE, TENSOR = AXES = ("arms", "fsdp", "sequence", "tensor")
+
+
+def size(axis: str) -> int:
+    """Over how many devices XLA spreads values along an axis."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.shape[axis] if axis in mesh.auto_axes else 1
+
+
+def constrain(x: jax.Array, *spec: Any) -> jax.Array:
+    """`x` lying by `spec`, an entry for each of its first axes; the rest is left whole."""
+    used = tuple(entry if entry and size(entry) > 1 else None for entry in spec)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*used)) if any(used) else x

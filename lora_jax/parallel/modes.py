@@ -1,0 +1,138 @@
+"""The ways to run a training step on several devices; each gives the numbers of one device."""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from lora_jax.context_mesh import ARMS
+from lora_jax.parallel.mesh import make_mesh
+from lora_jax.parallel.rules import Specs
+from lora_jax.parallel.shardings import (
+    base_shardings,
+    batch_sharding,
+    require_divisible,
+    state_shardings,
+)
+from lora_jax.training.execution import AXIS, Execution
+
+MODES = ("single", "pmap", "fsdp", "tensor", "fsdp+tensor")
+
+
+def mesh_of(
+    mode: str,
+    *,
+    tensor: int = 1,
+    sequence: int = 1,
+    arms: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """The mesh of a mode by name: "fsdp" gives the devices that `sequence` and `arms` leave to
+    `fsdp`, "tensor" to `tensor`, and "fsdp+tensor" those that `tensor` leaves, too, to `fsdp`.
+
+    Raises:
+      ValueError: for a name that is none of these, sizes that do not divide the devices, or
+        a size of `tensor` that the mode does not take.
+    """
+    rest: Mapping[str, Mapping[str, int]] = {
+        "fsdp": {"fsdp": -1},
+        "tensor": {"tensor": -1},
+        "fsdp+tensor": {"fsdp": -1, "tensor": tensor},
+    }
+    if mode not in rest:
+        raise ValueError(f"mode {mode!r}: expected one of {', '.join(MODES)}.")
+    if tensor != 1 and mode != "fsdp+tensor":
+        raise ValueError(
+            f"tensor={tensor} beside mode {mode!r}, which takes no such size: choose fsdp+tensor."
+        )
+    return make_mesh({"sequence": sequence, "arms": arms, **rest[mode]}, devices)
+
+
+def on_mesh(mesh: Mesh, specs: Specs) -> Execution:
+    """Weights, deltas and batches split over a mesh, by `jit`: XLA adds what devices exchange.
+
+    Args:
+      mesh: from `make_mesh` or `mesh_of`.
+      specs: how each leaf of the base lies, from `match_specs`.
+    """
+
+    def lie(state, stacked):
+        if stacked and (count := jnp.size(state.seed)) % mesh.shape[ARMS]:
+            raise ValueError(
+                f"{count} arms cannot be split over arms={mesh.shape[ARMS]}: choose a mesh whose "
+                "axis of arms divides them."
+            )
+        return state_shardings(mesh, state, specs, arms=stacked)
+
+    def step(fn, stacked):
+        def kept(state, base, batch, *rest):
+            moved, metrics = fn(state, base, batch, *rest)
+            return jax.tree.map(_lying, moved, lie(moved, stacked)), metrics
+
+        return jax.jit(kept, donate_argnums=0)
+
+    def batch(values):
+        require_divisible(mesh, values)
+        return jax.device_put(values, batch_sharding(mesh))
+
+    return Execution(
+        base=lambda base: jax.device_put(base, base_shardings(mesh, base, specs)),
+        states=lambda state, stacked: jax.tree.map(_put, state, lie(state, stacked)),
+        batch=batch,
+        step=step,
+        evaluate=jax.jit,
+        context=lambda: jax.set_mesh(mesh),
+        arms_axis=ARMS,
+    )
+
+
+def replicated(devices: Sequence[jax.Device] | None = None) -> Execution:
+    """`jax.pmap`: base and states whole on every device, the batch's rows split."""
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
+    mesh = jax.make_mesh((count,), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def batch(values):
+        rows = values["tokens"].shape[0]
+        if rows % count:
+            raise ValueError(
+                f"a batch of {rows} rows cannot be split over {count} devices: choose a multiple "
+                f"of {count}."
+            )
+        return jax.tree.map(lambda x: x.reshape(count, rows // count, *x.shape[1:]), values)
+
+    def mapped(fn, axes, **options):
+        return jax.pmap(fn, AXIS, in_axes=axes, out_axes=None, devices=devices, **options)
+
+    def evaluate(fn):
+        def summed(delta, base, batch):
+            return jax.lax.psum(fn(delta, base, batch), AXIS)
+
+        return mapped(summed, (None, None, 0))
+
+    def step(fn, stacked):
+        axes = (None, None, 0, None) if stacked else (None, None, 0)
+        return mapped(fn, axes, donate_argnums=0)
+
+    return Execution(
+        base=lambda base: jax.device_put(base, whole),
+        states=lambda state, stacked: jax.tree.map(lambda leaf: _put(leaf, whole), state),
+        batch=batch,
+        step=step,
+        evaluate=evaluate,
+        axis_name=AXIS,
+    )
+
+
+def _put(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """In the kind of memory that it is in already."""
+    kind = leaf.sharding.memory_kind or "device"
+    return jax.device_put(leaf, sharding.with_memory_kind(kind), may_alias=False)
+
+
+def _lying(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
+    if jax.typeof(leaf).memory_space != jax.memory.Space.Device:
+        return leaf
+    return jax.lax.with_sharding_constraint(leaf, sharding)

@@ -1,0 +1,111 @@
+"""Where each array of a base, a delta and a train state lies on a mesh."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lora_jax import paths
+from lora_jax.context_mesh import ARMS, FSDP, SEQUENCE
+from lora_jax.methods import Extra
+from lora_jax.parallel.rules import Specs
+from lora_jax.transform import Delta, delta_nodes
+from lora_jax.weights import PyTree, is_weight
+
+
+def base_shardings(mesh: Mesh, base: PyTree, specs: Specs) -> PyTree:
+    """A tree like `base`, quantised weights included, with the sharding of each array.
+
+    Raises:
+      ValueError: naming the path, for an axis that the mesh does not divide.
+    """
+
+    flat = paths.flatten(base, is_leaf=is_weight)
+    lying = [leaf_sharding(mesh, path, leaf, specs[path]) for path, leaf in flat.items()]
+    return jax.tree.unflatten(jax.tree.structure(base, is_leaf=is_weight), lying)
+
+
+def leaf_sharding(mesh: Mesh, path: str, leaf: Any, spec: PartitionSpec) -> Any:
+    """What `base_shardings` says of one array or weight."""
+    try:
+        placed = leaf.placement(spec) if is_weight(leaf) else spec
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return _shardings(mesh, path, leaf, placed)
+
+
+def delta_shardings(mesh: Mesh, delta: Delta, specs: Specs, *, arms: bool = False) -> Delta:
+    """A tree like `delta`, derived from where its weights lie: A follows the axis that a weight
+    contracts, B the one that it puts out, and ranks lie whole.
+
+    Args:
+      mesh: the mesh.
+      delta: of one arm, or with a leading axis of `arms`.
+      specs: those of the base's leaves.
+
+    Raises:
+      ValueError: naming the path, for an axis that the mesh does not divide.
+    """
+
+    def lie(path, node):
+        whole = jax.tree.map(lambda _: PartitionSpec(), node)
+        placed = whole if isinstance(node, Extra) else node.placement(specs[path])
+        if arms:
+            placed = jax.tree.map(lambda spec: PartitionSpec(ARMS, *spec), placed, is_leaf=_is_spec)
+        return _shardings(mesh, path, node, placed)
+
+    return paths.nest({path: lie(path, node) for path, node in delta_nodes(delta).items()})
+
+
+def state_shardings(mesh: Mesh, state: Any, specs: Specs, *, arms: bool = False) -> Any:
+    """A tree like a train state, which has a `delta`. Whatever mirrors the delta's leaves, as
+    Adam's moments do, lies as they do; all else lies whole."""
+    of_delta = delta_shardings(mesh, state.delta, specs, arms=arms)
+    known = {tuple(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(of_delta)}
+    rest = NamedSharding(mesh, PartitionSpec(*[ARMS] * arms))
+
+    def lie(path, leaf):
+        suffixes = (tuple(path[start:]) for start in range(len(path)))
+        return next((known[suffix] for suffix in suffixes if suffix in known), rest)
+
+    return jax.tree_util.tree_map_with_path(lie, state)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of every `[B, T]` array of a batch."""
+    return NamedSharding(mesh, PartitionSpec(FSDP, SEQUENCE))
+
+
+def require_divisible(mesh: Mesh, batch: Mapping[str, Any]) -> None:
+    """Raises ValueError unless the mesh divides the rows and positions of a batch."""
+    for axis, what, count in zip(
+        (FSDP, SEQUENCE), ("rows", "positions"), batch["tokens"].shape, strict=True
+    ):
+        if count % mesh.shape[axis]:
+            raise ValueError(
+                f"a batch of {count} {what} cannot be split over {axis}={mesh.shape[axis]}: choose "
+                f"a multiple of {mesh.shape[axis]}, or a mesh with fewer devices along {axis}."
+            )
+
+
+def _shardings(mesh: Mesh, path: str, tree: Any, specs: Any) -> Any:
+    def lie(leaf, spec):
+        for size, entry in zip(leaf.shape, spec, strict=False):
+            axes = entry if isinstance(entry, tuple) else (entry,) if entry else ()
+            parts = math.prod(mesh.shape[axis] for axis in axes)
+            if size % parts:
+                raise ValueError(
+                    f"{path}: an axis of {size} cannot be split over the {parts} devices of "
+                    f"{' x '.join(f'{axis}={mesh.shape[axis]}' for axis in axes)}. Choose a mesh "
+                    "that divides it, or a rule that leaves it whole"
+                    + (", or smaller blocks: they are not cut." if is_weight(tree) else ".")
+                )
+        return NamedSharding(mesh, spec)
+
+    return jax.tree.map(lie, tree, specs)
+
+
+def _is_spec(leaf: Any) -> bool:
+    return isinstance(leaf, PartitionSpec)

@@ -1,0 +1,56 @@
+"""How a compiled step and what it takes lie on devices."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from lora_jax.weights import PyTree
+
+AXIS = "devices"  # of a pmap
+
+
+class Execution(NamedTuple):
+    """One way to run the same pure step.
+
+    Attributes:
+      base: puts the frozen tree where steps read it.
+      states: puts a train state, or arms stacked on a leading axis (its second argument says
+        which), into buffers of its own, which the first step may consume.
+      batch: puts a batch of host arrays on the devices.
+      step: compiles `(state, base, batch, *rest) -> (state, metrics)`; it consumes the state. Its
+        second argument says whether arms are stacked.
+      evaluate: compiles `(delta, base, batch) -> (sum, count)`.
+      context: in which compiled functions are traced and called.
+      axis_name: the axis over which the step sums gradients by itself, under `pmap`.
+      arms_axis: the axis of the mesh that stacked arms lie over.
+    """
+
+    base: Callable[[PyTree], PyTree]
+    states: Callable[[PyTree, bool], PyTree]
+    batch: Callable[[PyTree], PyTree]
+    step: Callable[[Callable, bool], Callable]
+    evaluate: Callable[[Callable], Callable]
+    context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    axis_name: str | None = None
+    arms_axis: str | None = None
+
+
+def single() -> Execution:
+    """Everything on the default device, or wherever the caller put it."""
+    return Execution(
+        base=_unchanged,
+        states=lambda states, stacked: jax.tree.map(_copied, states),
+        batch=_unchanged,
+        step=lambda step, stacked: jax.jit(step, donate_argnums=0),
+        evaluate=jax.jit,
+    )
+
+
+def _unchanged(tree: PyTree) -> PyTree:
+    return tree
+
+
+def _copied(leaf: Any) -> jax.Array:
+    return jax.device_put(leaf, leaf.sharding, may_alias=False)
