@@ -1,6 +1,7 @@
 """A training step at a model's real size over random weights: what the benchmarks at size share."""
 
 import importlib.metadata
+import itertools
 import platform
 import sys
 from collections.abc import Callable
@@ -38,10 +39,9 @@ def random_base(config: LlamaConfig, quantized: bool) -> PyTree:
     """Such a base, drawn on the device leaf by leaf and layer by layer: nothing larger ever stands
     there. Codes are random bytes and everything else is normal, which is as quick as real weights.
     """
-    leaves, treedef = jax.tree.flatten(abstract_base(config, quantized))
-    return treedef.unflatten(
-        [_drawn(leaf.shape, leaf.dtype, seed) for seed, leaf in enumerate(leaves)]
-    )
+    base = abstract_base(config, quantized)
+    seeds = itertools.count()
+    return jax.tree.map(lambda leaf: _drawn(leaf.shape, leaf.dtype, next(seeds)), base)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

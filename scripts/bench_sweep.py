@@ -32,11 +32,11 @@ from lora_jax import training
 from lora_jax.models import llama
 from lora_jax.models.config import LlamaConfig
 from lora_jax.models.shapes import SHAPES
-from lora_jax.training.sweep import make_sweep
+from lora_jax.training.sweep import Mode, make_sweep
 from lora_jax.transform import bind
 
 TARGET = Path(__file__).parents[1] / "tests/kernels/h100_sxm_target.textproto"
-MODES = ("in_turn", "batched")
+MODES: tuple[Mode, ...] = ("in_turn", "batched")
 
 
 def measure(config: LlamaConfig, quantized: bool, arms: int, tokens: int, blocks: int) -> dict:
@@ -45,9 +45,14 @@ def measure(config: LlamaConfig, quantized: bool, arms: int, tokens: int, blocks
     batch = at_size.batch(config, 1, tokens)
     states = at_size.states_of(base, arms)
     loss = training.llama_loss(config)
-    sweeps, packed, seconds = {}, {}, {mode: [] for mode in MODES}
+
+    def evaluate(delta, base, batch):
+        return loss(delta, base, batch, None)
+
+    sweeps, packed = {}, {}
+    seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
     for mode in MODES:
-        sweeps[mode] = make_sweep(at_size.step_of(config, "elementwise"), loss, mode)
+        sweeps[mode] = make_sweep(at_size.step_of(config, "elementwise"), evaluate, mode)
         packed[mode] = sweeps[mode].pack(states)
     for block in range(blocks + 1):
         for mode in MODES:

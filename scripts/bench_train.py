@@ -192,7 +192,6 @@ def measure(setting: str, shape: str, blocks: int, steps: int) -> dict:
     [state] = at_size.states_of(base, 1)
     batch = at_size.batch(config, rows, length)
     step = jax.jit(at_size.step_of(config, remat), donate_argnums=0)
-    step = step.lower(state, base, batch).compile()
     state, metrics = jax.block_until_ready(step(state, base, batch))
     seconds = []
     for _ in range(blocks):

@@ -83,7 +83,7 @@ def training_batches(config: ConfigDict, model: Pretrained) -> Any:
         seq_len=settings.seq_len,
         seed=settings.seed,
         pack=settings.pack,
-        place=jax.device_put,
+        place=jax.device_put if config.parallel.mode == "single" else lambda batch: batch,
     )
 
 

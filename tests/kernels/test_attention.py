@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lora_jax.kernels import attention
-from lora_jax.kernels.attention import attend, causal_mask, masked_attention, splash
+from lora_jax.kernels.attention import attend, causal_mask, cudnn, masked_attention, splash
 
 RNG = np.random.default_rng(0)
 B, T, N, K, H = 2, 256, 4, 2, 32
@@ -63,6 +63,20 @@ def test_the_batch_of_a_vmap_is_more_rows():
     q, k, v, segments = (x[:, 96:104] for x in (Q, KEYS, VALUES, SEGMENTS))
     mapped = jax.jit(jax.vmap(attend, (0, None, None, None)))(np.stack([q, 2 * q]), k, v, segments)
     np.testing.assert_allclose(mapped[1], attend(2 * q, k, v, segments), atol=1e-6)
+
+
+def test_rows_of_a_vmap_reach_cudnn_as_rows():
+    """An argument that the arms share is repeated; one that is not there stays away."""
+    shapes = []
+
+    def rows(x, scale, absent):
+        shapes.append(x.shape)
+        return (x * scale[:, None],)
+
+    x, scale = np.arange(12.0).reshape(3, 2, 2), np.array([2.0, 3.0])
+    (y,) = jax.vmap(cudnn.over_rows(rows), (0, None, None))(x, scale, None)
+    np.testing.assert_array_equal(y, x * scale[None, :, None])
+    assert shapes[-1] == (6, 2)
 
 
 def test_a_prompt_and_a_prefix_are_seen_by_every_segment():

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from lora_jax.kernels.attention import splash
+from lora_jax.kernels.attention import cudnn, splash
 from lora_jax.kernels.attention.reference import causal_mask as causal_mask
 from lora_jax.kernels.attention.reference import masked_attention as masked_attention
 
@@ -51,7 +51,7 @@ def attend(
         several devices it wants their mesh in context (`jax.set_mesh`), and lies over the axes
         `fsdp` (rows), `tensor` (heads) and `sequence` (query positions). "cudnn" (GPU, 16-bit
         types) stores none either, but takes segments as a bias of 2 bytes for every row and pair
-        of positions, which all heads share: JAX has no other public way to it.
+        of positions, which all heads share.
 
     Raises:
       ValueError: for an implementation asked for by name that the platform or an argument lacks.
@@ -88,13 +88,7 @@ def _xla(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, *, prompt, prefix):
 
 
 def _cudnn(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
-    mask = None
-    if segment_ids_BT is not None:
-        mask = segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None, :]
-    attended = jax.nn.dot_product_attention(
-        q_BTNH, k_BTKH, v_BTKH, mask=mask, is_causal=True, implementation="cudnn"
-    )
-    return checkpoint_name(attended, ATTENDED)
+    return checkpoint_name(cudnn.attend(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT), ATTENDED)
 
 
 def _lack(implementation, q, k, prompt, prefix) -> str | None:

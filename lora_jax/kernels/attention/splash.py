@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-from lora_jax.context_mesh import FSDP, SEQUENCE, TENSOR
+from lora_jax.context_mesh import FSDP, SEQUENCE, TENSOR, size
 
 AXES = (FSDP, TENSOR, SEQUENCE)  # what rows, heads and query positions lie over
 BLOCKS = (512, 256, 128)
@@ -39,14 +39,14 @@ def attend(
       interpret: runs the kernel's Python on any platform.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    rows, heads, positions = (axis if axis in _free(mesh) else None for axis in AXES)
+    rows, heads, positions = (axis if axis in mesh.auto_axes else None for axis in AXES)
     T, N = q_BTNH.shape[1:3]
-    kernel = _kernel(T, N, _size(mesh, heads), _size(mesh, positions), name, interpret)
+    kernel = _kernel(T, N, size(TENSOR), size(SEQUENCE), name, interpret)
     segments = None
     if segment_ids_BT is not None:
         segments = splash.SegmentIds(segment_ids_BT, segment_ids_BT)
     arguments = (kernel, q_BTNH, k_BTKH, v_BTKH, segments)
-    if not _free(mesh):
+    if not mesh.auto_axes:
         return _on_blocks(*arguments)
     keys = jax.P(rows, None, heads)
     of_segments: Any = (jax.P(rows, positions), jax.P(rows))
@@ -59,7 +59,7 @@ def attend(
     )
     over_mesh = jax.shard_map(
         _on_blocks,
-        axis_names=_free(mesh),
+        axis_names=set(mesh.auto_axes),
         in_specs=specs,
         out_specs=jax.P(rows, positions, heads),
         check_vma=False,
@@ -69,8 +69,7 @@ def attend(
 
 def fits(B: int, T: int, K: int) -> bool:
     """Whether the mesh in context cuts rows, positions and heads into whole blocks."""
-    mesh = jax.sharding.get_abstract_mesh()
-    rows, heads, positions = (_size(mesh, axis if axis in _free(mesh) else None) for axis in AXES)
+    rows, heads, positions = map(size, AXES)
     return not (B % rows or K % heads or T % (positions * BLOCKS[-1]))
 
 
@@ -81,7 +80,7 @@ def _on_blocks(kernel, q_BTNH, k_BTKH, v_BTKH, segments):
 
 
 def _kernel(T: int, N: int, head_shards: int, position_shards: int, name: str, interpret: bool):
-    block = next(size for size in BLOCKS if T // position_shards % size == 0)
+    block = next(block for block in BLOCKS if T // position_shards % block == 0)
     sizes = splash.BlockSizes(
         block_q=block,
         block_kv=block,
@@ -98,12 +97,3 @@ def _kernel(T: int, N: int, head_shards: int, position_shards: int, name: str, i
         residual_checkpoint_name=name,
         interpret=interpret,
     )
-
-
-def _free(mesh: jax.sharding.AbstractMesh) -> set[str]:
-    """The axes that are still partitioned automatically."""
-    return set(mesh.axis_names) - set(mesh.manual_axes)
-
-
-def _size(mesh: jax.sharding.AbstractMesh, axis: str | None) -> int:
-    return 1 if axis is None else mesh.shape[axis]
