@@ -6,10 +6,10 @@ Arms are LoRA on all linear layers of an 8B shape with random weights, one base 
 one row of `--tokens` for each step of an arm. Steps of all arms, in one batch and in turn,
 alternate; the medians count.
 
-Without the hardware, `--compile-for=v5e` or `--compile-for=h100` prints the FLOPs of both ways and
-the bytes that they move, as that chip's compiler counts them (`requirements-aot.txt`,
-JAX_PLATFORMS=cpu). A loop counts once there, so that programs of one and two unrolled layers give
-what a layer adds; the loss takes all positions in one chunk. Kernels' own work is not counted.
+Without the hardware, `--compile-for=v5e` prints the FLOPs of both ways and the bytes that they
+move, as that chip's compiler counts them (`requirements-aot.txt`, JAX_PLATFORMS=cpu); a GPU's says
+nothing. A loop counts once there, so that programs of one and two unrolled layers give what a layer
+adds; the loss takes all positions in one chunk. Kernels' own work is not counted.
 `--shape=tiny` runs on any machine, to try the script; its times mean nothing and are not written.
 """
 
@@ -35,7 +35,6 @@ from lora_jax.models.shapes import SHAPES
 from lora_jax.training.sweep import Mode, make_sweep
 from lora_jax.transform import bind
 
-TARGET = Path(__file__).parents[1] / "tests/kernels/h100_sxm_target.textproto"
 MODES: tuple[Mode, ...] = ("in_turn", "batched")
 
 
@@ -125,12 +124,6 @@ def target(chip: str) -> tuple[jax.sharding.Mesh, str]:
     """One device of a machine that need not be there, and its platform."""
     if chip == "cpu":
         return jax.sharding.Mesh(jax.devices("cpu")[:1], ("device",)), "cpu"
-    if chip == "h100":
-        topology = topologies.get_topology_desc(
-            platform="cuda", topology_name="h100", topology="1x1x1",
-            target_config=TARGET.read_text(),
-        )  # fmt: skip
-        return jax.sharding.Mesh(topology.devices, ("device",)), "cuda"
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     topology = topologies.get_topology_desc(platform="tpu", topology_name=f"{chip}:2x2")
     return jax.sharding.Mesh(topology.devices[:1], ("device",)), "tpu"
@@ -143,7 +136,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512, help="of each arm's row")
     parser.add_argument("--blocks", type=int, default=10)
     parser.add_argument("--base", choices=("bfloat16", "nf4"), default="bfloat16")
-    parser.add_argument("--compile-for", choices=("v5e", "v6e", "h100", "cpu"))
+    parser.add_argument("--compile-for", choices=("v5e", "v6e", "cpu"))
     parser.add_argument("--output", type=Path, help="also write the result here, as JSON")
     args = parser.parse_args()
     if args.shape == "tiny" and args.output:
