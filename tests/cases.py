@@ -26,7 +26,6 @@ METHODS = {
     "adalora": lora.AdaLoRA(rank=3, target_rank=2, total_steps=10, alpha=6.0, dropout=0.5),
     "bottleneck": lora.Bottleneck(size=2, activation="gelu"),
 }
-EVERYWHERE = ("lora", "lora_variant", "full")  # on trees of every kind; the others on "stacked"
 MERGEABLE = [name for name in METHODS if not name.startswith("bottleneck")]
 X = np.linspace(-1, 1, 18, dtype=np.float32).reshape(3, 6)
 
@@ -124,7 +123,15 @@ TREES = {
     "struct": struct,
     "linen": linen,
 }
-PAIRS = [(t, m) for t in TREES for m in METHODS if m in EVERYWHERE or t == "stacked"]
+# LoRA on trees of every kind, every method on stacked layers, and two of the others unstacked.
+PAIRS = [
+    (tree, method)
+    for tree in TREES
+    for method in METHODS
+    if method == "lora"
+    or tree == "stacked"
+    or (tree, method) in {("nested", "lora_variant"), ("linen", "full")}
+]
 
 
 @functools.cache
