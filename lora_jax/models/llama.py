@@ -20,7 +20,7 @@ rows read in front of the tokens, and `layers/attn/prefix`, keys and values in f
 """
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import flax.struct
 import jax
@@ -28,17 +28,13 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.context_mesh import FSDP, SEQUENCE, constrain
-from lora_jax.kernels.attention import ATTENDED, Implementation, attend, masked_attention
+from lora_jax.kernels.attention import Implementation, attend, masked_attention
 from lora_jax.models.config import LlamaConfig
+from lora_jax.models.remat import LAYER_INPUT, Remat, checkpointed
 from lora_jax.models.rope import rotate
-from lora_jax.weights import NARROW, UNSCALED, embed, linear, scan_layers, transpose
+from lora_jax.weights import embed, linear, scan_layers, transpose
 
 Params = dict[str, Any]
-Remat = Literal["none", "elementwise", "full", "offload"]
-LAYER_INPUT = "layer_input"
-SAVED = (
-    "projected", "query", "key", "value", ATTENDED, "residual", "gate", "up", NARROW, UNSCALED
-)  # fmt: skip
 
 
 @flax.struct.dataclass
@@ -303,23 +299,3 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + eps)
     return normed.astype(x.dtype) * jnp.broadcast_to(scale, x.shape)
-
-
-def checkpointed(layer, remat: Remat):
-    """`layer` under the named rematerialisation policy."""
-    policies = jax.checkpoint_policies
-    named = {
-        "elementwise": policies.save_only_these_names(*SAVED),
-        "full": policies.nothing_saveable,
-        "offload": policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=[],
-            names_which_can_be_offloaded=[LAYER_INPUT],
-            offload_src="device",
-            offload_dst="pinned_host",
-        ),
-    }
-    if remat == "none":
-        return layer
-    if remat not in named:
-        raise ValueError(f"remat={remat!r}: expected one of none, {', '.join(named)}.")
-    return jax.checkpoint(layer, policy=named[remat], prevent_cse=False)
