@@ -17,7 +17,10 @@ def get_config() -> ConfigDict:
             # What --plan and random weights go by: a name in lora_jax/models/shapes.py.
             "shape": "smollm2-135m",
             "dtype": "float32",  # of the base and of all compute; deltas are float32
-            "remat": "elementwise",  # none, elementwise, full
+            # What the backward pass recomputes: none, elementwise, full; offload: as full, but the
+            # layers' inputs wait in host memory.
+            "remat": "elementwise",
+            "attention": "auto",  # by platform; or xla, splash (TPU), cudnn (GPU)
         }
     )
     config.base = ConfigDict(

@@ -116,7 +116,11 @@ def step_of(
 
 
 def _loss(config: ConfigDict, model: Pretrained) -> training.LossSum:
-    loss = training.llama_loss(model.config, remat=config.model.remat)
+    loss = training.llama_loss(
+        model.config,
+        remat=config.model.remat,
+        attention=None if config.model.attention == "auto" else config.model.attention,
+    )
     return devices.over_devices(config, model.params, loss)
 
 

@@ -84,6 +84,7 @@ def training_batches(config: ConfigDict, model: Pretrained, data_seed: int = 0) 
         seq_len=settings.seq_len,
         seed=settings.seed + data_seed,
         pack=settings.pack,
+        place=jax.device_put if config.parallel.mode == "single" else lambda batch: batch,
     )
 
 

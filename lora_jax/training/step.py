@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lora_jax.kernels.attention import Implementation
 from lora_jax.masks import mask_optimizer
 from lora_jax.methods import allocate_budget, orthogonality
 from lora_jax.models import llama
@@ -67,11 +68,12 @@ def llama_loss(
     remat: llama.Remat = "elementwise",
     unroll: int = 1,
     chunk: int = 128,
+    attention: Implementation | None = None,
 ) -> LossSum:
     """The summed loss over a batch's counted tokens, and their number.
 
     A batch holds `tokens`, `targets`, `loss_mask`, `segment_ids` and `positions`, each `[B, T]`.
-    `unroll` is of `hidden_states`, `chunk` of `token_losses`.
+    `unroll` and `attention` are of `hidden_states`, `chunk` of `token_losses`.
     """
 
     def loss_sum(delta, base, batch, dropout_key):
@@ -84,6 +86,7 @@ def llama_loss(
             segment_ids=batch["segment_ids"],
             remat=remat,
             unroll=unroll,
+            attention=attention,
         )
         head = llama.output_head(weights)
         return token_losses(hidden, head, batch["targets"], batch["loss_mask"], chunk=chunk)
