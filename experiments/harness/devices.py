@@ -14,7 +14,7 @@ from lora_jax.weights import PyTree
 
 
 def mesh_of(config: ConfigDict) -> Mesh | None:
-    """The mesh of a mode that has one.
+    """The mesh of a mode that has one, or of the one device among several that "single" takes.
 
     Raises:
       ValueError: for an unknown mode, or sizes that it does not take.
@@ -28,6 +28,8 @@ def mesh_of(config: ConfigDict) -> Mesh | None:
     sizes = {name: settings[name] for name in ("tensor", "sequence", "arms")}
     if settings.mode not in ("single", "pmap"):
         return parallel.mesh_of(settings.mode, **sizes)
+    if settings.mode == "single" and jax.device_count() > 1 and set(sizes.values()) == {1}:
+        return parallel.make_mesh({}, jax.devices()[:1])  # which tells kernels that it is alone
     for name, size in sizes.items():
         if size != 1:
             raise ValueError(
