@@ -1,5 +1,6 @@
 """The devices of a run, as `config.parallel` says."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,9 +12,11 @@ from lora_jax.interop import Place, StoredLeaf, on_device, sharded
 from lora_jax.training.execution import Execution, single
 from lora_jax.weights import PyTree
 
+Devices = Sequence[jax.Device] | None
 
-def mesh_of(config: ConfigDict) -> Mesh | None:
-    """The mesh of a mode that has one.
+
+def mesh_of(config: ConfigDict, devices: Devices = None) -> Mesh | None:
+    """The mesh of a mode that has one, of all devices unless some are given.
 
     Raises:
       ValueError: for an unknown mode, or sizes that it does not take.
@@ -21,7 +24,7 @@ def mesh_of(config: ConfigDict) -> Mesh | None:
     settings = config.parallel
     sizes = {name: settings[name] for name in ("tensor", "sequence", "arms")}
     if settings.mode not in ("single", "pmap"):
-        return parallel.mesh_of(settings.mode, **sizes)
+        return parallel.mesh_of(settings.mode, **sizes, devices=devices)
     for name, size in sizes.items():
         if size != 1:
             raise ValueError(
@@ -31,12 +34,12 @@ def mesh_of(config: ConfigDict) -> Mesh | None:
     return None
 
 
-def execution(config: ConfigDict, params: PyTree) -> Execution:
+def execution(config: ConfigDict, params: PyTree, devices: Devices = None) -> Execution:
     """How steps run over these params."""
-    mesh = mesh_of(config)
+    mesh = mesh_of(config, devices)
     if mesh is not None:
         return parallel.on_mesh(mesh, parallel.match_specs(params, parallel.LLAMA_RULES))
-    return parallel.replicated() if config.parallel.mode == "pmap" else single()
+    return parallel.replicated(devices) if config.parallel.mode == "pmap" else single()
 
 
 def over_devices(config: ConfigDict, params: PyTree, loss: training.LossSum) -> training.LossSum:

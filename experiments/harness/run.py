@@ -73,7 +73,7 @@ def _train(
 ) -> tuple[float, list[Outcome]]:
     """Trains arms of one method through one step. Returns the base's validation loss, and them."""
     fresh = [_fresh_delta(arm, model) for arm in arms]
-    tx = _optimizer(config)
+    tx = optimizer(config)
     loss = training.llama_loss(model.config, remat=config.model.remat)
     loss = devices.over_devices(config, model.params, loss)
     step = training.train_step(
@@ -115,7 +115,8 @@ def _without_dropout(loss: training.LossSum, delta: Delta, base: Any, batch: Any
     return loss(delta, base, batch, None)
 
 
-def _optimizer(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
+def optimizer(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
+    """AdamW, its state where `config.train.optimizer_memory` says."""
     settings = config.train
     tx = training.adamw(
         steps=settings.steps,
