@@ -29,7 +29,11 @@ def base_shardings(mesh: Mesh, base: PyTree, specs: Specs) -> PyTree:
 
 def leaf_sharding(mesh: Mesh, path: str, leaf: Any, spec: PartitionSpec) -> Any:
     """What `base_shardings` says of one array or weight."""
-    return _shardings(mesh, path, leaf, leaf.placement(spec) if is_weight(leaf) else spec)
+    try:
+        placed = leaf.placement(spec) if is_weight(leaf) else spec
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return _shardings(mesh, path, leaf, placed)
 
 
 def delta_shardings(mesh: Mesh, delta: Delta, specs: Specs, *, arms: bool = False) -> Delta:
