@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments.harness.ahead import WAITING, Compiled, compile_step
+from experiments.harness.ahead import WAITING, Compiled, abstract_step, compile_step, sizes
 from experiments.harness.progress import console
 from lora_jax.parallel.chips import Chip, Machine, chip_count, machine, shapes_of
 from lora_jax.tables import aligned
@@ -131,7 +131,10 @@ def verdict(chip: Chip, step: Compiled) -> str:
         return "No limit of memory is known of this device."
     spare = chip.memory - step.needed
     if fits(step, chip):
-        return f"It fits, with {amount(spare)} to spare on each device."
+        text = f"It fits, with {amount(spare)} to spare on each device."
+        if chip.platform == "cuda" and step.needed > 0.75 * chip.memory:
+            text += " JAX takes 75 % of a GPU; set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 for more."
+        return text
     return f"It does not fit: {amount(-spare)} too much on each device."
 
 
@@ -198,13 +201,15 @@ def smallest_machine(config: ConfigDict, kinds: Sequence[str]) -> tuple[Machine,
     for name in names:
         where = machine(name)
         try:
+            standing = sum(sizes(abstract_step(config, where))[0].values())
+            if where.chip.memory is not None and standing > where.chip.memory:
+                raise ValueError(f"{amount(standing)} of weights and states on each device alone.")
             step = compile_step(config, where)
-        except ValueError as error:
-            said = str(error)
-        else:
-            said = verdict(where.chip, step)
             if fits(step, where.chip):
                 return where, step
+            said = verdict(where.chip, step)
+        except ValueError as error:
+            said = str(error)
         console.print(f"{name}: {said}", markup=False)
     raise ValueError(f"{config.name} fits none of {', '.join(names)}.")
 
@@ -213,8 +218,10 @@ def largest_config(config: ConfigDict, where: Machine) -> ConfigDict:
     """The config with as many rows as fit the machine.
 
     Raises:
-      ValueError: where not even the fewest rows fit.
+      ValueError: where not even the fewest rows fit, or any number would.
     """
+    if where.chip.memory is None:
+        raise ValueError(f"{where.name}: no limit of memory is known of it, so any batch fits.")
     unit = _fewest_rows(config, where)
 
     def with_rows(rows: int) -> ConfigDict:

@@ -87,8 +87,9 @@ def test_moments_on_the_host_are_counted_there():
         (["cpu:8"], {"parallel.mode": "pipeline"}, "mode 'pipeline': expected one of single, pmap"),
         (["cpu:8"], {"parallel.mode": "pmap", "data.batch_size": 12}, "12 rows cannot be split"),
         (["cpu:8"], {"parallel.mode": "fsdp", "data.batch_size": 4}, "4 rows cannot be split over"),
-        (["cpu:8"], {"parallel.mode": "fsdp+tensor", "parallel.tensor": 3}, "does not divide 8 dev"),
+        (["cpu:8"], {"parallel.mode": "fsdp+tensor", "parallel.tensor": 3}, "not divide 8 devices"),
         (["cpu"], {"sweep.mode": "parallel"}, "expected one of auto, batched, in_turn"),
+        (["gpu"], {}, "no chip 'gpu' is known: expected one of v4, v5e, .*, h200, cpu"),
     ],
 )  # fmt: skip
 def test_wrong_input_gets_one_clear_sentence(topologies, settings, message):
@@ -103,10 +104,15 @@ LARGE = ahead.Compiled(
 )
 
 
-def pretended(config, where):
-    chips_there = where.chips if config.parallel.mode == "fsdp" else 1
+def standing(config, where):
     weights = (5 if config.base.quantize == "nf4" else 20) * GIB
-    needed = (weights + 1.5 * GIB * config.data.batch_size / config.train.accumulate) / chips_there
+    return weights / (where.chips if config.parallel.mode == "fsdp" else 1)
+
+
+def pretended(config, where):
+    rows = config.data.batch_size / config.train.accumulate
+    split = where.chips if config.parallel.mode == "fsdp" else 1
+    needed = standing(config, where) + 1.5 * GIB * rows / split
     refused = needed > where.chip.memory
     return dataclasses.replace(LARGE, needed=needed, temporary=None if refused else GIB)
 
@@ -118,6 +124,8 @@ def pretend(monkeypatch):
         return chips.Machine(name, kind, [None] * count * kind.cores)
 
     monkeypatch.setattr(budget, "compile_step", pretended)
+    monkeypatch.setattr(budget, "abstract_step", lambda config, where: (config, where))
+    monkeypatch.setattr(budget, "sizes", lambda step: ({"weights": standing(*step)}, 0))
     monkeypatch.setattr(budget, "machine", machine)
 
 
@@ -146,7 +154,8 @@ def test_too_little_memory_says_by_how_much_and_what_would_save_it(pretend, caps
 def test_the_search_takes_the_fewest_chips_that_fit(pretend, capsys):
     budget.conduct(large(), ["v5e", "v6e"], "topology")
     output = capsys.readouterr().out
-    assert "v5e:1x1: It does not fit" in output and "v6e:1x1: It does not fit" in output
+    assert "v5e:1x1: 21.47 GB of weights and states" in output
+    assert "v6e:1x1: It does not fit: 0.82 GB too much" in output
     assert "llama8b on v5e:2x2" in output
     with pytest.raises(ValueError, match="fits none of v5e:1x1, v5e:2x2"):
         budget.conduct(large(**{"parallel.mode": "single"}), ["v5e"], "topology")
@@ -157,6 +166,8 @@ def test_the_search_takes_the_largest_batch_that_fits(pretend, capsys):
     assert "28 x 1024 tokens" in capsys.readouterr().out  # (15.75 * 4 - 20) / 1.5, by fours
     with pytest.raises(ValueError, match="does not fit v5e:1x1, even with 1 rows"):
         budget.conduct(large(), ["v5e:1x1"], "batch")
+    with pytest.raises(ValueError, match="no limit of memory is known of it, so any batch fits"):
+        budget.conduct(large(), ["cpu:1"], "batch")
 
 
 @pytest.mark.parametrize("unit", [1, 4])
