@@ -1,6 +1,9 @@
 """Plans of tiny steps on simulated devices, and what a plan says of steps that do not fit."""
 
 import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -188,3 +191,20 @@ def test_a_bound_is_the_longest_of_its_parts():
     )
     assert [least for _, least in budget.seconds(chip, step).values()] == [3, 2, 1]
     assert "At most 200 tokens/s" in budget.speed_table(chip, step)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "failed", "text"),
+    [
+        (["--config.data.batch_size=1"], 0, "tiny on cpu: tiny, base float32, mode single"),
+        (["--topology=v5e:3x3"], 1, "plan: no topology 'v5e:3x3' is known: expected one of"),
+        (["--config.data.rows=1"], 1, "rows"),
+    ],
+)  # fmt: skip
+def test_the_command_line(tmp_path, flags, failed, text):
+    root = Path(__file__).parents[2]
+    command = [sys.executable, f"{root}/scripts/plan.py", f"--config={root}/configs/tiny.py"]
+    ended = subprocess.run([*command, *flags], cwd=tmp_path, capture_output=True, text=True)
+    assert bool(ended.returncode) == failed and text in ended.stdout + ended.stderr
+    assert not text.startswith("plan:") or "Traceback" not in ended.stderr
