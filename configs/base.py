@@ -17,7 +17,10 @@ def get_config() -> ConfigDict:
             # What --plan and random weights go by: a name in lora_jax/models/shapes.py.
             "shape": "smollm2-135m",
             "dtype": "float32",  # of the base and of all compute; deltas are float32
-            "remat": "elementwise",  # none, elementwise, full
+            # What the backward pass recomputes: none, elementwise, full; offload: as full, but the
+            # layers' inputs wait in host memory.
+            "remat": "elementwise",
+            "attention": "auto",  # by platform; or xla, splash (TPU), cudnn (GPU)
         }
     )
     config.base = ConfigDict(
@@ -94,6 +97,14 @@ def get_config() -> ConfigDict:
         {
             "targets": ("qv", "attention", "mlp", "all-linear"),
             "rank": 8,  # of every arm at equal rank; of all-linear at equal parameters
+        }
+    )
+    config.methods = ConfigDict(
+        {
+            "names": (),  # those to compare; empty: all that experiments/methods.py lists
+            "rank": 8,  # of LoRA, whose trainable parameters are the budget
+            "rate_factors": (0.5, 2.0),  # learning rates, as multiples of each method's own
+            "seeds": (0, 1),  # of initialisation, dropout and data; the first chooses the rate
         }
     )
     config.samples = ConfigDict({"prompts": 2, "max_new_tokens": 40})

@@ -1,6 +1,7 @@
 """How much rank goes where, by what gradients or activations of real batches say."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Self, cast
 
@@ -12,6 +13,7 @@ import numpy as np
 from lora_jax import paths
 from lora_jax.layouts import Layout
 from lora_jax.methods import DeltaNode, LoRA, Method
+from lora_jax.methods.decompositions import each_layer
 from lora_jax.targets import Targets
 from lora_jax.transform import bind, delta_nodes, lora_transform
 from lora_jax.weights import PyTree, linear
@@ -68,8 +70,9 @@ def gradient_importance(gradients: PyTree, *, rank: int) -> dict[str, jax.Array]
         dictionary `{path: gradient}` or a tree of them.
       rank: how many components of each matrix to consider.
     """
+    values = functools.partial(jnp.linalg.svd, compute_uv=False)
     return {
-        path: jnp.linalg.svd(leaf.astype(jnp.float32), compute_uv=False)[..., :rank] ** 2
+        path: each_layer(values, leaf)[..., :rank] ** 2
         for path, leaf in paths.flatten(gradients).items()
     }
 
@@ -77,7 +80,7 @@ def gradient_importance(gradients: PyTree, *, rank: int) -> dict[str, jax.Array]
 def input_importance(covariances: Mapping[str, jax.Array], *, rank: int) -> dict[str, jax.Array]:
     """`{path: [stack..., rank]}`: the share of the inputs' variance along each principal direction,
     from `input_covariances`; what EVA spreads ranks by (section 3.2 of its paper)."""
-    spectra = {path: jnp.linalg.eigvalsh(c)[..., ::-1] for path, c in covariances.items()}
+    spectra = {p: each_layer(jnp.linalg.eigvalsh, c)[..., ::-1] for p, c in covariances.items()}
     return {p: (s / s.sum(-1, keepdims=True))[..., :rank] for p, s in spectra.items()}
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from lora_jax import paths
 from lora_jax.layouts import Layout
 from lora_jax.methods import LoRA, LowRank, Method
+from lora_jax.methods.decompositions import each_layer, truncated_svd
 from lora_jax.targets import Targets
 from lora_jax.transform import Delta, delta_nodes, lora_transform
 from lora_jax.weights import PyTree, as_matrix, dense, is_weight
@@ -120,8 +121,8 @@ def _cut(node: LowRank, rank: int) -> LowRank:
     matrix = node.as_matrix()
     if rank >= node.rank:
         return node
-    q_in, r_in = jnp.linalg.qr(matrix.a)
-    q_out, r_out = jnp.linalg.qr(jnp.swapaxes(matrix.b, -1, -2))
+    q_in, r_in = each_layer(jnp.linalg.qr, matrix.a)
+    q_out, r_out = each_layer(jnp.linalg.qr, jnp.swapaxes(matrix.b, -1, -2))
     a, b = _factors(r_in @ jnp.swapaxes(r_out, -1, -2), rank)
     return _with_factors(node, q_in @ a, b @ jnp.swapaxes(q_out, -1, -2))
 
@@ -166,9 +167,13 @@ def _random(update: jax.Array, density: float, keys: jax.Array) -> jax.Array:
 
 def _factors(matrix: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
     """`a [..., d_in, r]` and `b [..., r, d_out]`, whose product is the best at that rank."""
-    u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
-    root = jnp.sqrt(s[..., :rank])
-    return u[..., :rank] * root[..., None, :], root[..., None] * vt[..., :rank, :]
+
+    def split(matrix):
+        u, s, vt = truncated_svd(matrix, rank)
+        root = jnp.sqrt(s)
+        return u * root[None], root[:, None] * vt
+
+    return each_layer(split, matrix)
 
 
 def _with_factors(node: LowRank, a: jax.Array, b: jax.Array) -> LowRank:

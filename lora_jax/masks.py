@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from lora_jax.methods import DeltaNode, LowRank
+from lora_jax.methods.decompositions import each_layer
 from lora_jax.paths import path_name
 from lora_jax.weights import Adapted, PyTree
 
@@ -87,7 +88,7 @@ def project_b() -> optax.GradientTransformation:
             gram = jnp.matmul(jnp.swapaxes(a, -1, -2), a)
         gram = gram + jnp.broadcast_to(1e-8 * jnp.eye(node.rank), gram.shape)
         square = jnp.where(node.scale == 0, 1, node.scale**2)[..., None, None]
-        b = jnp.linalg.solve(gram, b) / square
+        b = each_layer(jnp.linalg.solve, gram, b) / square
         return dataclasses.replace(gradient, b=b.reshape(gradient.b.shape))
 
     def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, Any]:

@@ -35,7 +35,8 @@ def eva_start(delta: Delta, covariances: Mapping[str, jax.Array]) -> Delta:
                 f"{path}: no covariance of its inputs is given: name it among the targets of "
                 "input_covariances."
             )
-        directions = jnp.linalg.eigh(covariances[path])[1][..., ::-1][..., : node.rank]
+        vectors = each_layer(lambda matrix: jnp.linalg.eigh(matrix)[1], covariances[path])
+        directions = vectors[..., ::-1][..., : node.rank]
         in_use = jnp.any(node.a != 0, axis=-2, keepdims=True)
         nodes[path] = dataclasses.replace(node, a=jnp.where(in_use, directions, 0))
     return paths.nest(nodes)

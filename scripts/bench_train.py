@@ -1,11 +1,19 @@
-"""Times our training step beside PEFT's, on one machine and in one run.
+"""Times our training step: beside PEFT's on a CPU, or at size on an accelerator.
 
     pip install -r requirements-parity.txt && python scripts/bench_train.py
+    pip install -r requirements.txt "jax[cuda13]"
+    python scripts/bench_train.py --shape=llama-3-8b
 
 Both sides train LoRA (r = 16, all-linear) on SmolLM2-135M's shape with random float32 weights, on
 8 rows of 64 tokens whose every next token counts, with AdamW. Each lives in a process of its own
 and moves only when told to; blocks of steps alternate, so that a slower machine slows both.
 `--ours=/path/to/python` runs our side on another interpreter, and so on another jax.
+
+With `--shape`, our step alone, over random weights of that shape on one device: LoRA on a base in
+bfloat16, QLoRA at the same batch, and QLoRA as sparing as it can be. Tokens a second, the fraction
+of the device's peak in bfloat16 that the model's FLOPs are, and the peak of device memory. Each
+setting has a process of its own, whose peak is its alone. `--shape=tiny` runs on any machine, to
+try the script; its times mean nothing and are not written.
 """
 
 import argparse
@@ -21,6 +29,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROWS, LENGTH, RANK = 8, 64, 16
+# Whether the base is in NF4, rows, tokens a row, and what the backward pass recomputes.
+SETTINGS = {
+    "lora": (False, 1, 4096, "elementwise"),
+    "qlora": (True, 1, 4096, "elementwise"),
+    "qlora-sparing": (True, 2, 2048, "full"),
+}
 
 
 def ours() -> tuple[str, Callable[[], float]]:
@@ -163,17 +177,91 @@ def compare(interpreters: dict[str, str], blocks: int, steps: int) -> dict:
     }
 
 
+def measure(setting: str, shape: str, blocks: int, steps: int) -> dict:
+    """One setting at size, timed in this process: the median of blocks of steps."""
+    import at_size
+    import jax
+    from bench_kernels import LIMITS
+
+    from lora_jax.models.shapes import SHAPES
+
+    config = SHAPES[shape]
+    quantized, rows, length, remat = SETTINGS[setting]
+    length = min(length, config.context_length)
+    base = at_size.random_base(config, quantized)
+    [state] = at_size.states_of(base, 1)
+    batch = at_size.batch(config, rows, length)
+    step = jax.jit(at_size.step_of(config, remat), donate_argnums=0)
+    state, metrics = jax.block_until_ready(step(state, base, batch))
+    seconds = []
+    for _ in range(blocks):
+        start = time.perf_counter()
+        for _ in range(steps):
+            state, metrics = step(state, base, batch)
+        jax.block_until_ready(metrics)
+        seconds.append((time.perf_counter() - start) / steps)
+    rate = rows * length / statistics.median(seconds)
+    device = jax.devices()[0]
+    peak = next((found[1] for kind, found in LIMITS.items() if kind in device.device_kind), None)
+    statistic = device.memory_stats() or {}
+    flops = at_size.model_flops_per_token(config, length)
+    return {
+        "device": device.device_kind,
+        "rows": rows,
+        "tokens_a_row": length,
+        "remat": remat,
+        "tokens_per_second": round(rate, 1),
+        "model_flops_per_token": flops,
+        "peak_flops_per_second": peak,
+        "model_flop_utilisation": round(rate * flops / peak, 4) if peak else None,
+        "peak_bytes": statistic.get("peak_bytes_in_use"),
+        "loss": float(metrics.loss),
+    }
+
+
+def at_size_of(shape: str, blocks: int, steps: int) -> dict:
+    """All settings, each in a process of its own."""
+    from at_size import versions
+
+    command = [sys.executable, __file__, f"--shape={shape}", f"--blocks={blocks}"]
+    records = {}
+    for setting in SETTINGS:
+        given = [*command, f"--steps={steps}", f"--setting={setting}"]
+        done = subprocess.run(given, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            records[setting] = {"error": "it ended early; see the output"}
+            continue
+        records[setting] = json.loads(done.stdout.splitlines()[-1])
+        print(setting, json.dumps(records[setting]), flush=True)
+    return {
+        "setting": f"{shape}, random weights, LoRA r={RANK} all-linear, one device",
+        "command": "python " + " ".join(sys.argv),
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": versions(),
+        "records": records,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--ours", default=sys.executable, help="the interpreter of our side")
     parser.add_argument("--blocks", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="steps a block")
     parser.add_argument("--output", type=Path, help="also write the result here, as JSON")
+    parser.add_argument("--shape", help="a name in lora_jax/models/shapes.py: times it at size")
+    parser.add_argument("--setting", choices=SETTINGS, help="with --shape: this one, here")
     parser.add_argument("--serve", choices=("ours", "peft"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
         return serve(args.serve)
-    result = compare({"ours": args.ours, "peft": sys.executable}, args.blocks, args.steps)
+    if args.setting:
+        return print(json.dumps(measure(args.setting, args.shape, args.blocks, args.steps)))
+    if args.shape == "tiny" and args.output:
+        sys.exit("bench_train: times of --shape=tiny mean nothing and are not written.")
+    if args.shape:
+        result = at_size_of(args.shape, args.blocks, args.steps)
+    else:
+        result = compare({"ours": args.ours, "peft": sys.executable}, args.blocks, args.steps)
     print(json.dumps(result, indent=2))
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -26,9 +26,49 @@ METHODS = {
     "adalora": lora.AdaLoRA(rank=3, target_rank=2, total_steps=10, alpha=6.0, dropout=0.5),
     "bottleneck": lora.Bottleneck(size=2, activation="gelu"),
 }
-EVERYWHERE = ("lora", "lora_variant", "full")  # on trees of every kind; the others on "stacked"
 MERGEABLE = [name for name in METHODS if not name.startswith("bottleneck")]
 X = np.linspace(-1, 1, 18, dtype=np.float32).reshape(3, 6)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Entry:
+    """A method as the grid of tests/test_grid.py tries it.
+
+    Attributes:
+      method: an instance, or what makes one of a params tree.
+      targets: where the grid's model has a place for it.
+      changes_at_once: whether even a fresh one changes the model's output: by random rows, or by
+        the trained adapters that it holds.
+    """
+
+    method: Any
+    targets: str = "k_proj"
+    changes_at_once: bool = False
+
+
+# Every method that the library exports: a new one wants a line here.
+REGISTRY = {
+    lora.LoRA: Entry(METHODS["lora"]),
+    lora.DoRA: Entry(METHODS["dora"]),
+    lora.VeRA: Entry(METHODS["vera"]),
+    lora.AdaLoRA: Entry(METHODS["adalora"]),
+    lora.IA3: Entry(METHODS["ia3"]),
+    lora.Bottleneck: Entry(METHODS["bottleneck"]),
+    lora.Fusion: Entry(
+        lambda params: lora.Fusion(adapters=_bottlenecks(params)), changes_at_once=True
+    ),
+    lora.Prompt: Entry(lora.Prompt(length=2), "embed", changes_at_once=True),
+    lora.Prefix: Entry(lora.Prefix(length=2), changes_at_once=True),
+    lora.Full: Entry(METHODS["full"]),
+}
+
+
+def _bottlenecks(params) -> list[Any]:
+    def made(size):
+        method = lora.Bottleneck(size=size)
+        return lora.lora_transform(params, method, targets="k_proj", key=jax.random.key(0))[1]
+
+    return [moved(made(size), seed=size) for size in (1, 2)]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -124,7 +164,15 @@ TREES = {
     "struct": struct,
     "linen": linen,
 }
-PAIRS = [(t, m) for t in TREES for m in METHODS if m in EVERYWHERE or t == "stacked"]
+# LoRA on trees of every kind, every method on stacked layers, and two of the others unstacked.
+PAIRS = [
+    (tree, method)
+    for tree in TREES
+    for method in METHODS
+    if method == "lora"
+    or tree == "stacked"
+    or (tree, method) in {("nested", "lora_variant"), ("linen", "full")}
+]
 
 
 @functools.cache

@@ -1,9 +1,16 @@
 """Strict promotion, eight host devices and quick compilation for every test below."""
 
+import os
 from pathlib import Path
 
-import cases
 import jax
+
+if jax.__version_info__ < (0, 11):  # later ones lack the flag, and compile faster
+    # Emitting fusions by way of MLIR is most of a compilation. Read when XLA starts: `cases` does.
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false"
+
+import cases
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -37,8 +44,7 @@ def strict_dtypes(request):
 @pytest.fixture(autouse=True)
 def quick_compilation(request):
     """Small models compile for longer than they run; a model of real size is worth optimizing."""
-    of_real_size = bool({"interop", "experiments"} & set(request.path.parts))
-    optimized = of_real_size or request.node.get_closest_marker("optimized")
+    optimized = "smollm2" in request.fixturenames or request.node.get_closest_marker("optimized")
     jax.config.update("jax_disable_most_optimizations", not optimized)
 
 

@@ -12,7 +12,18 @@ README = Path(__file__).parents[1] / "README.md"
 def test_blocks_run_in_order(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"<!-- test: (.+?) -->\n```python\n(.*?)```", README.read_text(), re.S)
-    names = ["custom step", "targets", "methods", "sweep", "rows", "qlora", "flax", "peft"]
+    names = [
+        "custom step",
+        "targets",
+        "methods",
+        "sweep",
+        "rows",
+        "qlora",
+        "flax",
+        "mesh",
+        "pmap",
+        "peft",
+    ]
     assert [name for name, _ in blocks] == names
     assert README.read_text().count("```python") == len(blocks)
     scope: dict = {}
@@ -25,5 +36,7 @@ def test_blocks_run_in_order(capsys, tmp_path, monkeypatch):
     assert scope["losses"].shape == (3,)
     assert scope["weights"]["embed"].shape == (320, 64)
     assert scope["logits"].shape == (2, 6, 100)
+    assert scope["loss_before"].sharding.mesh.size == scope["count"] == 8
+    assert scope["metrics"].loss < 6.5
     assert (tmp_path / "adapter" / "adapter_config.json").is_file()
     assert scope["half"]["layers"]["attn"]["q_proj"].rank == 8

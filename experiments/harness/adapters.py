@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 def save(
     config: ConfigDict, model: Pretrained, outcomes: Sequence["Outcome"], folder: Path
 ) -> None:
-    """Writes what is not there yet; full fine-tuning leaves no adapter."""
+    """Writes what is not there yet and PEFT has a form for."""
     names = peft.llama_names(model.config)
     for outcome in outcomes:
         target = folder / re.sub(r"[^\w.-]+", "_", outcome.arm.name)
-        if outcome.arm.rank is None or target.exists():
+        if not outcome.arm.in_peft or target.exists():
             continue
         card = peft.model_card(
             model.params,
@@ -33,5 +33,11 @@ def save(
             validation_loss=outcome.progress.val_loss,
         )
         peft.save_adapter(
-            target, outcome.delta, model.params, names, base_name=model.name, card=card
+            target,
+            outcome.delta,
+            model.params,
+            names,
+            base_name=model.name,
+            num_kv_heads=model.config.num_kv_heads,
+            card=card,
         )

@@ -14,7 +14,7 @@ import lora_jax as lora
 from experiments.harness import devices, setup
 from experiments.harness.arms import Arm, rank_arms, same_kind
 from experiments.harness.plan import abstract_params
-from experiments.harness.run import optimizer
+from experiments.harness.run import loss_of, optimizer, step_of
 from lora_jax import parallel, training
 from lora_jax.parallel import cost, hlo
 from lora_jax.parallel.chips import Machine
@@ -110,14 +110,14 @@ def compile_step(config: ConfigDict, machine: Machine) -> Compiled:
 
 def abstract_step(config: ConfigDict, machine: Machine) -> Step:
     """The step as `experiments.harness.run` builds it, and its arguments by shape and place."""
-    arms, tx = same_kind(rank_arms(config))[0], optimizer(config)
-    base, mesh = abstract_params(config), _mesh(config, machine)
+    arms, mesh = same_kind(rank_arms(config))[0], _mesh(config, machine)
+    base = abstract_params(config)
     execution = devices.execution(config, base, machine.devices)
     mode = config.sweep.mode
     if mode == "auto":
         mode = "in_turn" if machine.chip.platform == "cpu" else "batched"
     stacked = mode == "batched"
-    state = _states(base, arms, tx, stacked)
+    state = _states(base, arms, optimizer(config, arms[0]), stacked)
     if AXIS in mesh.shape or mesh.size == 1:
         whole = NamedSharding(mesh, PartitionSpec())
         lying = jax.tree.map(lambda _: whole, (state, base))
@@ -134,7 +134,7 @@ def abstract_step(config: ConfigDict, machine: Machine) -> Step:
     )
     return Step(
         mesh=mesh,
-        function=_function(config, base, execution, tx, mode),
+        function=_function(config, base, execution, arms[0], mode),
         arguments=arguments,
         waiting=0 if stacked else len(arms) - 1,
         tokens=config.data.batch_size * config.data.seq_len * (len(arms) if stacked else 1),
@@ -152,15 +152,10 @@ def _mesh(config: ConfigDict, machine: Machine) -> Mesh:
     return jax.make_mesh((len(machine.devices),), (AXIS,), devices=machine.devices)
 
 
-def _function(config: ConfigDict, base: PyTree, execution: Execution, tx: Any, mode: str) -> Any:
+def _function(config: ConfigDict, base: PyTree, execution: Execution, arm: Arm, mode: str) -> Any:
     """What a sweep compiles; it is handed over before it would be called."""
-    loss = training.llama_loss(setup.shape_of(config), remat=config.model.remat)
-    step = training.train_step(
-        devices.over_devices(config, base, loss),
-        tx,
-        accumulate=config.train.accumulate,
-        axis_name=execution.axis_name,
-    )
+    loss = loss_of(config, setup.shape_of(config), base)
+    step = step_of(config, arm, loss, execution.axis_name)
     made: list[Any] = []
 
     def keep(function, stacked):

@@ -2,25 +2,59 @@
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 from ml_collections import ConfigDict
 
 import lora_jax as lora
 from lora_jax.methods import Method
 
+AnyMethod = Method | Mapping[str, Method | None]
+DRAWN = ("kaiming", "gaussian")  # the starts of LoRA that leave the base as it is
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One run of a sweep. Rank None is full fine-tuning."""
+    """One run of a sweep.
+
+    Attributes:
+      name: unique in the sweep.
+      rank: of the method, where it has one.
+      targets: for a single method.
+      method: what trains; also a mapping `{target: method}`.
+      learning_rate: the peak.
+      seed: of the initialisation and of dropout.
+      data_seed: added to the data's seed: arms see the same batches where it is the same.
+      label: the method's name, where an experiment compares methods.
+      group: by what arms of one label or target are told apart in a picture.
+      b_ratio: LoRA+'s ratio of learning rates.
+      project_b: whether the gradient of B is LoRA-FA's.
+      in_peft: whether PEFT has a form for the adapter.
+    """
 
     name: str
     rank: int | None
-    targets: str
-    method: Method
+    targets: str | tuple[str, ...]
+    method: AnyMethod
     learning_rate: float
     seed: int
+    data_seed: int = 0
+    label: str = ""
     group: str = ""
+    b_ratio: float = 1.0
+    project_b: bool = False
+    in_peft: bool = True
+
+    @property
+    def step(self) -> Hashable:
+        """What arms share that train through one compiled step."""
+        return type(self.method), self.label
+
+    @property
+    def base(self) -> Hashable:
+        """What arms share that train over one base: PiSSA and OLoRA take a part of it."""
+        starts = isinstance(self.method, lora.LoRA) and self.method.init not in DRAWN
+        return (self.method, self.seed) if starts else None
 
 
 def rank_arms(config: ConfigDict) -> list[Arm]:
@@ -63,9 +97,11 @@ def target_arms(config: ConfigDict, per_rank: Mapping[str, int]) -> list[Arm]:
 
 
 def same_kind(arms: Sequence[Arm]) -> list[list[Arm]]:
-    """The arms in groups that can share one compiled step: those of one method."""
-    kinds = dict.fromkeys(type(arm.method) for arm in arms)
-    return [[arm for arm in arms if type(arm.method) is kind] for kind in kinds]
+    """The arms in groups that can train together: of one step, one base and the same batches."""
+    kinds: dict[Hashable, list[Arm]] = {}
+    for arm in arms:
+        kinds.setdefault((arm.step, arm.base, arm.data_seed), []).append(arm)
+    return list(kinds.values())
 
 
 def _rates_and_seeds(config: ConfigDict) -> list[tuple[float, int]]:
@@ -102,4 +138,5 @@ def _full_arm(config: ConfigDict, seed: int) -> Arm:
         method=lora.Full(),
         learning_rate=config.sweep.full_learning_rate,
         seed=seed,
+        in_peft=False,
     )

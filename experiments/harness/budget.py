@@ -140,7 +140,10 @@ def verdict(chip: Chip, step: Compiled) -> str:
 
 def knobs(config: ConfigDict) -> Iterator[tuple[str, ConfigDict]]:
     """Changes to a config that save memory: what to write, and the changed config."""
-    settings = {"config.model.remat": "full", "config.train.optimizer_memory": "pinned_host"}
+    settings = {
+        "config.model.remat": "offload" if config.model.remat == "full" else "full",
+        "config.train.optimizer_memory": "pinned_host",
+    }
     if config.base.quantize == "none":
         settings["config.base.quantize"] = "nf4"
     if config.sweep.mode != "in_turn" and len(config.sweep.ranks) > 1:

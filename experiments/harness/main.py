@@ -1,11 +1,13 @@
 """The command line that the experiments share."""
 
+import functools
 import hashlib
 import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import app, flags
@@ -14,10 +16,11 @@ from ml_collections import ConfigDict, config_flags
 from experiments.harness import plan, report, setup
 from experiments.harness.arms import Arm
 from experiments.harness.progress import console, reporting
-from experiments.harness.run import run
+from experiments.harness.run import Outcome, no_more, run
 from lora_jax.data import default_cache_dir
 from lora_jax.training import records
 
+Results = dict[str, Any]
 ROOT = Path(__file__).parents[2]
 _CONFIG = config_flags.DEFINE_config_file(
     "config", str(ROOT / "configs" / "smollm2_135m.py"), "The model's configuration file."
@@ -35,15 +38,17 @@ def main(
     title: str,
     arms_of: Callable[[ConfigDict], Sequence[Arm]],
     draw: Callable[[Path, dict], None],
+    **how: Any,
 ) -> None:
-    """Runs a sweep: `arms_of(config)` says what differs, `draw` makes its picture."""
+    """Runs a sweep: `arms_of(config)` says what differs, `draw` makes its picture; `how` is
+    `conduct`'s."""
 
     def work(config: ConfigDict, workdir: Path) -> None:
         arms = arms_of(config)
         if _PLAN.value:
             console.print(plan.plan(config, arms), markup=False)
         else:
-            conduct(experiment, title, config, arms, workdir, draw)
+            conduct(experiment, title, config, arms, workdir, draw, **how)
 
     launch(experiment, work)
 
@@ -73,14 +78,24 @@ def conduct(
     arms: Sequence[Arm],
     workdir: Path,
     draw: Callable[[Path, dict], None],
+    *,
+    more: Callable[[ConfigDict, Sequence[Outcome]], Sequence[Arm]] | None = None,
+    summarised: Callable[[ConfigDict, Results, Sequence[Arm]], Results] | None = None,
 ) -> None:
-    """Runs all arms, and leaves records, results, a table and a picture in `workdir`."""
+    """Runs all arms, and leaves records, results, a table and a picture in `workdir`.
+
+    Args:
+      more: further arms by what became of those before; see `run`.
+      summarised: adds to the results; its `summary` then takes the place of the table of arms.
+    """
     prepare(experiment, config, workdir)
     console.print(
         f"[bold]{title}[/bold] with {config.name}: {len(arms)} arms, records in {workdir}"
     )
     with reporting(workdir / "metrics.jsonl") as log:
-        results = run(config, arms, workdir, log)
+        following = functools.partial(more, config) if more else no_more
+        results = run(config, arms, workdir, log, more=following)
+    results = summarised(config, results, arms) if summarised else results
     report.write(workdir, f"{title}, {config.name}", shlex.join(["python", *sys.argv]), results)
     draw(workdir / f"{experiment}.png", results)
     console.print(

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 import lora_jax as lora
-from experiments.harness.arms import Arm
+from experiments.harness.arms import AnyMethod, Arm
 from experiments.harness.setup import as_configured, shape_of
-from lora_jax.methods import Method
 from lora_jax.models import llama
 from lora_jax.tables import aligned
+from lora_jax.targets import Targets
 from lora_jax.weights import PyTree, is_weight
 
 GB = 1e9
@@ -28,7 +28,7 @@ def abstract_params(config: ConfigDict) -> PyTree:
     return jax.eval_shape(make, jax.random.key(0))
 
 
-def describe_arm(params: PyTree, method: Method, targets: str) -> lora.Description:
+def describe_arm(params: PyTree, method: AnyMethod, targets: Targets) -> lora.Description:
     """The counts of one arm over abstract params."""
 
     def transform(params, key):

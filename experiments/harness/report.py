@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from lora_jax.tables import aligned
 from lora_jax.training import records
 
 HEADER = ("arm", "rank", "targets", "trainable", "%", "train", "val", "perplexity", "tokens/s")
+BY_METHOD = ("method", "size", "trainable", "rate", "val, mean", "over seeds", "seeds", "GFLOP",
+             "temp MB", "peak MB")  # fmt: skip
+Table = tuple[Sequence[str], list[tuple[str, ...]], list[str]]  # header, cells, notes
 
 
 def environment() -> dict[str, Any]:
@@ -37,6 +41,7 @@ def environment() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "machine": platform.machine(),
         "commit": commit or None,
+        "cpu_seconds": round(time.process_time()),
     }
 
 
@@ -44,24 +49,25 @@ def write(workdir: Path, title: str, command: str, results: Mapping[str, Any]) -
     """Writes `results.json` and `results.md`, and prints the table."""
     results = {"title": title, "command": command, **results, "environment": environment()}
     records.write_json(workdir / "results.json", results)
-    cells = rows(results)
-    (workdir / "results.md").write_text(markdown(title, command, results, cells))
+    header, cells, notes = by_method(results) if "summary" in results else by_arm(results)
+    text = markdown(title, command, results, [*table(header, cells), "", *notes])
+    (workdir / "results.md").write_text(text)
     console.print(f"\n[bold]{title}[/bold]")
-    console.print(aligned([HEADER, *cells], left=3), markup=False)
+    console.print(aligned([header, *cells], left=3), markup=False)
     for sample in results["samples"]:
         console.print(f"\n{sample['prompt']}", markup=False, style="bold")
         for name in ("reference", "base", "adapted"):
             console.print(f"  {name:>9}: {_one_line(sample[name])}", markup=False)
 
 
-def rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """The table's cells: the untuned base first."""
+def by_arm(results: Mapping[str, Any]) -> Table:
+    """An arm a row, the untuned base first."""
     base = results["base"]
-    table: list[tuple[str, ...]] = [
+    cells: list[tuple[str, ...]] = [
         (f"{base['name']}, untuned", "", "", "0", "", "", *_losses(base["val_loss"]), "")
     ]
     for arm in results["arms"]:
-        table.append(
+        cells.append(
             (
                 arm["name"],
                 "" if arm["rank"] is None else str(arm["rank"]),
@@ -73,15 +79,43 @@ def rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
                 _number(arm["tokens_per_second"], 0),
             )
         )
-    return table
+    note = "Losses are nats a response token; train is the mean of the last ten steps."
+    return HEADER, cells, [note]
 
 
-def markdown(
-    title: str, command: str, results: Mapping[str, Any], cells: Sequence[tuple[str, ...]]
-) -> str:
+def by_method(results: Mapping[str, Any]) -> Table:
+    """A method a row, at its best learning rate: see `comparison`."""
+    base = results["base"]
+    cells = [(f"{base['name']}, untuned", "", "0", "", _number(base["val_loss"]), *[""] * 5)]
+    for row in results["summary"]:
+        losses = row["val_losses"]
+        cells.append(
+            (
+                row["method"],
+                "" if row["size"] is None else str(row["size"]),
+                f"{row['trainable_params']:,}",
+                "-" if row["learning_rate"] is None else f"{row['learning_rate']:g}",
+                _number(row["mean"]),
+                f"{min(losses):.4f} to {max(losses):.4f}" if losses else "-",
+                str(len(losses)),
+                f"{row['flops'] / 1e9:.1f}",
+                f"{row['temp_bytes'] / 1e6:.0f}",
+                f"{row['peak_bytes'] / 1e6:.0f}",
+            )
+        )
+    notes = [
+        results["findings"],
+        "",
+        "Losses are nats a response token, at the learning rate that was best with the first seed. "
+        "FLOPs (10^9) and memory (MB) of one step are the compiler's: its temporaries, and these "
+        "with base, adapter, optimizer and batch.",
+    ]
+    return BY_METHOD, cells, notes
+
+
+def markdown(title: str, command: str, results: Mapping[str, Any], body: Sequence[str]) -> str:
     """`results.md`: the table, the samples, the command and the machine."""
-    lines = [f"# {title}", "", f"`{command}`", "", *table(HEADER, cells)]
-    lines += ["", "Losses are nats a response token; train is the mean of the last ten steps."]
+    lines = [f"# {title}", "", f"`{command}`", "", *body]
     for sample in results["samples"]:
         lines += ["", f"**{_one_line(sample['prompt'])}**", ""]
         lines += [f"- {name}: {_one_line(sample[name])}" for name in ("reference", "base")]
@@ -100,8 +134,9 @@ def machine(results: Mapping[str, Any]) -> str:
     found = results["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     return (
-        f"{found['date']}, {results['seconds']:.0f} s on {found['device']} ({found['cpus']} "
-        f"CPU cores), Python {found['python']}, {versions}, commit {found['commit']}."
+        f"{found['date']}, {results['seconds']:.0f} s ({found['cpu_seconds']} s of CPU time) on "
+        f"{found['device']} ({found['cpus']} CPU cores), Python {found['python']}, {versions}, "
+        f"commit {found['commit']}."
     )
 
 

@@ -3,8 +3,9 @@
 import dataclasses
 import functools
 import math
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +17,52 @@ import lora_jax as lora
 from experiments.harness import adapters, devices, setup
 from experiments.harness.arms import Arm, same_kind
 from experiments.harness.samples import sample
-from lora_jax import data, training
+from lora_jax import data, paths, training
 from lora_jax.interop import Pretrained
+from lora_jax.models.config import LlamaConfig
 from lora_jax.training import checkpoints
 from lora_jax.training.execution import Execution
-from lora_jax.training.fit import ArmProgress, Schedule, fit, mean_losses
-from lora_jax.training.sweep import make_sweep, same_shapes
+from lora_jax.training.fit import ArmProgress, Schedule, fit
+from lora_jax.training.sweep import Step, Sweep, make_sweep, same_shapes
 from lora_jax.transform import Delta
+from lora_jax.weights import PyTree, is_weight
 
 Log = Callable[[dict[str, Any]], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of an arm: its delta, its own shapes restored, and its progress."""
+    """What became of an arm: its delta, its own shapes restored, and its progress.
+
+    The delta is one of the model as loaded, also where training began by correcting that.
+    """
 
     arm: Arm
     delta: Delta
     progress: ArmProgress
+    counts: lora.Description
 
 
-def run(config: ConfigDict, arms: Sequence[Arm], workdir: Path, log: Log) -> dict[str, Any]:
-    """Trains all arms, on from where an earlier call ended; returns what `results.json` holds."""
+More = Callable[[Sequence[Outcome]], Sequence[Arm]]
+
+
+def no_more(outcomes: Sequence[Outcome]) -> Sequence[Arm]:
+    del outcomes
+    return ()
+
+
+def run(
+    config: ConfigDict, arms: Sequence[Arm], workdir: Path, log: Log, *, more: More = no_more
+) -> dict[str, Any]:
+    """Trains all arms, on from where an earlier call ended; returns what `results.json` holds.
+
+    Args:
+      config: the run's.
+      arms: the first of them.
+      workdir: where checkpoints and adapters go.
+      log: see `fit`.
+      more: asked for further arms whenever all have ended, until it has none.
+    """
     started = time.time()
     log({"event": "loading", "what": f"model {config.model.source}"})
     model = setup.load_model(config)
@@ -46,77 +71,130 @@ def run(config: ConfigDict, arms: Sequence[Arm], workdir: Path, log: Log) -> dic
     log({"event": "loading", "what": f"data {config.data.source}"})
     validation = setup.validation_batches(config, model)
     identity = {"base": checkpoints.fingerprint(model.params)}
+    base_loss = _untuned_loss(config, model, execution, validation)
+    log({"event": "base", "val_loss": base_loss})
     outcomes: list[Outcome] = []
-    base_loss = math.nan
-    for number, kind in enumerate(same_kind(arms)):
-        first, more = _train(config, kind, model, execution, validation, identity, workdir, log)
-        base_loss = first if number == 0 else base_loss
-        outcomes += more
+    steps: dict[Hashable, Sweep] = {}
+    while arms:
+        for kind in same_kind(arms):
+            if kind[0].step not in steps:
+                steps[kind[0].step] = _compiled_once(config, kind[0], model, execution)
+            sweep = steps[kind[0].step]
+            outcomes += _train(
+                config, kind, sweep, model, execution, validation, identity, workdir, log
+            )
+        arms = more(outcomes)
     adapters.save(config, model, outcomes, workdir / "adapters")
     return {
         "base": {"name": model.name, "source": model.source, "val_loss": base_loss},
-        "arms": [_row(outcome, model) for outcome in outcomes],
+        "arms": [_row(outcome) for outcome in outcomes],
         "samples": sample(config, model, _best(outcomes), log),
         "seconds": time.time() - started,
     }
 
 
+def step_of(
+    config: ConfigDict, arm: Arm, loss: training.LossSum, axis_name: str | None = None
+) -> Step:
+    """One step of an arm's training."""
+    return training.train_step(
+        loss,
+        optimizer(config, arm),
+        accumulate=config.train.accumulate,
+        correct=lora.project_b() if arm.project_b else None,
+        axis_name=axis_name,
+    )
+
+
+def loss_of(config: ConfigDict, shape: LlamaConfig, params: PyTree) -> training.LossSum:
+    """The loss of a model of this shape, over the run's devices."""
+    loss = training.llama_loss(
+        shape,
+        remat=config.model.remat,
+        attention=None if config.model.attention == "auto" else config.model.attention,
+    )
+    return devices.over_devices(config, params, loss)
+
+
+def _untuned_loss(
+    config: ConfigDict, model: Pretrained, execution: Execution, validation: Sequence[data.Batch]
+) -> float:
+    loss = loss_of(config, model.config, model.params)
+    summed = execution.evaluate(functools.partial(_without_dropout, loss))
+    with execution.context():
+        sums = [
+            jax.device_get(summed({}, model.params, execution.batch(batch))) for batch in validation
+        ]
+    return float(sum(total for total, _ in sums) / sum(count for _, count in sums))
+
+
+def _compiled_once(config: ConfigDict, arm: Arm, model: Pretrained, execution: Execution) -> Sweep:
+    loss = loss_of(config, model.config, model.params)
+    step = step_of(config, arm, loss, execution.axis_name)
+    evaluate = functools.partial(_without_dropout, loss)
+    return make_sweep(step, evaluate, config.sweep.mode, execution)
+
+
 def _train(
     config: ConfigDict,
     arms: Sequence[Arm],
+    sweep: Sweep,
     model: Pretrained,
     execution: Execution,
     validation: Sequence[data.Batch],
     identity: dict[str, str],
     workdir: Path,
     log: Log,
-) -> tuple[float, list[Outcome]]:
-    """Trains arms of one method through one step. Returns the base's validation loss, and them."""
-    fresh = [_fresh_delta(arm, model) for arm in arms]
-    tx = optimizer(config)
-    loss = training.llama_loss(model.config, remat=config.model.remat)
-    loss = devices.over_devices(config, model.params, loss)
-    step = training.train_step(
-        loss, tx, accumulate=config.train.accumulate, axis_name=execution.axis_name
-    )
-    evaluate = functools.partial(_without_dropout, loss)
-    sweep = make_sweep(step, evaluate, config.sweep.mode, execution)
+) -> list[Outcome]:
+    """Trains arms of one kind through one step."""
+    made = [_fresh(arm, model.params) for arm in arms]
+    base, fresh = execution.base(made[0][0]), [delta for _, delta in made]
+    tx = optimizer(config, arms[0])
     states = [
         training.init_state(delta, tx, learning_rate=arm.learning_rate, seed=arm.seed)
         for arm, delta in zip(arms, same_shapes(fresh), strict=True)
     ]
     log({"event": "compiling", "arms": [arm.name for arm in arms]})
-    base_loss = mean_losses(sweep, sweep.pack(states[:1]), model.params, validation)[0]
-    log({"event": "base", "val_loss": base_loss})
     states, progress = fit(
         sweep,
         states,
-        model.params,
+        base,
         arms=[arm.name for arm in arms],
-        batches=setup.training_batches(config, model),
+        batches=setup.training_batches(config, model, arms[0].data_seed),
         validation=validation,
         schedule=_schedule(config),
-        folder=workdir / "checkpoints" / type(arms[0].method).__name__.lower(),
+        folder=workdir / "checkpoints" / re.sub(r"[^\w.-]+", "_", arms[0].name),
         identity=identity,
         log=log,
     )
     trained = lora.unstack(lora.stack([state.delta for state in states]), like=fresh)
-    return base_loss, [Outcome(*parts) for parts in zip(arms, trained, progress, strict=True)]
+    counts = [lora.describe(base, delta) for delta in fresh]
+    if arms[0].base is not None:
+        trained = [lora.as_plain_lora(*pair) for pair in zip(trained, fresh, strict=True)]
+    return [Outcome(*parts) for parts in zip(arms, trained, progress, counts, strict=True)]
 
 
-def _fresh_delta(arm: Arm, model: Pretrained) -> Delta:
+def _fresh(arm: Arm, params: PyTree) -> tuple[PyTree, Delta]:
+    """An arm's base and its delta, in one program, which returns the leaves that the method moved
+    and no copies of the others."""
+
     def draw(params, key):
-        return lora.lora_transform(params, arm.method, targets=arm.targets, key=key)[1]
+        base, delta = lora.lora_transform(params, arm.method, targets=arm.targets, key=key)
+        flat, found = (paths.flatten(tree, is_leaf=is_weight) for tree in (params, base))
+        return {path: leaf for path, leaf in found.items() if leaf is not flat[path]}, delta
 
-    return jax.jit(draw)(model.params, jax.random.key(arm.seed))  # one program, not one a weight
+    moved, delta = jax.jit(draw)(params, jax.random.key(arm.seed))
+    flat = paths.flatten(params, is_leaf=is_weight) | moved
+    structure = jax.tree.structure(params, is_leaf=is_weight)
+    return jax.tree.unflatten(structure, flat.values()), delta
 
 
 def _without_dropout(loss: training.LossSum, delta: Delta, base: Any, batch: Any):
     return loss(delta, base, batch, None)
 
 
-def optimizer(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
-    """AdamW, its state where `config.train.optimizer_memory` says."""
+def optimizer(config: ConfigDict, arm: Arm) -> optax.GradientTransformationExtraArgs:
+    """AdamW as configured, with what the arm's method does to it."""
     settings = config.train
     tx = training.adamw(
         steps=settings.steps,
@@ -130,6 +208,8 @@ def optimizer(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
             f"config.train.optimizer_memory={settings.optimizer_memory!r}: expected one of device, "
             "pinned_host."
         )
+    if arm.b_ratio != 1:
+        tx = optax.chain(tx, lora.scale_b(arm.b_ratio))
     return tx if settings.optimizer_memory == "device" else training.paged(tx)
 
 
@@ -144,12 +224,12 @@ def _schedule(config: ConfigDict) -> Schedule:
     )
 
 
-def _row(outcome: Outcome, model: Pretrained) -> dict[str, Any]:
-    arm, progress = outcome.arm, outcome.progress
-    counts = lora.describe(model.params, outcome.delta)
+def _row(outcome: Outcome) -> dict[str, Any]:
+    arm, progress, counts = outcome.arm, outcome.progress, outcome.counts
     loss = None if progress.stopped == "diverged" else progress.val_loss
     return {
         "name": arm.name,
+        "label": arm.label,
         "group": arm.group,
         "rank": arm.rank,
         "targets": arm.targets,

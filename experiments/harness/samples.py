@@ -36,7 +36,7 @@ def sample(
         for messages in conversations
     ]
     answers = _answering(config, model, prompts)
-    before, after = answers(model.params), answers(lora.merge(model.params, best.delta))
+    before, after = answers(model.params), answers(lora.bind(model.params, best.delta))
     return [
         {
             "prompt": messages[-2]["content"],

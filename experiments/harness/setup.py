@@ -68,8 +68,9 @@ def records(config: ConfigDict, split: str) -> Sequence[data.Record]:
     )
 
 
-def training_batches(config: ConfigDict, model: Pretrained) -> Any:
-    """A fresh endless iterator over the training split; the same config gives the same batches."""
+def training_batches(config: ConfigDict, model: Pretrained, data_seed: int = 0) -> Any:
+    """A fresh endless iterator over the training split; the same config and seed give the same
+    batches."""
     settings = config.data
     if settings.seq_len > model.config.context_length:
         raise ValueError(
@@ -81,8 +82,9 @@ def training_batches(config: ConfigDict, model: Pretrained) -> Any:
         model.tokenizer,
         batch_size=settings.batch_size,
         seq_len=settings.seq_len,
-        seed=settings.seed,
+        seed=settings.seed + data_seed,
         pack=settings.pack,
+        place=jax.device_put if config.parallel.mode == "single" else lambda batch: batch,
     )
 
 

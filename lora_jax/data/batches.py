@@ -7,8 +7,9 @@ number a row's examples from 1 with 0 for padding, and `positions` restart in ea
 
 import itertools
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import grain
 import numpy as np
@@ -19,6 +20,7 @@ from lora_jax.data.records import Record
 from lora_jax.data.tokenizer import Tokenizer
 
 _logger = logging.getLogger(__name__)
+AHEAD = 2  # placed batches that wait for their step
 # The examples lie in memory: threads that read ahead would only cost.
 _IN_MEMORY = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 
@@ -74,12 +76,16 @@ def train_batches(
     pack: bool = True,
     process_index: int = 0,
     process_count: int = 1,
-) -> grain.DatasetIterator[Batch]:
+    place: Callable[[Batch], Any] | None = None,
+) -> grain.DatasetIterator[Any]:
     """An endless iterator of this process's batches, every epoch in a new order.
 
     `batch_size` counts rows a process. The order depends on the arguments alone. `get_state()` is a
     JSON-serialisable position, from which `set_state` on an iterator made with the same arguments
     goes on bit for bit. With `pack`, epochs may meet within a row.
+
+    `place`, such as `jax.device_put`, is called on each batch in a thread that stays up to two
+    batches ahead; the position is still that of the last batch taken.
 
     Raises:
       ValueError: as `encode_source`; or there are fewer examples than processes.
@@ -93,7 +99,13 @@ def train_batches(
     shard = grain.MapDataset.source(examples).shuffle(seed=seed)[process_index::process_count]
     endless = shard.repeat().to_iter_dataset(_IN_MEMORY)
     rows = pack_rows(endless, rows=batch_size, seq_len=seq_len, pack=pack)
-    return iter(rows.batch(batch_size, drop_remainder=True))
+    batches = rows.batch(batch_size, drop_remainder=True)
+    if place is None:
+        return iter(batches)
+    ahead = grain.experimental.ThreadPrefetchIterDataset(
+        batches.map(place), prefetch_buffer_size=AHEAD
+    )
+    return iter(ahead)
 
 
 def eval_batches(

@@ -31,8 +31,9 @@ def factors_of(
 
     def split(matrix, scale, key):
         if start == "olora":
-            q, r = jnp.linalg.qr(matrix.T)
-            return r[:rank].T, q[:, :rank].T
+            q, _ = jnp.linalg.qr(matrix[:rank].T)  # of w^T's first columns: all that counts
+            with jax.default_matmul_precision("highest"):
+                return matrix @ q, q.T
         if found[1]:
             return _rooted(*subspace_svd(matrix, rank, int(found[1]), key), scale)
         return _rooted(*truncated_svd(matrix, rank), scale)
@@ -61,7 +62,12 @@ def subspace_svd(
 
 
 def each_layer(function: Callable, weight: jax.Array | Weight, *arguments: jax.Array):
-    """`function(matrix, *arguments)` of each stacked layer, float32, one after another."""
+    """`function(matrix, *arguments)` of each stacked layer, float32, one after another.
+
+    On a CPU, jaxlib's LAPACK spreads a batch of matrices over the threads that run the program, and
+    waits: where every thread is in such a call, it waits for ever (seen with jaxlib 0.10.2, two
+    cores and seven weights). So a decomposition is never given a batch.
+    """
     if weight.ndim > 2:
         return jax.lax.map(lambda one: each_layer(function, one[0], *one[1:]), (weight, *arguments))
     return function(dense(weight).astype(jnp.float32), *arguments)

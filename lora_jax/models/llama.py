@@ -20,7 +20,7 @@ rows read in front of the tokens, and `layers/attn/prefix`, keys and values in f
 """
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import flax.struct
 import jax
@@ -28,16 +28,13 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.context_mesh import FSDP, SEQUENCE, constrain
-from lora_jax.models.attention import attend, causal_mask
+from lora_jax.kernels.attention import Implementation, attend, masked_attention
 from lora_jax.models.config import LlamaConfig
+from lora_jax.models.remat import LAYER_INPUT, Remat, checkpointed
 from lora_jax.models.rope import rotate
-from lora_jax.weights import NARROW, UNSCALED, embed, linear, scan_layers, transpose
+from lora_jax.weights import embed, linear, scan_layers, transpose
 
 Params = dict[str, Any]
-Remat = Literal["none", "elementwise", "full"]
-SAVED = (
-    "projected", "query", "key", "value", "attended", "residual", "gate", "up", NARROW, UNSCALED
-)  # fmt: skip
 
 
 @flax.struct.dataclass
@@ -110,8 +107,9 @@ def forward(
       config: the shape of the model.
       positions: `[B, T]`, counted from 0 along each row unless given.
       segment_ids: `[B, T]`, the example that a packed position belongs to; attention stays inside.
-      remat: what the backward pass recomputes: "none", "elementwise" (norms,
-        activations and attention scores, but no product with a weight), "full" (whole layers).
+      remat: what the backward pass recomputes: "none", "elementwise" (norms, activations and
+        attention scores, but no product with a weight), "full" (whole layers, whose inputs stay on
+        the device), "offload" (whole layers, whose inputs wait in host memory).
     """
     x = hidden_states(
         params, tokens, config, positions=positions, segment_ids=segment_ids, remat=remat
@@ -127,16 +125,17 @@ def hidden_states(
     positions: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     remat: Remat = "none",
+    attention: Implementation | None = None,
     unroll: int = 1,
 ) -> jax.Array:
     """What the output head reads, `[B, T, D]`: `forward` short of its product with the vocabulary.
 
+    `attention` names an implementation of `lora_jax.kernels.attention`; None chooses by platform.
     `unroll` layers of the scan are laid out one after another in the program.
     """
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     prefix, prompt = leading(params, config)
-    mask = causal_mask(positions, segment_ids, prompt=prompt, prefix=prefix)
     x_BTD = constrain(embed(tokens, params["embed"]), FSDP, SEQUENCE)
     if prompt:
         rows_BPD = prompt_rows(params, x_BTD)
@@ -145,11 +144,15 @@ def hidden_states(
         x_BTD = jnp.concatenate([rows_BPD, x_BTD], axis=1)
 
     def layer(x_BTD, weights):
+        x_BTD = checkpoint_name(x_BTD, LAYER_INPUT)
         q, k, v = project(x_BTD, weights, positions + prefix, config)
         if prefix:
             before = [prefix_heads(leaf, k) for leaf in prefix_of(weights)]
             k, v = (jnp.concatenate(pair, axis=1) for pair in zip(before, (k, v), strict=True))
-        x_BTD = finish_layer(x_BTD, attend(q, k, v, mask), weights, config)
+        attended = attend(
+            q, k, v, segment_ids, prompt=prompt, prefix=prefix, implementation=attention
+        )
+        x_BTD = finish_layer(x_BTD, attended, weights, config)
         return constrain(x_BTD, FSDP, SEQUENCE), None
 
     x_BTD, _ = scan_layers(checkpointed(layer, remat), x_BTD, params["layers"], unroll=unroll)
@@ -179,7 +182,7 @@ def _read(params: Params, x_BTD: jax.Array, cache: Cache, config: LlamaConfig):
         q, k, v = project(x_BTD, weights, positions, config)
         k_cache = k_cache.at[rows, positions].set(k.astype(k_cache.dtype))
         v_cache = v_cache.at[rows, positions].set(v.astype(v_cache.dtype))
-        x_BTD = finish_layer(x_BTD, attend(q, k_cache, v_cache, mask), weights, config)
+        x_BTD = finish_layer(x_BTD, masked_attention(q, k_cache, v_cache, mask), weights, config)
         return x_BTD, (k_cache, v_cache)
 
     x_BTD, (k, v) = scan_layers(layer, x_BTD, (params["layers"], cache.k, cache.v))
@@ -281,7 +284,7 @@ def finish_layer(
     x_BTD: jax.Array, attended_BTNH: jax.Array, weights: Params, config: LlamaConfig
 ) -> jax.Array:
     """The rest of a layer after attention: the output projection, then the gated MLP."""
-    attended_BTE = checkpoint_name(attended_BTNH.reshape(*x_BTD.shape[:2], -1), "attended")
+    attended_BTE = attended_BTNH.reshape(*x_BTD.shape[:2], -1)
     x_BTD = x_BTD + linear(attended_BTE, weights["attn"]["o_proj"])
     x_BTD = checkpoint_name(x_BTD, "residual")
     mlp = weights["mlp"]
@@ -296,16 +299,3 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + eps)
     return normed.astype(x.dtype) * jnp.broadcast_to(scale, x.shape)
-
-
-def checkpointed(layer, remat: Remat):
-    """`layer` under the named rematerialisation policy."""
-    policies = {
-        "elementwise": jax.checkpoint_policies.save_only_these_names(*SAVED),
-        "full": jax.checkpoint_policies.nothing_saveable,
-    }
-    if remat == "none":
-        return layer
-    if remat not in policies:
-        raise ValueError(f"remat={remat!r}: expected one of none, {', '.join(policies)}.")
-    return jax.checkpoint(layer, policy=policies[remat], prevent_cse=False)

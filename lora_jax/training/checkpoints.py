@@ -1,6 +1,7 @@
 """Checkpoints of what trains, with a fingerprint of what does not."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +12,40 @@ from lora_jax import paths
 from lora_jax.fingerprint import fingerprint as fingerprint
 from lora_jax.weights import PyTree
 
+Save = Callable[[int, PyTree, Any], None]
+
+
+@contextlib.contextmanager
+def saving(folder: Path, *, identity: Mapping[str, Any]) -> Iterator[Save]:
+    """Yields `save(step, states, position)`, which writes behind the caller's back.
+
+    It returns once `states` are copied, so that they may be donated to the next step. A checkpoint
+    is there whole or not at all, and the newest two are kept. The next save waits for the last one,
+    and so does the end; either raises what went wrong with it.
+
+    Args:
+      folder: where a run's checkpoints lie.
+      identity: what a later run must agree with to restore it, such as the base's fingerprint.
+
+    The arguments of `save`: the checkpoint's number, the pytree of arrays that trains, and whatever
+    JSON-like value is needed to go on, such as the data's position.
+    """
+    with _checkpointer(folder) as checkpointer:
+
+        def save(step: int, states: PyTree, position: Any) -> None:
+            record = {"identity": dict(identity), "leaves": _leaves(states), "position": position}
+            checkpointer.wait()  # or a save in progress would have this one skipped
+            checkpointer.save_async(step, states, custom_metadata=record, overwrite=True)
+
+        yield save
+
 
 def save(
     folder: Path, step: int, states: PyTree, *, identity: Mapping[str, Any], position: Any
 ) -> None:
-    """Writes a checkpoint, whole or not at all, and keeps the newest two.
-
-    Args:
-      folder: where a run's checkpoints lie.
-      step: its number.
-      states: the pytree of arrays that trains.
-      identity: what a later run must agree with to restore it, such as the base's fingerprint.
-      position: whatever JSON-like value is needed to go on, such as the data's position.
-    """
-    record = {"identity": dict(identity), "leaves": _leaves(states), "position": position}
-    with _checkpointer(folder) as checkpointer:
-        checkpointer.save(step, states, custom_metadata=record, overwrite=True)
+    """Writes one checkpoint as `saving` does, and waits for it."""
+    with saving(folder, identity=identity) as write:
+        write(step, states, position)
 
 
 def restore(

@@ -104,25 +104,25 @@ def fit(
     log({"event": "started", "step": step, "arms": list(arms), "steps": schedule.steps})
 
     window = _Window(arms, progress, log)
-    while step < schedule.steps and _any_running(progress):
-        step += 1
-        batch = next(batches)
-        window.open()
-        packed, metrics = sweep.step(packed, base, batch, [not arm.stopped for arm in progress])
-        window.add(step, batch, metrics)
-        last = step == schedule.steps
-        evaluates = last or step % schedule.eval_every == 0
-        saves = last or step % schedule.checkpoint_every == 0
-        if evaluates or saves or step % schedule.log_every == 0:
-            window.close()
-            _raise_if_all_diverged(arms, progress, step)
-        if evaluates:
-            losses = mean_losses(sweep, packed, base, validation)
-            _judge(losses, arms, progress, step, schedule.patience, log)
-        if saves or not _any_running(progress):
-            arm_records = [dataclasses.asdict(arm) for arm in progress]
-            position = {"data": batches.get_state(), "arms": arm_records}
-            checkpoints.save(folder, step, packed, identity=identity, position=position)
+    with checkpoints.saving(folder, identity=identity) as save:
+        while step < schedule.steps and _any_running(progress):
+            step += 1
+            batch = next(batches)
+            window.open()
+            packed, metrics = sweep.step(packed, base, batch, [not arm.stopped for arm in progress])
+            window.add(step, batch, metrics)
+            last = step == schedule.steps
+            evaluates = last or step % schedule.eval_every == 0
+            saves = last or step % schedule.checkpoint_every == 0
+            if evaluates or saves or step % schedule.log_every == 0:
+                window.close()
+                _raise_if_all_diverged(arms, progress, step)
+            if evaluates:
+                losses = mean_losses(sweep, packed, base, validation)
+                _judge(losses, arms, progress, step, schedule.patience, log)
+            if saves or not _any_running(progress):
+                arm_records = [dataclasses.asdict(arm) for arm in progress]
+                save(step, packed, {"data": batches.get_state(), "arms": arm_records})
     return sweep.unpack(packed), progress
 
 
@@ -166,7 +166,7 @@ class _Window:
 
     def __init__(self, arms: Sequence[str], progress: Sequence[ArmProgress], log: Log):
         self._arms, self._progress, self._log = arms, progress, log
-        self._steps: list[tuple[int, int, Any]] = []
+        self._steps: list[tuple[int, Any, Any]] = []
         self._since = 0.0
 
     def open(self) -> None:
@@ -174,11 +174,12 @@ class _Window:
             self._since = time.perf_counter()
 
     def add(self, step: int, batch: Batch, metrics: Any) -> None:
-        self._steps.append((step, int((batch["segment_ids"] > 0).sum()), metrics))
+        tokens = (batch["segment_ids"] > 0).sum()  # still on its way, where the batch is
+        self._steps.append((step, tokens, metrics))
 
     def close(self) -> None:
         """Waits for the device, and logs what each running arm did."""
-        steps = [(step, tokens, jax.device_get(metrics)) for step, tokens, metrics in self._steps]
+        steps = jax.device_get(self._steps)
         running = [index for index, arm in enumerate(self._progress) if arm.stopped is None]
         seconds = (time.perf_counter() - self._since) / len(running)
         for index in running:
@@ -187,7 +188,7 @@ class _Window:
 
     def _log_arm(self, index: int, steps: list, seconds: float) -> None:
         arm, name = self._progress[index], self._arms[index]
-        tokens = sum(tokens for _, tokens, _ in steps)
+        tokens = sum(int(tokens) for _, tokens, _ in steps)
         arm.tokens += tokens
         arm.seconds += seconds
         for step, _, metrics in steps:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lora_jax.kernels.attention import Implementation
 from lora_jax.masks import mask_optimizer
 from lora_jax.methods import allocate_budget, orthogonality
 from lora_jax.models import llama
@@ -61,10 +62,18 @@ def init_state(
     )
 
 
-def llama_loss(config: LlamaConfig, *, remat: llama.Remat = "elementwise") -> LossSum:
+def llama_loss(
+    config: LlamaConfig,
+    *,
+    remat: llama.Remat = "elementwise",
+    unroll: int = 1,
+    chunk: int = 128,
+    attention: Implementation | None = None,
+) -> LossSum:
     """The summed loss over a batch's counted tokens, and their number.
 
     A batch holds `tokens`, `targets`, `loss_mask`, `segment_ids` and `positions`, each `[B, T]`.
+    `unroll` and `attention` are of `hidden_states`, `chunk` of `token_losses`.
     """
 
     def loss_sum(delta, base, batch, dropout_key):
@@ -76,9 +85,11 @@ def llama_loss(config: LlamaConfig, *, remat: llama.Remat = "elementwise") -> Lo
             positions=batch["positions"],
             segment_ids=batch["segment_ids"],
             remat=remat,
+            unroll=unroll,
+            attention=attention,
         )
         head = llama.output_head(weights)
-        return token_losses(hidden, head, batch["targets"], batch["loss_mask"])
+        return token_losses(hidden, head, batch["targets"], batch["loss_mask"], chunk=chunk)
 
     return loss_sum
 
@@ -88,6 +99,7 @@ def train_step(
     tx: optax.GradientTransformation,
     *,
     accumulate: int = 1,
+    correct: optax.GradientTransformation | None = None,
     axis_name: str | None = None,
 ) -> Callable[[TrainState, PyTree, Batch], tuple[TrainState, StepMetrics]]:
     """A pure function `(state, base, batch) -> (state, metrics)`, to be jitted, vmapped or pmapped.
@@ -99,6 +111,8 @@ def train_step(
       tx: the optimizer; if its update takes `learning_rate`, it gets the state's.
       accumulate: into how many micro-batches the batch is cut. Their losses are summed before
         they are divided, so that the result is the whole batch's, however tokens fall.
+      correct: a transformation without state that reads frozen leaves too, and so stands in front
+        of the mask: LoRA-FA's `project_b()`.
       axis_name: of a `pmap` or `shard_map` whose devices hold parts of the batch; sums go over it
         before they are divided. Each device draws dropout of its own.
     """
@@ -110,9 +124,12 @@ def train_step(
         sums = _summed_gradients(loss_sum, state.delta, base, batch, key, accumulate)
         total, count, grads = sums if axis_name is None else jax.lax.psum(sums, axis_name)
         grads = jax.tree.map(lambda g: g / count, grads)
+        corrected = grads
+        if correct is not None:
+            corrected, _ = correct.update(grads, correct.init(state.delta), state.delta)
         masked = optax.with_extra_args_support(mask_optimizer(tx, state.delta))
         updates, opt_state = masked.update(
-            grads, state.opt_state, state.delta, learning_rate=state.learning_rate
+            corrected, state.opt_state, state.delta, learning_rate=state.learning_rate
         )
         delta = optax.apply_updates(state.delta, updates)
         moved = dataclasses.replace(

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections import Counter
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -109,6 +110,20 @@ def test_state_restores_bit_for_bit(pack):
         resumed.set_state(state)
         assert digest(take(resumed, 6)) == expected
         assert resumed.get_state() == iterator.get_state()
+
+
+def test_batches_placed_ahead_keep_the_position_of_the_last_one_taken():
+    """As without: the same batches, and the same position after each."""
+    plain, placed = make_train(), make_train(place=jax.device_put)
+    for _ in range(5):
+        batch = next(placed)
+        assert all(isinstance(array, jax.Array) for array in batch.values())
+        assert digest([batch]) == digest([next(plain)])
+        assert placed.get_state() == plain.get_state()
+    resumed = make_train(place=jax.device_put)
+    resumed.set_state(json.loads(json.dumps(placed.get_state())))
+    assert digest(take(resumed, 3)) == digest(take(plain, 3))
+    placed.close(), resumed.close()
 
 
 def test_state_restores_in_a_fresh_process():

@@ -20,6 +20,8 @@ QUICK = (
     "--config.train.checkpoint_every=1",
     "--config.samples.max_new_tokens=4",
 )
+# A run of four steps compiles for longer than it trains.
+QUICK_COMPILATION = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 
 def write_talk(folder: Path, lines: int = 24) -> None:
@@ -35,7 +37,7 @@ def start(folder: Path, experiment: str, *flags: str, **env: str) -> subprocess.
     return subprocess.Popen(
         [sys.executable, str(ROOT / "experiments" / f"{experiment}.py"), *flags],
         cwd=folder,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "COLUMNS": "200", **env},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "COLUMNS": "200", **QUICK_COMPILATION, **env},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -5,7 +5,10 @@ hence unrolled layers and a single chunk of the loss.
 """
 
 import functools
+import importlib
 import re
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +19,11 @@ from test_protocol_weights import quantize
 import lora_jax as lora
 from lora_jax.models import llama
 from lora_jax.models.config import LlamaConfig
-from lora_jax.training import init_state, train_step
+from lora_jax.models.shapes import SHAPES
+from lora_jax.training import init_state, llama_loss, train_step
 from lora_jax.training.loss import token_losses
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 pytestmark = pytest.mark.mixed_dtypes
 WIDE = LlamaConfig(
     vocab_size=8000, hidden_size=4096, intermediate_size=14336, num_layers=2, num_heads=32,
@@ -81,6 +86,14 @@ def test_lora_step_beside_a_full_step(remat, most):
     assert 0.6 < flops(LORA, remat) / flops(FULL, remat) <= most
 
 
+def test_the_model_flops_of_the_benchmark_are_what_xla_counts():
+    """Which multiplies all scores, and not just the half that a causal model needs."""
+    at_size = importlib.import_module("at_size")
+    half = 6 * WIDE.num_layers * WIDE.num_heads * WIDE.head_dim * 512
+    per_token = at_size.model_flops_per_token(WIDE, 512) + half
+    assert flops(LORA, "none") == pytest.approx(per_token * 4 * 512, rel=0.02)
+
+
 def test_full_remat_costs_another_forward_pass():
     assert 1.3 < flops(LORA, "full") / flops(LORA, "none") < 1.55
 
@@ -127,6 +140,38 @@ def widest_logits(chunk):
 def test_logits_stand_in_chunks():
     assert widest_logits(chunk=10**9) == 120  # so that the search is known to find them
     assert widest_logits(chunk=20) == 20
+
+
+def test_logits_of_the_8b_never_stand_whole():
+    """Neither in float32 nor in the hidden states' bfloat16: 128 positions at a time."""
+    config, rows, length = SHAPES["llama-3-8b"], 2, 2048
+    tx = optax.adam(1e-3)
+
+    def make():
+        params = llama.init(config, key=jax.random.key(0), dtype=jnp.bfloat16)
+        base, delta = lora.lora_transform(params, LORA, key=jax.random.key(0))
+        return init_state(delta, tx, learning_rate=1e-3, seed=0), base
+
+    names = ("tokens", "targets", "segment_ids", "positions")
+    batch = dict.fromkeys(names, jax.ShapeDtypeStruct((rows, length), jnp.int32))
+    batch["loss_mask"] = jax.ShapeDtypeStruct((rows, length), bool)
+    step = train_step(llama_loss(config, remat="full"), tx)
+    program = str(jax.make_jaxpr(step)(*jax.eval_shape(make), batch))
+    shapes = re.findall(r"b?f\d+\[([\d,]+)\]", program)
+    found = {shape for shape in shapes if str(config.vocab_size) in shape.split(",")}
+    weights = {
+        f"{config.vocab_size},{config.hidden_size}",
+        f"{config.hidden_size},{config.vocab_size}",
+    }
+    assert found - weights == {f"128,{config.vocab_size}"}
+
+
+def test_a_step_overwrites_the_state_that_it_is_given():
+    """Donated: each of the state's buffers is that of a result."""
+    program = lowered(DEEP, LORA, rows=3, length=40)
+    state = program.out_info[0]
+    expected = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    assert program.compile().memory_analysis().alias_size_in_bytes == expected
 
 
 @pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.slow), "elementwise"])

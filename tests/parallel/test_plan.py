@@ -150,7 +150,7 @@ def test_too_little_memory_says_by_how_much_and_what_would_save_it(pretend, caps
     assert rows["--config.data.batch_size=4"].endswith("has 11.01 GB too much")
     assert rows["--topology=v5e:2x2"].endswith("fits")
     assert "--config.train.optimizer_memory=pinned_host" in rows
-    assert "--config.model.remat=full" not in rows  # as it is
+    assert "--config.model.remat=offload" in rows
     assert "the device has" in capsys.readouterr().out
 
 

@@ -86,11 +86,14 @@ def test_a_leaf_of_many_axes_and_a_quantised_one():
         parallel.base_shardings(mesh, base, {"kernel": P(None, None, "tensor")})
 
 
-def test_a_flax_model_by_rules_of_its_own():
+@pytest.mark.parametrize("format", [None, "nf4"])
+def test_a_flax_model_by_rules_of_its_own(format):
     model = nn.Sequential([nn.Embed(32, 16), nn.MultiHeadDotProductAttention(4), nn.Dense(32)])
     tokens = np.arange(8 * 6, dtype=np.int32).reshape(8, 6) % 32
     params = model.init(jax.random.key(0), tokens)
     layouts = lora.infer_layouts(model.apply, params, tokens)
+    if format:
+        params = lora.quantize(params, format, layouts=layouts, block_size=8)
     base, delta = lora.lora_transform(
         params, lora.LoRA(rank=2, init="gaussian"), key=jax.random.key(1), layouts=layouts
     )
@@ -103,12 +106,12 @@ def test_a_flax_model_by_rules_of_its_own():
     rules = {"(query|key|value)/kernel": P("fsdp", "tensor", None), ".*": P()}
     specs = parallel.match_specs(base, rules)
     lying = parallel.delta_shardings(mesh, delta, specs)
-    gradient = jax.jit(jax.value_and_grad(loss))
-    alone = gradient(delta, base, tokens)
+    alone = jax.jit(jax.value_and_grad(loss))(delta, base, tokens)
     placed = jax.device_put(base, parallel.base_shardings(mesh, base, specs))
-    together = gradient(
-        jax.device_put(delta, lying), placed, jax.device_put(tokens, parallel.batch_sharding(mesh))
-    )
+    arguments = jax.device_put((delta, tokens), (lying, parallel.batch_sharding(mesh)))
+    with jax.set_mesh(mesh):
+        gradient = jax.jit(jax.value_and_grad(parallel.over_mesh(loss, specs)))
+        together = gradient(arguments[0], placed, arguments[1])
     cases.assert_close(together, alone)
 
 

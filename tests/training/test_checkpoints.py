@@ -59,3 +59,17 @@ def test_deltas_of_every_method_come_back_bit_for_bit(tmp_path):
     step, back, _ = checkpoints.restore(tmp_path, fresh, identity={"base": "b"})
     cases.assert_equal(back, trained)
     assert step == 1 and jax.tree.structure(back) == jax.tree.structure(fresh)
+
+
+def test_states_may_be_donated_while_they_are_written(tmp_path):
+    """The next step overwrites them in place; the checkpoint holds what they were."""
+    state = {"a": jnp.arange(2**20, dtype=jnp.float32), "b": jnp.ones(3)}
+    before = jax.device_get(jax.tree.map(jnp.copy, state))
+    step = jax.jit(lambda s: jax.tree.map(lambda x: -x, s), donate_argnums=0)
+    with checkpoints.saving(tmp_path, identity={}) as save:
+        for number in (1, 2):
+            save(number, state, {"data": number})
+            state = step(state)
+    number, back, position = checkpoints.restore(tmp_path, state, identity={})
+    assert (number, position) == (2, {"data": 2})
+    cases.assert_equal(back, jax.tree.map(lambda x: -x, before))

@@ -3,13 +3,15 @@
 import dataclasses
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import small
 
 import lora_jax as lora
 from lora_jax import training
 from lora_jax.training.fit import Schedule, fit
-from lora_jax.training.sweep import make_sweep, same_shapes
+from lora_jax.training.step import StepMetrics
+from lora_jax.training.sweep import Sweep, make_sweep, same_shapes
 
 SCHEDULE = Schedule(steps=6, eval_every=2, checkpoint_every=2)
 ARMS = {"small": (lora.LoRA(rank=1), "qv", 1e-2, 0), "large": (lora.LoRA(rank=4), "qv", 1e-2, 1)}
@@ -119,3 +121,29 @@ def test_a_run_that_diverges_says_so(tmp_path):
     base["norm"] = base["norm"] * jnp.nan
     with pytest.raises(ValueError, match=r"not a number any more at step 1\. Lower the learning"):
         run(tmp_path, base=base)
+
+
+def test_the_loop_waits_for_the_device_only_to_log(tmp_path):
+    """Steps 1 to 3 are handed to the device before anything of them is read, and 4 to 6 too."""
+    events = []
+
+    class OnTheWay:
+        """A number of a step that notes when it is waited for."""
+
+        def __array__(self, dtype=None, copy=None):
+            events.append("wait")
+            return np.ones(1)
+
+    def step(packed, base, batch, running):
+        events.append("step")
+        return packed, StepMetrics(OnTheWay(), OnTheWay())
+
+    state = {"delta": jnp.ones(3)}
+    sweep = Sweep(lambda states: states[0], lambda packed: [packed], step,
+                  lambda *_: (np.ones(1), np.ones(1)))  # fmt: skip
+    schedule = Schedule(steps=6, eval_every=100, checkpoint_every=100, log_every=3)
+    fit(
+        sweep, [state], None, arms=["one"], batches=small.Batches(), validation=[None],
+        schedule=schedule, folder=tmp_path, identity={}, log=lambda record: None,
+    )  # fmt: skip
+    assert events == 2 * (3 * ["step"] + 6 * ["wait"])

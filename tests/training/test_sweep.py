@@ -11,8 +11,7 @@ from lora_jax.training.sweep import make_sweep, resolve_mode, same_shapes
 
 ARMS = [
     (lora.LoRA(rank=1, alpha=4), "qv", 1e-2, 0),
-    (lora.LoRA(rank=4, alpha=16, dropout=0.0), "all-linear", 3e-2, 1),
-    (lora.LoRA(rank=2, alpha=2, scaling="rslora"), "mlp", 2e-2, 2),
+    (lora.LoRA(rank=4, alpha=16, scaling="rslora"), "all-linear", 3e-2, 1),
 ]
 STEPS = 4
 

@@ -1,4 +1,4 @@
-"""Causal grouped-query attention within segments, for whole sequences and for a KV cache.
+"""What attention is: a mask and a softmax, with a score for every query and key.
 
 Dimensions: B batch, T query positions, S key positions, N query heads, K key/value heads, H head.
 """
@@ -8,15 +8,14 @@ import jax.numpy as jnp
 
 
 def causal_mask(
-    positions_BT: jax.Array, segment_ids_BT: jax.Array | None, *, prompt: int = 0, prefix: int = 0
+    length: int, segment_ids_BT: jax.Array | None, *, prompt: int = 0, prefix: int = 0
 ) -> jax.Array:
     """`[B or 1, 1, P + T, S]`, True where a query may look: not ahead, nor into another segment.
 
-    The keys are `prefix` ones that no query stands for, the P rows of a `prompt`, and the T
+    The keys are `prefix` ones that no query stands for, the P rows of a `prompt`, and T = `length`
     positions, so that S = prefix + P + T. All segments see the first two.
     """
-    length = prompt + positions_BT.shape[1]
-    mask = jnp.tril(jnp.ones((length, length), bool))[None, None]
+    mask = jnp.tril(jnp.ones((prompt + length, prompt + length), bool))[None, None]
     if segment_ids_BT is not None:
         same = segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None, :]
         before = (prompt, 0)
@@ -24,6 +23,8 @@ def causal_mask(
     return jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (prefix, 0)), constant_values=True)
 
 
-def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: jax.Array) -> jax.Array:
+def masked_attention(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: jax.Array
+) -> jax.Array:
     """Attention `[B, T, N, H]`, scores scaled by `1 / sqrt(H)`; `mask [B or 1, 1, T, S]`."""
     return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask)

@@ -1,0 +1,166 @@
+"""Methods side by side: their arms, and what is to be said of them."""
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+import lora_jax as lora
+from experiments.harness import plan, setup
+from experiments.harness.arms import AnyMethod, Arm
+from experiments.harness.costs import step_costs
+from experiments.harness.run import Outcome
+from lora_jax.weights import PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """A method as it enters the comparison.
+
+    Attributes:
+      method: of the size that it is called with, which then follows from the budget; or one whose
+        size is its own.
+      rate: the learning rate about which it is swept.
+      targets: for a single method.
+      b_ratio, project_b, in_peft: as in `Arm`.
+    """
+
+    method: AnyMethod | Callable[[int], AnyMethod]
+    rate: float
+    targets: str | tuple[str, ...] = "all-linear"
+    b_ratio: float = 1.0
+    project_b: bool = False
+    in_peft: bool = True
+
+
+def first_arms(config: ConfigDict, contenders: Mapping[str, Contender]) -> list[Arm]:
+    """Every contender at every learning rate, with the first seed.
+
+    Raises:
+      ValueError: for a name that is no contender's, no rates, or no seeds.
+    """
+    settings = config.methods
+    unknown = [name for name in settings.names if name not in contenders]
+    if unknown:
+        raise ValueError(
+            f"config.methods.names has {unknown[0]!r}: expected some of {', '.join(contenders)}."
+        )
+    if not settings.rate_factors or not settings.seeds:
+        raise ValueError("config.methods needs at least one of rate_factors and one of seeds.")
+    params = plan.abstract_params(config)
+    reference = lora.LoRA(rank=settings.rank)
+    budget = plan.describe_arm(params, reference, "all-linear").trainable_params
+    return [
+        arm
+        for name in tuple(settings.names) or contenders
+        for arm in _arms(config, name, contenders[name], params, budget)
+    ]
+
+
+def more_seeds(config: ConfigDict, outcomes: Sequence[Outcome]) -> list[Arm]:
+    """The further seeds of each method, at the learning rate that was best with the first."""
+    first, *others = config.methods.seeds
+    best: dict[str, Arm] = {}
+    for outcome in sorted(outcomes, key=_loss):
+        if outcome.arm.seed == first:
+            best.setdefault(outcome.arm.label, outcome.arm)
+    trained = {outcome.arm.name for outcome in outcomes}
+    wanted = [_with_seed(best[label], seed) for label in _labels(outcomes) for seed in others]
+    return [arm for arm in wanted if arm.name not in trained]
+
+
+def summarised(config: ConfigDict, results: dict[str, Any], arms: Sequence[Arm]) -> dict[str, Any]:
+    """The results with a `summary`, a record for each method, and `findings` in a sentence."""
+    shape = setup.shape_of(config)
+    summary = []
+    for arm in {arm.label: arm for arm in arms}.values():
+        rows = [row for row in results["arms"] if row["label"] == arm.label]
+        trained = {"method": arm.label, "size": arm.rank, **_trained(rows)}
+        summary.append({**trained, **step_costs(config, arm, shape)})
+    return {**results, "summary": summary, "findings": findings(summary)}
+
+
+def findings(summary: Sequence[Mapping[str, Any]]) -> str:
+    """Which differences the spread over seeds allows to be read: two methods are told apart where
+    the ranges of their losses over seeds do not meet."""
+    finished = [row for row in summary if row["val_losses"]]
+    seeds = min((len(row["val_losses"]) for row in finished), default=0)
+    if seeds < 2:
+        return "One seed shows no spread: no order of the methods should be read into this."
+    best = min(finished, key=lambda row: row["mean"])
+    others = [row for row in finished if row is not best]
+    apart = [row["method"] for row in others if min(row["val_losses"]) > max(best["val_losses"])]
+    inside = [row["method"] for row in others if row["method"] not in apart]
+    said = f"{best['method']} has the lowest mean loss. "
+    if inside:
+        said += (
+            f"Inside its spread over {seeds} seeds lie {', '.join(inside)}: no order should be "
+            "read into these and it. "
+        )
+    return said + (f"Outside lie {', '.join(apart)}." if apart else "None lies outside.")
+
+
+def _arms(
+    config: ConfigDict, name: str, contender: Contender, params: PyTree, budget: int
+) -> list[Arm]:
+    method, size = contender.method, None
+    if callable(method):
+        size = _size(params, method, contender.targets, budget)
+        method = method(size)
+    arm = Arm(
+        name=name,
+        rank=size,
+        targets=contender.targets,
+        method=method,
+        learning_rate=contender.rate,
+        seed=0,
+        label=name,
+        b_ratio=contender.b_ratio,
+        project_b=contender.project_b,
+        in_peft=contender.in_peft,
+    )
+    rates = [contender.rate * factor for factor in config.methods.rate_factors]
+    return [
+        _with_seed(dataclasses.replace(arm, learning_rate=rate), config.methods.seeds[0])
+        for rate in rates
+    ]
+
+
+def _size(params: PyTree, method: Callable, targets: Any, budget: int) -> int:
+    """The size whose trainable parameters, which grow linearly, come nearest to the budget."""
+    one, two = (plan.describe_arm(params, method(n), targets).trainable_params for n in (1, 2))
+    return max(1, 1 + round((budget - one) / (two - one)))
+
+
+def _with_seed(arm: Arm, seed: int) -> Arm:
+    name = f"{arm.label} lr {arm.learning_rate:g} seed {seed}"
+    return dataclasses.replace(arm, seed=seed, data_seed=seed, name=name)
+
+
+def _labels(outcomes: Sequence[Outcome]) -> list[str]:
+    return list(dict.fromkeys(outcome.arm.label for outcome in outcomes))
+
+
+def _loss(outcome: Outcome) -> float:
+    loss = outcome.progress.val_loss
+    return math.inf if outcome.progress.stopped == "diverged" or loss is None else loss
+
+
+def _trained(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What training made of one method: the losses of all seeds at the rate of the lowest."""
+    by_rate: dict[float, list[float]] = {}
+    for row in rows:
+        if row["val_loss"] is not None:
+            by_rate.setdefault(row["learning_rate"], []).append(row["val_loss"])
+    # The first seed chose the rate, and the others ran at that rate alone.
+    rate = min(by_rate, key=lambda rate: by_rate[rate][0], default=None)
+    losses = [] if rate is None else by_rate[rate]
+    return {
+        "trainable_params": rows[0]["trainable_params"],
+        "learning_rate": rate,
+        "val_losses": losses,
+        "mean": statistics.mean(losses) if losses else None,
+    }

@@ -1,0 +1,58 @@
+"""What one step of training costs, as the compiler has it."""
+
+import dataclasses
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+import lora_jax as lora
+from experiments.harness.arms import Arm
+from experiments.harness.run import optimizer, step_of
+from experiments.harness.setup import as_configured
+from lora_jax import training
+from lora_jax.models import llama
+from lora_jax.models.config import LlamaConfig
+
+
+def step_costs(config: ConfigDict, arm: Arm, model: LlamaConfig) -> dict[str, float]:
+    """FLOPs and memory of a step of the configured batch; nothing is allocated.
+
+    Returns:
+      `flops`: before XLA's own passes, with the loss at every position. A loop is counted once, so
+      they are those of one layer and of two, laid out, and the difference for each further layer.
+      `temp_bytes`: what the compiled step allocates beside its arguments.
+      `peak_bytes`: that, and the base, the state and the batch.
+    """
+    one, two = (
+        _lowered(config, arm, dataclasses.replace(model, num_layers=n), unroll=n, chunk=sys.maxsize)
+        .cost_analysis()["flops"]
+        for n in (1, 2)
+    )  # fmt: skip
+    memory = _lowered(config, arm, model).compile().memory_analysis()
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return {
+        "flops": one + (model.num_layers - 1) * (two - one),
+        "temp_bytes": memory.temp_size_in_bytes,
+        "peak_bytes": held + memory.temp_size_in_bytes,
+    }
+
+
+def _lowered(config: ConfigDict, arm: Arm, model: LlamaConfig, **options: Any) -> Any:
+    def make(key):
+        params = llama.init(model, key=key, dtype=jnp.dtype(config.model.dtype))
+        params = as_configured(config, params)
+        base, delta = lora.lora_transform(params, arm.method, targets=arm.targets, key=key)
+        tx = optimizer(config, arm)
+        return training.init_state(delta, tx, learning_rate=arm.learning_rate, seed=arm.seed), base
+
+    state, base = jax.eval_shape(make, jax.random.key(0))
+    shape = config.data.batch_size, config.data.seq_len
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, bool if name == "loss_mask" else jnp.int32)
+        for name in ("tokens", "targets", "loss_mask", "segment_ids", "positions")
+    }
+    loss = training.llama_loss(model, remat=config.model.remat, **options)
+    return jax.jit(step_of(config, arm, loss), donate_argnums=0).lower(state, base, batch)

@@ -1,0 +1,67 @@
+"""Which method? All of them on one model, one budget and the same batches.
+
+The budget is what LoRA trains at `config.methods.rank` on all linear layers. A method that has a
+size (a rank, a width) gets the one that comes nearest to it in trainable parameters: LoRA-FA, which
+trains B alone, about twice the rank. VeRA, IA3, prompts and prefixes are small by design and keep
+sizes of their own; Full trains everything. Seeds vary the initialisation, dropout and the order of
+the data. The first picks each method's learning rate; the others run at that rate.
+
+    python experiments/methods.py
+    python experiments/methods.py --config.data.seq_len=128 --config.train.steps=8
+    python experiments/methods.py --config.methods.names="('LoRA', 'DoRA')"
+"""
+
+import sys
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a checkout, installed or not
+
+import lora_jax as lora
+from experiments.harness import comparison, pictures
+from experiments.harness.comparison import Contender
+from experiments.harness.main import main
+
+
+def contenders(config: ConfigDict) -> dict[str, Contender]:
+    """Every method with the learning rate about which it is swept."""
+    steps = config.train.steps
+    houlsby = "o_proj", "down_proj"
+    ia3 = {"k_proj|v_proj": lora.IA3(), "down_proj": lora.IA3(scales="input")}
+
+    def adalora(rank):
+        target = max(1, 2 * rank // 3)
+        return lora.AdaLoRA(
+            rank=rank, target_rank=target, total_steps=steps, final=steps // 4, alpha=16.0
+        )
+
+    return {
+        "LoRA": Contender(lambda r: lora.LoRA(rank=r), rate=3e-3),
+        "rsLoRA": Contender(lambda r: lora.LoRA(rank=r, scaling="rslora"), rate=2e-3),
+        "LoRA+": Contender(lambda r: lora.LoRA(rank=r), rate=1e-3, b_ratio=16.0),
+        "LoRA-FA": Contender(lambda r: lora.LoRA(rank=r, train_a=False), rate=3e-3, project_b=True),
+        "PiSSA": Contender(lambda r: lora.LoRA(rank=r, init="pissa_niter_4"), rate=1e-3),
+        "OLoRA": Contender(lambda r: lora.LoRA(rank=r, init="olora"), rate=1e-3),
+        "DoRA": Contender(lambda r: lora.DoRA(rank=r), rate=3e-3),
+        "AdaLoRA": Contender(adalora, rate=2e-2),
+        "Bottleneck": Contender(
+            lambda m: lora.Bottleneck(size=m), rate=3e-3, targets=houlsby, in_peft=False
+        ),
+        "VeRA": Contender(lora.VeRA(), rate=1e-1),
+        "IA3": Contender(ia3, rate=4e-2),
+        "Prompt": Contender(lora.Prompt(), rate=5e-2, targets="embed"),
+        "Prefix": Contender(lora.Prefix(), rate=5e-2, targets="k_proj"),
+        "Full": Contender(lora.Full(), rate=2e-4, targets=".*", in_peft=False),
+    }
+
+
+if __name__ == "__main__":
+    main(
+        "methods",
+        "Methods",
+        lambda config: comparison.first_arms(config, contenders(config)),
+        pictures.loss_by_method,
+        more=comparison.more_seeds,
+        summarised=comparison.summarised,
+    )

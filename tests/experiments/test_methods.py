@@ -1,0 +1,106 @@
+"""The comparison of methods: its arms, what it may say, and a run of it."""
+
+import json
+
+import command
+import jax
+import pytest
+from ml_collections import ConfigDict
+
+from configs import smollm2_135m, tiny
+from experiments.harness import comparison, pictures
+from experiments.harness.main import conduct
+from experiments.methods import contenders
+
+
+def configured(**methods) -> ConfigDict:
+    config = tiny.get_config()
+    quick = {"data.source": "jsonl", "data.path": "talk.jsonl", "data.seq_len": 128,
+             "train.steps": 3, "train.warmup_steps": 1, "train.checkpoint_every": 3,
+             "samples.prompts": 0, "methods.rank": 2}  # fmt: skip
+    config.update_from_flattened_dict(quick | {f"methods.{k}": v for k, v in methods.items()})
+    return config
+
+
+def conducted(config: ConfigDict, folder) -> dict:
+    arms = comparison.first_arms(config, contenders(config))
+    conduct("methods", "Methods", config, arms, folder / "run", pictures.loss_by_method,
+            more=comparison.more_seeds, summarised=comparison.summarised)  # fmt: skip
+    return json.loads((folder / "run/results.json").read_text())
+
+
+def test_sizes_meet_the_budget():
+    """Within half of what one more rank would add; what has its own size keeps it."""
+    config = smollm2_135m.get_config()
+    arms = {arm.label: arm for arm in comparison.first_arms(config, contenders(config))}
+    sizes = {label: arm.rank for label, arm in arms.items()}
+    assert sizes == {
+        "LoRA": 8, "rsLoRA": 8, "LoRA+": 8, "LoRA-FA": 16, "PiSSA": 8, "OLoRA": 8, "DoRA": 7,
+        "AdaLoRA": 8, "Bottleneck": 35, "VeRA": None, "IA3": None, "Prompt": None, "Prefix": None,
+        "Full": None,
+    }  # fmt: skip
+    assert len({arm.name for arm in arms.values()}) == len(arms)
+
+
+def row(method, *losses):
+    return {"method": method, "val_losses": losses, "mean": sum(losses) / max(len(losses), 1)}
+
+
+def test_findings_read_no_order_into_what_lies_inside_the_spread():
+    said = comparison.findings([row("A", 1.2, 1.4), row("B", 1.3, 1.6), row("C", 1.5, 1.7)])
+    assert said == (
+        "A has the lowest mean loss. Inside its spread over 2 seeds lie B: no order should be read "
+        "into these and it. Outside lie C."
+    )
+    assert comparison.findings([row("A", 1.2), row("B", 1.5)]).startswith("One seed shows no")
+    assert comparison.findings([row("A", 1.2, 1.3), row("B")]).endswith("None lies outside.")
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        ({"names": ("LoRA", "LoKr")}, "has 'LoKr': expected some of LoRA, rsLoRA"),
+        ({"seeds": ()}, "at least one of rate_factors and one of seeds"),
+    ],
+)
+def test_wrong_input_gets_one_clear_sentence(methods, message):
+    config = configured(**methods)
+    with pytest.raises(ValueError, match=message):
+        comparison.first_arms(config, contenders(config))
+
+
+def test_a_run(tmp_path, monkeypatch):
+    """Of a method that takes a part of the base, which differs from seed to seed."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    monkeypatch.chdir(tmp_path)
+    command.write_talk(tmp_path)
+    results = conducted(configured(names=("PiSSA",)), tmp_path)
+    slow, fast, other_seed = results["arms"]
+    best = min(slow, fast, key=lambda arm: arm["val_loss"])
+    [summary] = results["summary"]
+    assert [arm["seed"] for arm in results["arms"]] == [0, 0, 1]
+    assert summary["learning_rate"] == best["learning_rate"] == other_seed["learning_rate"]
+    assert summary["val_losses"] == [best["val_loss"], other_seed["val_loss"]]
+    assert max(summary["val_losses"]) < results["base"]["val_loss"]
+    assert summary["trainable_params"] == 4096  # both factors at rank 2, of the adapter as trained
+    assert summary["flops"] > 0 and summary["peak_bytes"] > summary["temp_bytes"] > 0
+    assert results["findings"] in (tmp_path / "run/results.md").read_text()
+    assert (tmp_path / "run/methods.png").read_bytes()[:4] == b"\x89PNG"
+    for arm in results["arms"]:  # adapters of the model as loaded, of twice the rank
+        folder = tmp_path / "run/adapters" / arm["name"].replace(" ", "_")
+        assert json.loads((folder / "adapter_config.json").read_text())["r"] == 4
+
+
+@pytest.mark.slow
+def test_every_method_and_the_same_command_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command.write_talk(tmp_path)
+    config = configured(rate_factors=(1.0,))
+    first = conducted(config, tmp_path)
+    assert [row["method"] for row in first["summary"]] == list(contenders(config))
+    records = command.metrics(tmp_path / "run")
+    again = conducted(config, tmp_path)
+    assert command.metrics(tmp_path / "run") == records  # nothing was trained again
+    assert [row["val_losses"] for row in again["summary"]] == [
+        row["val_losses"] for row in first["summary"]
+    ]
