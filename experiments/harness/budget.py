@@ -185,7 +185,7 @@ def savings(config: ConfigDict, where: Machine, step: Compiled) -> str:
         tried(name, changed, where)
     if larger := _larger(where):
         tried(f"--topology={larger}", config, machine(larger))
-    return aligned(rows, left=1)
+    return aligned(rows, left=3)
 
 
 def _larger(where: Machine) -> str | None:
