@@ -1,5 +1,6 @@
 """The devices of a run, as `config.parallel` says."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,9 +13,12 @@ from lora_jax.parallel import hosts
 from lora_jax.training.execution import Execution, single
 from lora_jax.weights import PyTree
 
+Devices = Sequence[jax.Device] | None
 
-def mesh_of(config: ConfigDict) -> Mesh | None:
-    """The mesh of a mode that has one, or of the one device among several that "single" takes.
+
+def mesh_of(config: ConfigDict, devices: Devices = None) -> Mesh | None:
+    """The mesh of a mode that has one, or of the one device among several that "single" takes; of
+    all devices unless some are given.
 
     Raises:
       ValueError: for an unknown mode, or sizes that it does not take.
@@ -27,9 +31,10 @@ def mesh_of(config: ConfigDict) -> Mesh | None:
         )
     sizes = {name: settings[name] for name in ("tensor", "sequence", "arms")}
     if settings.mode not in ("single", "pmap"):
-        return parallel.mesh_of(settings.mode, **sizes)
-    if settings.mode == "single" and jax.device_count() > 1 and set(sizes.values()) == {1}:
-        return parallel.make_mesh({}, jax.devices()[:1])  # which tells kernels that it is alone
+        return parallel.mesh_of(settings.mode, **sizes, devices=devices)
+    devices = jax.devices() if devices is None else devices
+    if settings.mode == "single" and len(devices) > 1 and set(sizes.values()) == {1}:
+        return parallel.make_mesh({}, devices[:1])  # which tells kernels that it is alone
     for name, size in sizes.items():
         if size != 1:
             raise ValueError(
@@ -39,12 +44,12 @@ def mesh_of(config: ConfigDict) -> Mesh | None:
     return None
 
 
-def execution(config: ConfigDict, params: PyTree) -> Execution:
+def execution(config: ConfigDict, params: PyTree, devices: Devices = None) -> Execution:
     """How steps run over these params."""
-    mesh = mesh_of(config)
+    mesh = mesh_of(config, devices)
     if mesh is not None:
         return parallel.on_mesh(mesh, parallel.match_specs(params, parallel.LLAMA_RULES))
-    return parallel.replicated() if config.parallel.mode == "pmap" else single()
+    return parallel.replicated(devices) if config.parallel.mode == "pmap" else single()
 
 
 def over_devices(config: ConfigDict, params: PyTree, loss: training.LossSum) -> training.LossSum:

@@ -19,6 +19,7 @@ from experiments.harness.arms import Arm, same_kind
 from experiments.harness.samples import sample
 from lora_jax import data, paths, training
 from lora_jax.interop import Pretrained
+from lora_jax.models.config import LlamaConfig
 from lora_jax.parallel import hosts
 from lora_jax.training import checkpoints
 from lora_jax.training.execution import Execution
@@ -115,19 +116,21 @@ def step_of(
     )
 
 
-def _loss(config: ConfigDict, model: Pretrained) -> training.LossSum:
+def loss_of(config: ConfigDict, shape: LlamaConfig, params: PyTree) -> training.LossSum:
+    """The loss of a model of this shape, over the run's devices."""
     loss = training.llama_loss(
-        model.config,
+        shape,
         remat=config.model.remat,
         attention=None if config.model.attention == "auto" else config.model.attention,
     )
-    return devices.over_devices(config, model.params, loss)
+    return devices.over_devices(config, params, loss)
 
 
 def _untuned_loss(
     config: ConfigDict, model: Pretrained, execution: Execution, validation: Sequence[data.Batch]
 ) -> float:
-    summed = execution.evaluate(functools.partial(_without_dropout, _loss(config, model)))
+    loss = loss_of(config, model.config, model.params)
+    summed = execution.evaluate(functools.partial(_without_dropout, loss))
     with execution.context():
         sums = [
             jax.device_get(summed({}, model.params, execution.batch(batch))) for batch in validation
@@ -136,7 +139,7 @@ def _untuned_loss(
 
 
 def _compiled_once(config: ConfigDict, arm: Arm, model: Pretrained, execution: Execution) -> Sweep:
-    loss = _loss(config, model)
+    loss = loss_of(config, model.config, model.params)
     step = step_of(config, arm, loss, execution.axis_name)
     evaluate = functools.partial(_without_dropout, loss)
     return make_sweep(step, evaluate, config.sweep.mode, execution)

@@ -13,4 +13,5 @@ from lora_jax.parallel.shardings import base_shardings as base_shardings
 from lora_jax.parallel.shardings import batch_sharding as batch_sharding
 from lora_jax.parallel.shardings import delta_shardings as delta_shardings
 from lora_jax.parallel.shardings import leaf_sharding as leaf_sharding
+from lora_jax.parallel.shardings import require_divisible as require_divisible
 from lora_jax.parallel.shardings import state_shardings as state_shardings

@@ -1,0 +1,266 @@
+"""The training step of a config, compiled for a machine that need not be there."""
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+import lora_jax as lora
+from experiments.harness import devices, setup
+from experiments.harness.arms import Arm, rank_arms, same_kind
+from experiments.harness.plan import abstract_params
+from experiments.harness.run import loss_of, optimizer, step_of
+from lora_jax import parallel, training
+from lora_jax.parallel import cost, hlo
+from lora_jax.parallel.chips import Machine
+from lora_jax.training.execution import AXIS, Execution
+from lora_jax.training.sweep import make_sweep, same_shapes
+from lora_jax.weights import PyTree
+
+BATCH = {
+    "tokens": jnp.int32,
+    "targets": jnp.int32,
+    "loss_mask": jnp.bool_,
+    "segment_ids": jnp.int32,
+    "positions": jnp.int32,
+}
+WAITING = "waiting arms"
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What one step takes, in bytes and operations of one device.
+
+    Attributes:
+      sizes: bytes of what stands in memory for the whole run, by name.
+      host: bytes in the memory of the device's host.
+      devices: that run the step.
+      tokens: that a step of all of them reads.
+      needed: bytes in memory while the step runs.
+      temporary: of these, activations, gradients and all else that the step makes; None where the
+        compiler says no more than that it all does not fit.
+      code: of these, the program's own.
+      flops: of products, recomputation included.
+      traffic: bytes to and from main memory.
+      collectives: what is exchanged with other devices.
+    """
+
+    sizes: dict[str, int]
+    host: int
+    devices: int
+    tokens: int
+    needed: float
+    temporary: int | None = None
+    code: int = 0
+    flops: float = 0.0
+    traffic: int = 0
+    collectives: tuple[cost.Collective, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A jitted step, the abstract arrays that it takes, and how many arms wait meanwhile."""
+
+    mesh: Mesh
+    function: Any
+    arguments: tuple[Any, ...]
+    waiting: int
+    tokens: int
+
+
+def compile_step(config: ConfigDict, machine: Machine) -> Compiled:
+    """Compiles the step that a sweep of the config would run on the machine, of abstract arrays.
+
+    Raises:
+      ValueError: where the config or the machine does not allow for such a step.
+    """
+    step = abstract_step(config, machine)
+    standing, host = sizes(step)
+    jaxpr, program = lowered(step, machine.chip.platform)
+    known = Compiled(
+        sizes=standing,
+        host=host,
+        devices=step.mesh.size,
+        tokens=step.tokens,
+        needed=math.inf,
+        flops=cost.flops(jaxpr) / step.mesh.size,
+    )
+    try:
+        compiled = program.compile()
+    except jax.errors.JaxRuntimeError as error:
+        return dataclasses.replace(known, needed=_lacking(error) + standing[WAITING])
+    memory, module = compiled.memory_analysis(), hlo.parse(compiled.as_text())
+    temporary, code = memory.temp_size_in_bytes, memory.generated_code_size_in_bytes
+    made = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return dataclasses.replace(
+        known,
+        host=host + memory.host_temp_size_in_bytes,
+        needed=memory.argument_size_in_bytes + made + temporary + code + standing[WAITING],
+        temporary=temporary,
+        code=code,
+        traffic=cost.traffic(module),
+        collectives=tuple(cost.collectives(module)),
+    )
+
+
+def abstract_step(config: ConfigDict, machine: Machine) -> Step:
+    """The step as `experiments.harness.run` builds it, and its arguments by shape and place."""
+    arms, mesh = same_kind(rank_arms(config))[0], _mesh(config, machine)
+    base = abstract_params(config)
+    execution = devices.execution(config, base, machine.devices)
+    mode = config.sweep.mode
+    if mode == "auto":
+        mode = "in_turn" if machine.chip.platform == "cpu" else "batched"
+    stacked = mode == "batched"
+    state = _states(base, arms, optimizer(config, arms[0]), stacked)
+    if AXIS in mesh.shape or mesh.size == 1:
+        whole = NamedSharding(mesh, PartitionSpec())
+        lying = jax.tree.map(lambda _: whole, (state, base))
+    else:
+        specs = parallel.match_specs(base, parallel.LLAMA_RULES)
+        lying = (
+            parallel.state_shardings(mesh, state, specs, arms=stacked),
+            parallel.base_shardings(mesh, base, specs),
+        )
+    arguments = (
+        *jax.tree.map(_placed, (state, base), lying),
+        _batch(config, mesh),
+        *[jax.ShapeDtypeStruct((len(arms),), jnp.bool_)] * stacked,
+    )
+    return Step(
+        mesh=mesh,
+        function=_function(config, base, execution, arms[0], mode),
+        arguments=arguments,
+        waiting=0 if stacked else len(arms) - 1,
+        tokens=config.data.batch_size * config.data.seq_len * (len(arms) if stacked else 1),
+    )
+
+
+def _mesh(config: ConfigDict, machine: Machine) -> Mesh:
+    """What the step's arrays lie on; where the run has no mesh, one device or a row of them."""
+    mode = config.parallel.mode
+    mesh = devices.mesh_of(config, machine.devices)
+    if mesh is not None:
+        return mesh
+    if mode == "single":
+        return parallel.make_mesh({}, machine.devices[:1])
+    return jax.make_mesh((len(machine.devices),), (AXIS,), devices=machine.devices)
+
+
+def _function(config: ConfigDict, base: PyTree, execution: Execution, arm: Arm, mode: str) -> Any:
+    """What a sweep compiles; it is handed over before it would be called."""
+    loss = loss_of(config, setup.shape_of(config), base)
+    step = step_of(config, arm, loss, execution.axis_name)
+    made: list[Any] = []
+
+    def keep(function, stacked):
+        made.append(execution.step(function, stacked))
+
+    make_sweep(step, lambda *_: None, mode, execution._replace(step=keep))  # type: ignore
+    return made[0]
+
+
+def _states(base: PyTree, arms: list[Arm], tx: Any, stacked: bool) -> Any:
+    """The state of one arm, or of all on a leading axis; each leaf with the memory it lies in."""
+
+    def fresh(params, key):
+        deltas = [
+            lora.lora_transform(params, arm.method, targets=arm.targets, key=key)[1] for arm in arms
+        ]
+        return training.init_state(same_shapes(deltas)[0], tx, learning_rate=0.0, seed=0)
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    traced, state = jax.make_jaxpr(fresh, return_shape=True)(base, key)
+    leading = (len(arms),) * stacked
+    leaves = [
+        _Leaf((*leading, *aval.shape), aval.dtype, aval.memory_space) for aval in traced.out_avals
+    ]
+    return jax.tree.unflatten(jax.tree.structure(state), leaves)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Leaf:
+    shape: tuple[int, ...]
+    dtype: Any
+    memory_space: Any
+
+
+def _placed(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    if getattr(leaf, "memory_space", None) == jax.memory.Space.Host:
+        sharding = sharding.with_memory_kind("pinned_host")
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _batch(config: ConfigDict, mesh: Mesh) -> dict[str, Any]:
+    rows, length = config.data.batch_size, config.data.seq_len
+
+    def shaped(sharding, *shape):
+        return {
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+            for name, dtype in BATCH.items()
+        }
+
+    if AXIS not in mesh.shape:
+        batch = shaped(parallel.batch_sharding(mesh), rows, length)
+        parallel.require_divisible(mesh, batch)
+        return batch
+    if rows % mesh.size:
+        raise ValueError(
+            f"a batch of {rows} rows cannot be split over {mesh.size} devices: choose a multiple "
+            f"of {mesh.size}."
+        )
+    split = NamedSharding(mesh, PartitionSpec(AXIS))
+    return shaped(split, mesh.size, rows // mesh.size, length)
+
+
+def lowered(step: Step, platform: str) -> tuple[Any, Any]:
+    """The traced program and the lowered one."""
+    with jax.sharding.use_abstract_mesh(step.mesh.abstract_mesh):
+        if not hasattr(step.function, "trace"):  # a pmap
+            jaxpr = jax.make_jaxpr(step.function)(*step.arguments)
+            return jaxpr, step.function.lower(*step.arguments)
+        traced = step.function.trace(*step.arguments)
+        return traced.jaxpr, traced.lower(lowering_platforms=(platform,))
+
+
+def sizes(step: Step) -> tuple[dict[str, int], int]:
+    """Bytes on one device by name, and those in its host's memory."""
+    state, base, *rest = step.arguments
+    delta, optimizer = _bytes(state.delta), _bytes(state.opt_state)
+    found = {
+        "weights": _bytes(base)[0],
+        "delta": delta[0],
+        "optimizer": optimizer[0],
+        "batch": _bytes(rest)[0],
+        WAITING: step.waiting * (delta[0] + optimizer[0]),
+    }
+    return found, (delta[1] + optimizer[1]) * (1 + step.waiting)
+
+
+def _bytes(tree: PyTree) -> tuple[int, int]:
+    """Of the tree's parts on one device: in its own memory, and in its host's."""
+    device = host = 0
+    for leaf in jax.tree.leaves(tree):
+        shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+        size = math.prod(shape) * leaf.dtype.itemsize
+        on_host = leaf.sharding is not None and leaf.sharding.memory_kind == "pinned_host"
+        device, host = device + size * (not on_host), host + size * on_host
+    return device, host
+
+
+def _lacking(error: Exception) -> float:
+    """The bytes that a program asks for that the compiler refuses for want of memory.
+
+    Raises the error itself where it is another.
+    """
+    text = str(error)
+    wanted = re.search(r"\(([\d.]+)([KMGT])\) exceeds|Used ([\d.]+)([KMGT]) of", text)
+    if wanted is None:
+        raise error
+    amount, unit = wanted[1] or wanted[3], wanted[2] or wanted[4]
+    return float(amount) * 1024 ** (1 + "KMGT".index(unit))
