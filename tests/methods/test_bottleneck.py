@@ -111,7 +111,8 @@ def test_fusion_trains_the_attention_alone_over_scanned_layers():
     layers = {"layers": [{"q_proj": w} for w in case.params["layers"]["q_proj"]]}
     flat = {"layers": {str(i): jax.tree.map(lambda leaf: leaf[i], delta["layers"])  # noqa: B023
                        for i in range(3)}}  # fmt: skip
-    unscanned = jax.jit(lambda d: cases.layer_list().apply(lora.bind(layers, d), x))(flat)
+    apply = cases.layer_list().apply
+    unscanned = jax.jit(lambda d: apply(lora.bind(layers, d), x))(flat)
     assert_close(case.apply(lora.bind(base, delta), x), unscanned, rtol=1e-4, atol=1e-5)
     trained = 3 * (3 * 36 + 6)
     assert lora.describe(base, delta).trainable_params == trained

@@ -163,7 +163,7 @@ def test_logits_of_the_8b_never_stand_whole():
         f"{config.vocab_size},{config.hidden_size}",
         f"{config.hidden_size},{config.vocab_size}",
     }
-    assert found - weights == {f"128,{config.vocab_size}"}
+    assert found - weights == {f"1,1,128,{config.vocab_size}"}
 
 
 def test_a_step_overwrites_the_state_that_it_is_given():
