@@ -1,7 +1,6 @@
 """Every way to run a step gives the numbers of one device, on eight simulated ones."""
 
 import functools
-import itertools
 
 import jax
 import numpy as np
@@ -98,11 +97,13 @@ MESHES = {
     "arms": {"arms": 2, "fsdp": 2, "tensor": 2},
 }
 QUICK = [("sequence", "nf4, double", "in_turn"), ("arms", "nf4, double", "batched")]
-CASES = [
-    pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow)
-    for case in itertools.product(MESHES, ("float32", "nf4", "nf4, double"), ("in_turn", "batched"))
-    if (case[0] == "arms") <= (case[2] == "batched")
+MORE = [
+    *((name, "nf4, double", "in_turn") for name in ("fsdp", "tensor", "fsdp+tensor")),
+    *((name, "float32", "in_turn") for name in ("fsdp", "tensor", "sequence")),
+    ("fsdp+tensor", "nf4", "batched"),
+    ("arms", "float32", "batched"),
 ]
+CASES = [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)]
 
 
 @pytest.mark.parametrize("name, kind, mode", CASES)
