@@ -163,9 +163,9 @@ def _join() -> None:
 
 def prepare(experiment: str, config: ConfigDict, workdir: Path) -> None:
     """Quiet logs, compiled programs kept for the next run, and the folder claimed for this one."""
+    setup.quiet_logs()
     settings = {"experiment": experiment, **config.to_dict()}
     hosts.require_agreement({**records.flat(settings), "--workdir": str(workdir)})
-    setup.quiet_logs()
     jax.config.update("jax_compilation_cache_dir", str(default_cache_dir() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     hosts.on_first(lambda: records.claim(workdir, settings))
