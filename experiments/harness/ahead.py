@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -165,7 +166,7 @@ def _function(config: ConfigDict, base: PyTree, execution: Execution, arm: Arm, 
     return made[0]
 
 
-def _states(base: PyTree, arms: list[Arm], tx: Any, stacked: bool) -> Any:
+def _states(base: PyTree, arms: Sequence[Arm], tx: Any, stacked: bool) -> Any:
     """The state of one arm, or of all on a leading axis; each leaf with the memory it lies in."""
 
     def fresh(params, key):

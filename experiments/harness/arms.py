@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 from ml_collections import ConfigDict
 
@@ -96,12 +96,21 @@ def target_arms(config: ConfigDict, per_rank: Mapping[str, int]) -> list[Arm]:
     return sorted(arms, key=lambda arm: arm.group == "equal parameters")
 
 
-def same_kind(arms: Sequence[Arm]) -> list[list[Arm]]:
+def same_step(arms: Sequence[Arm]) -> list[Sequence[Arm]]:
+    """The arms in groups that train through one compiled step."""
+    return _grouped(arms, lambda arm: arm.step)
+
+
+def same_kind(arms: Sequence[Arm]) -> list[Sequence[Arm]]:
     """The arms in groups that can train together: of one step, one base and the same batches."""
-    kinds: dict[Hashable, list[Arm]] = {}
+    return _grouped(arms, lambda arm: (arm.step, arm.base, arm.data_seed))
+
+
+def _grouped(arms: Sequence[Arm], kind: Callable[[Arm], Hashable]) -> list[Sequence[Arm]]:
+    groups: dict[Hashable, list[Arm]] = {}
     for arm in arms:
-        kinds.setdefault((arm.step, arm.base, arm.data_seed), []).append(arm)
-    return list(kinds.values())
+        groups.setdefault(kind(arm), []).append(arm)
+    return list(groups.values())
 
 
 def _rates_and_seeds(config: ConfigDict) -> list[tuple[float, int]]:

@@ -49,6 +49,9 @@ def _lowered(config: ConfigDict, arm: Arm, model: LlamaConfig, **options: Any) -
         return training.init_state(delta, tx, learning_rate=arm.learning_rate, seed=arm.seed), base
 
     state, base = jax.eval_shape(make, jax.random.key(0))
+    # As `Execution.states` leaves it: the run's own program is then found in JAX's cache.
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), state)
     shape = config.data.batch_size, config.data.seq_len
     batch = {
         name: jax.ShapeDtypeStruct(shape, bool if name == "loss_mask" else jnp.int32)

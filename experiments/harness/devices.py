@@ -1,6 +1,6 @@
 """The devices of a run, as `config.parallel` says."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -8,8 +8,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from lora_jax import parallel, training
-from lora_jax.interop import Place, StoredLeaf, on_device, sharded
-from lora_jax.parallel import hosts
+from lora_jax.interop import Place, on_device, quantized, sharded
+from lora_jax.quant import quantizer
 from lora_jax.training.execution import Execution, single
 from lora_jax.weights import PyTree
 
@@ -59,22 +59,14 @@ def over_devices(config: ConfigDict, params: PyTree, loss: training.LossSum) -> 
     return parallel.over_mesh(loss, parallel.match_specs(params, parallel.LLAMA_RULES))
 
 
-def placed(config: ConfigDict, place: Place | None) -> Place:
-    """Puts each leaf of a file where the run wants it, as `place` makes it where it is given."""
+def placed(config: ConfigDict, format: Mapping[str, Any] | None) -> Place:
+    """Puts each leaf of a file where the run wants it, quantised where a format is given."""
     mesh = mesh_of(config)
     if mesh is None:
-        return place or on_device
+        return on_device if format is None else quantized(**format)
 
     def sharding(path: str, leaf: Any) -> Any:
         spec = parallel.spec_of(path, leaf, parallel.LLAMA_RULES)
         return parallel.leaf_sharding(mesh, path, leaf, spec)
 
-    if place is None:
-        return sharded(sharding)
-
-    def made_on_the_host(path: str, leaf: StoredLeaf) -> Any:
-        with jax.default_device(jax.local_devices(backend="cpu")[0]):
-            made = place(path, leaf)
-        return hosts.place(made, sharding(path, made))
-
-    return made_on_the_host
+    return sharded(sharding, None if format is None else quantizer(**format))

@@ -80,6 +80,7 @@ def launch(experiment: str, work: Callable[[ConfigDict, Path], None]) -> None:
     def start(argv: Sequence[str]) -> None:
         if len(argv) > 1:
             sys.exit(f"{experiment}: unexpected argument {argv[1]!r}; flags start with --.")
+        setup.quiet_logs()
         config = _CONFIG.value
         name = f"{experiment}-{config.name}-{_short_hash(config)}"
         try:
@@ -144,7 +145,6 @@ def _join() -> None:
     given = (_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     if not _DISTRIBUTED.value and given == (None, None, None):
         return
-    setup.quiet_logs()
     hosts.start(
         coordinator_address=_COORDINATOR.value,
         num_processes=_PROCESSES.value,
@@ -162,8 +162,7 @@ def _join() -> None:
 
 
 def prepare(experiment: str, config: ConfigDict, workdir: Path) -> None:
-    """Quiet logs, compiled programs kept for the next run, and the folder claimed for this one."""
-    setup.quiet_logs()
+    """Keeps compiled programs for the next run, and claims the folder for this one."""
     settings = {"experiment": experiment, **config.to_dict()}
     hosts.require_agreement({**records.flat(settings), "--workdir": str(workdir)})
     jax.config.update("jax_compilation_cache_dir", str(default_cache_dir() / "xla"))

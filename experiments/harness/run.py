@@ -5,7 +5,7 @@ import functools
 import math
 import re
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 import lora_jax as lora
 from experiments.harness import adapters, devices, setup
-from experiments.harness.arms import Arm, same_kind
+from experiments.harness.arms import Arm, same_kind, same_step
 from experiments.harness.samples import sample
 from lora_jax import data, paths, training
 from lora_jax.interop import Pretrained
@@ -44,6 +44,24 @@ class Outcome:
     counts: lora.Description
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Shared:
+    """What all arms of a run have in common; `base_loss` is that of the untuned model."""
+
+    config: ConfigDict
+    model: Pretrained
+    execution: Execution
+    examples: data.EncodedSource
+    validation: Sequence[data.Batch]
+    base_loss: float
+    workdir: Path
+    log: Log
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        return checkpoints.fingerprint(self.model.params)
+
+
 More = Callable[[Sequence[Outcome]], Sequence[Arm]]
 
 
@@ -62,45 +80,52 @@ def run(
       arms: the first of them.
       workdir: where checkpoints and adapters go.
       log: see `fit`.
-      more: asked for further arms whenever all have ended, until it has none.
+      more: asked for further arms whenever all that share a step have ended, until it has none;
+        told what became of those.
     """
     started = time.time()
+    shared = _prepared(config, workdir, log)
+    outcomes: list[Outcome] = []
+    with hosts.preemption() as stop_requested:
+        for group in same_step(arms):
+            sweep = _compiled_once(shared, group[0])
+            ended: list[Outcome] = []
+            while group:
+                for kind in same_kind(group):
+                    ended += _train(shared, kind, sweep, stop_requested)
+                group = more(ended)
+            outcomes += ended
+    model = shared.model
+    adapters.save(config, model, outcomes, workdir / "adapters", shared.fingerprint)
+    return {
+        "base": {"name": model.name, "source": model.source, "val_loss": shared.base_loss},
+        "arms": [_row(outcome) for outcome in outcomes],
+        "samples": sample(config, model, _best(outcomes), log),
+        "seconds": time.time() - started,
+    }
+
+
+def _prepared(config: ConfigDict, workdir: Path, log: Log) -> _Shared:
+    """The model and the data loaded and placed, and the untuned model's loss taken."""
     log({"event": "loading", "what": f"model {config.model.source}"})
     model = setup.load_model(config)
     execution = devices.execution(config, model.params)
     model = dataclasses.replace(model, params=execution.base(model.params))
     log({"event": "loading", "what": f"data {config.data.source}"})
+    examples = setup.training_examples(config, model)
     validation = setup.validation_batches(config, model)
-    identity = {"base": checkpoints.fingerprint(model.params)}
     base_loss = _untuned_loss(config, model, execution, validation)
     log({"event": "base", "val_loss": base_loss})
-    outcomes: list[Outcome] = []
-    steps: dict[Hashable, Sweep] = {}
-    with hosts.preemption() as stop_requested:
-        while arms:
-            for kind in same_kind(arms):
-                if kind[0].step not in steps:
-                    steps[kind[0].step] = _compiled_once(config, kind[0], model, execution)
-                outcomes += _train(
-                    config,
-                    kind,
-                    steps[kind[0].step],
-                    model,
-                    execution,
-                    validation,
-                    identity,
-                    workdir,
-                    log,
-                    stop_requested,
-                )
-            arms = more(outcomes)
-    adapters.save(config, model, outcomes, workdir / "adapters", identity["base"])
-    return {
-        "base": {"name": model.name, "source": model.source, "val_loss": base_loss},
-        "arms": [_row(outcome) for outcome in outcomes],
-        "samples": sample(config, model, _best(outcomes), log),
-        "seconds": time.time() - started,
-    }
+    return _Shared(
+        config=config,
+        model=model,
+        execution=execution,
+        examples=examples,
+        validation=validation,
+        base_loss=base_loss,
+        workdir=workdir,
+        log=log,
+    )
 
 
 def step_of(
@@ -138,7 +163,8 @@ def _untuned_loss(
     return float(sum(total for total, _ in sums) / sum(count for _, count in sums))
 
 
-def _compiled_once(config: ConfigDict, arm: Arm, model: Pretrained, execution: Execution) -> Sweep:
+def _compiled_once(shared: _Shared, arm: Arm) -> Sweep:
+    config, model, execution = shared.config, shared.model, shared.execution
     loss = loss_of(config, model.config, model.params)
     step = step_of(config, arm, loss, execution.axis_name)
     evaluate = functools.partial(_without_dropout, loss)
@@ -146,37 +172,25 @@ def _compiled_once(config: ConfigDict, arm: Arm, model: Pretrained, execution: E
 
 
 def _train(
-    config: ConfigDict,
-    arms: Sequence[Arm],
-    sweep: Sweep,
-    model: Pretrained,
-    execution: Execution,
-    validation: Sequence[data.Batch],
-    identity: dict[str, str],
-    workdir: Path,
-    log: Log,
-    stop_requested: Callable[[], bool],
+    shared: _Shared, arms: Sequence[Arm], sweep: Sweep, stop_requested: Callable[[], bool]
 ) -> list[Outcome]:
     """Trains arms of one kind through one step."""
+    config, model = shared.config, shared.model
     made = [_fresh(arm, model.params) for arm in arms]
-    base, fresh = execution.base(made[0][0]), [delta for _, delta in made]
-    tx = optimizer(config, arms[0])
-    states = [
-        training.init_state(delta, tx, learning_rate=arm.learning_rate, seed=arm.seed)
-        for arm, delta in zip(arms, same_shapes(fresh), strict=True)
-    ]
-    log({"event": "compiling", "arms": [arm.name for arm in arms]})
+    base, fresh = shared.execution.base(made[0][0]), [delta for _, delta in made]
+    names = [arm.name for arm in arms]
+    shared.log({"event": "compiling", "arms": names})
     states, progress = fit(
         sweep,
-        states,
+        _first_states(config, arms, fresh),  # held by nobody else: full ones are large
         base,
-        arms=[arm.name for arm in arms],
-        batches=setup.training_batches(config, model, arms[0].data_seed),
-        validation=validation,
+        arms=names,
+        batches=setup.training_batches(config, model, shared.examples, arms[0].data_seed),
+        validation=shared.validation,
         schedule=_schedule(config),
-        folder=workdir / "checkpoints" / re.sub(r"[^\w.-]+", "_", arms[0].name),
-        identity=identity,
-        log=log,
+        folder=shared.workdir / "checkpoints" / re.sub(r"[^\w.-]+", "_", names[0]),
+        identity={"base": shared.fingerprint},
+        log=shared.log,
         stop_requested=stop_requested,
     )
     trained = lora.unstack(lora.stack([state.delta for state in states]), like=fresh)
@@ -184,6 +198,16 @@ def _train(
     if arms[0].base is not None:
         trained = [lora.as_plain_lora(*pair) for pair in zip(trained, fresh, strict=True)]
     return [Outcome(*parts) for parts in zip(arms, trained, progress, counts, strict=True)]
+
+
+def _first_states(
+    config: ConfigDict, arms: Sequence[Arm], fresh: Sequence[Delta]
+) -> list[training.TrainState]:
+    tx = optimizer(config, arms[0])
+    return [
+        training.init_state(delta, tx, learning_rate=arm.learning_rate, seed=arm.seed)
+        for arm, delta in zip(arms, same_shapes(fresh), strict=True)
+    ]
 
 
 def _fresh(arm: Arm, params: PyTree) -> tuple[PyTree, Delta]:

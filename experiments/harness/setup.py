@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from experiments.harness import devices
 from lora_jax import data
-from lora_jax.interop import Pretrained, load, quantized
+from lora_jax.interop import Pretrained, load
 from lora_jax.models import llama
 from lora_jax.models.config import LlamaConfig
 from lora_jax.models.shapes import SHAPES
@@ -30,8 +30,8 @@ def load_model(config: ConfigDict) -> Pretrained:
     where the config says so."""
     dtype = jnp.dtype(config.model.dtype)
     if config.model.source != "random":
-        place = None if config.base.quantize == "none" else quantized(**_format(config))
-        return load(config.model.source, dtype=dtype, place=devices.placed(config, place))
+        format = None if config.base.quantize == "none" else _format(config)
+        return load(config.model.source, dtype=dtype, place=devices.placed(config, format))
     shape = shape_of(config)
     return Pretrained(
         params=as_configured(config, llama.init(shape, key=jax.random.key(0), dtype=dtype)),
@@ -68,17 +68,25 @@ def records(config: ConfigDict, split: str) -> Sequence[data.Record]:
     )
 
 
-def training_batches(config: ConfigDict, model: Pretrained, data_seed: int = 0) -> Any:
-    """A fresh endless iterator over the training split; the same config and seed give the same
-    batches."""
+def training_examples(config: ConfigDict, model: Pretrained) -> data.EncodedSource:
+    """The training split as tokens."""
     settings = config.data
     if settings.seq_len > model.config.context_length:
         raise ValueError(
             f"config.data.seq_len={settings.seq_len} exceeds the model's context of "
             f"{model.config.context_length} tokens."
         )
+    return data.encode_source(records(config, "train"), model.tokenizer, seq_len=settings.seq_len)
+
+
+def training_batches(
+    config: ConfigDict, model: Pretrained, examples: data.EncodedSource, data_seed: int = 0
+) -> Any:
+    """A fresh endless iterator over the training split; the same config and seed give the same
+    batches."""
+    settings = config.data
     return data.train_batches(
-        records(config, "train"),
+        examples,
         model.tokenizer,
         batch_size=settings.batch_size,
         seq_len=settings.seq_len,

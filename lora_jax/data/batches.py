@@ -67,7 +67,7 @@ def encode_source(source: Iterable[Record], tokenizer: Tokenizer, *, seq_len: in
 
 
 def train_batches(
-    source: Iterable[Record],
+    source: Iterable[Record] | EncodedSource,
     tokenizer: Tokenizer,
     *,
     batch_size: int,
@@ -80,9 +80,10 @@ def train_batches(
 ) -> grain.DatasetIterator[Any]:
     """An endless iterator of this process's batches, every epoch in a new order.
 
-    `batch_size` counts rows a process. With another `process_count` the batches are others; where
-    they must not be, let every process iterate over whole batches and place its rows of each, as
-    `parallel.hosts.place` does. The order depends on the arguments alone. `get_state()` is a
+    `source` is encoded here, unless it is already, for this `seq_len`: several iterators can share
+    it. `batch_size` counts rows a process. With another `process_count` the batches are others;
+    where they must not be, let every process iterate over whole batches and place its rows of each,
+    as `parallel.hosts.place` does. The order depends on the arguments alone. `get_state()` is a
     JSON-serialisable position, from which `set_state` on an iterator made with the same arguments
     goes on bit for bit. With `pack`, epochs may meet within a row.
 
@@ -92,7 +93,9 @@ def train_batches(
     Raises:
       ValueError: as `encode_source`; or there are fewer examples than processes.
     """
-    examples = encode_source(source, tokenizer, seq_len=seq_len).examples
+    if not isinstance(source, EncodedSource):
+        source = encode_source(source, tokenizer, seq_len=seq_len)
+    examples = source.examples
     if len(examples) < process_count:
         raise ValueError(
             f"{len(examples)} examples cannot feed {process_count} processes: use fewer processes, "

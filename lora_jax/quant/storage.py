@@ -1,5 +1,8 @@
 """The arrays that a quantised stack of matrices is stored as, made and read on the host."""
 
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
 import numpy as np
 
 from lora_jax.quant.double import NESTED_BLOCK, decode_double, double_quantize
@@ -21,28 +24,59 @@ def stored_shapes(
     blocks = (*stack, rows // block_size, columns)
     if not double_quant:
         return [(codes, np.uint8), (blocks, np.float32)]
-    nested = (*stack, -(-blocks[-2] * columns // NESTED_BLOCK))
-    return [(codes, np.uint8), (blocks, np.uint8), (nested, np.float32), ((*stack,), np.float32)]
+    return [(codes, np.uint8), *_doubly_shapes(stack, *blocks[-2:])]
 
 
 def store(
     matrix: np.ndarray, codebook: np.ndarray, *, block_size: int, double_quant: bool
 ) -> list[np.ndarray]:
     """Codes and absmax of `matrix [stack..., d_in, d_out]`, or codes and the absmax's own codes,
-    scales and offsets, filled layer by layer.
+    scales and offsets.
 
     Raises:
       ValueError: if the matrix holds NaN or infinity.
     """
-    shapes = stored_shapes(matrix.shape, codebook, block_size=block_size, double_quant=double_quant)
-    stored: list[np.ndarray] = [np.empty(shape, dtype) for shape, dtype in shapes]
+    codes, absmax = store_singly(matrix, codebook, block_size=block_size)
+    return [codes, *store_doubly(absmax)] if double_quant else [codes, absmax]
+
+
+def store_singly(
+    matrix: np.ndarray, codebook: np.ndarray, *, block_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Codes and absmax; those of whole blocks need nothing of the rest of the matrix."""
+
+    def one(layer):
+        codes, absmax = encode(layer, codebook, block_size=block_size)
+        return pack(codes) if codes_per_byte(codebook) == 2 else codes, absmax
+
+    shapes = stored_shapes(matrix.shape, codebook, block_size=block_size, double_quant=False)
+    codes, absmax = _layer_by_layer(one, matrix, shapes)
+    return codes, absmax
+
+
+def store_doubly(absmax: np.ndarray) -> list[np.ndarray]:
+    """The codes, scales and offsets of `absmax [stack..., blocks, d_out]`, whole layers of it."""
+    *stack, blocks, columns = absmax.shape
+    return _layer_by_layer(double_quantize, absmax, _doubly_shapes(stack, blocks, columns))
+
+
+def _doubly_shapes(stack: Sequence[int], blocks: int, columns: int) -> Shapes:
+    nested = -(-blocks * columns // NESTED_BLOCK)
+    return [
+        ((*stack, blocks, columns), np.uint8),
+        ((*stack, nested), np.float32),
+        ((*stack,), np.float32),
+    ]
+
+
+def _layer_by_layer(
+    work: Callable[[np.ndarray], Iterable[Any]], matrix: np.ndarray, shapes: Shapes
+) -> list[np.ndarray]:
+    arrays: list[np.ndarray] = [np.empty(shape, dtype) for shape, dtype in shapes]
     for layer in np.ndindex(matrix.shape[:-2]):
-        codes, absmax = encode(matrix[layer], codebook, block_size=block_size)
-        packed = pack(codes) if codes_per_byte(codebook) == 2 else codes
-        parts = double_quantize(absmax) if double_quant else (absmax,)
-        for array, part in zip(stored, (packed, *parts), strict=True):
+        for array, part in zip(arrays, work(matrix[layer]), strict=True):
             array[layer] = part
-    return stored
+    return arrays
 
 
 def read(stored: list[np.ndarray], codebook: np.ndarray, *, block_size: int, dtype) -> np.ndarray:

@@ -81,7 +81,8 @@ def fit(
 
     Args:
       sweep: how arms move, from `make_sweep`.
-      states: their first states, of equal shapes.
+      states: their first states, of equal shapes. The memory of those that the caller does not
+        hold is freed.
       base: the frozen tree.
       arms: their names.
       batches: an endless iterator of batches with `get_state` and `set_state`.
@@ -101,6 +102,7 @@ def fit(
       Preempted: when it was asked to end early, after saving a checkpoint.
     """
     packed, progress = sweep.pack(states), [ArmProgress() for _ in arms]
+    del states  # whose copies train
     identity = {**identity, "arms": list(arms)}
     step = 0
     restored = checkpoints.restore(folder, packed, identity=identity)

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import math
 import tracemalloc
 from pathlib import Path
 
@@ -15,8 +16,10 @@ import small_llamas
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lora_jax as lora
+from lora_jax import parallel
 from lora_jax.interop import StoredLeaf, load, load_gguf, load_huggingface, sharded
 from lora_jax.paths import flatten
+from lora_jax.weights import is_weight
 
 MESH = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "model"))
 
@@ -84,6 +87,33 @@ def test_quantised_as_they_are_read(sources):
     expected = lora.quantize(load(sources["gguf"]).params, "nf4", targets="attention")
     assert jax.tree.structure(loaded.params) == jax.tree.structure(expected)
     jax.tree.map(np.testing.assert_array_equal, loaded.params, expected)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("spec", [("data", "model", None), ("data", None, "model"), (None,) * 3])
+def test_quantised_in_parts_as_the_whole_would_be(sources, spec, double_quant):
+    read = collections.Counter()
+    how = {"targets": "mlp", "block_size": 8, "double_quant": double_quant}
+
+    def lying(path, leaf):
+        axes = spec if path.endswith("up_proj") else (None,) * len(leaf.shape)
+        return parallel.leaf_sharding(MESH, path, leaf, PartitionSpec(*axes))
+
+    def place(path: str, leaf: StoredLeaf):
+        def count(amount):
+            read[path] += amount
+
+        counted = dataclasses.replace(leaf, on_read=count)
+        return sharded(lying, lora.quant.quantizer("nf4", **how))(path, counted)
+
+    placed = load(sources["gguf"], place=place).params
+    expected = lora.quantize(load(sources["gguf"]).params, "nf4", **how)
+    assert jax.tree.structure(placed) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, placed, expected)
+    for path, leaf in flatten(expected, is_leaf=is_weight).items():
+        assert read[path] == math.prod(leaf.shape) * 4, path  # each part once
+    codes = placed["layers"]["mlp"]["up_proj"].codes
+    assert codes.sharding.is_equivalent_to(NamedSharding(MESH, PartitionSpec(*spec)), 3)
 
 
 def test_peak_of_host_memory(tmp_path):
