@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from lora_jax.kernels.lookup import look_up
 from lora_jax.kernels.nf4_matmul import nf4_matmul
 from lora_jax.layouts import Layout
 from lora_jax.quant import codebooks, storage
@@ -131,7 +132,7 @@ class Blockwise(Weight):
             is_even = jnp.broadcast_to((place == 0)[..., None], codes.shape)
             codes = jnp.where(is_even, codes >> 4, codes & 15)
         absmax = jnp.take(self.absmax_values(), tokens // self.block_size, axis=0)
-        return (jnp.asarray(self.codebook)[codes] * absmax).astype(self.dtype)
+        return (look_up(self.codebook, codes) * absmax).astype(self.dtype)
 
     def dense(self) -> jax.Array:
         return self.layout.from_matrix(self.decode(self.dtype), self.shape)
@@ -202,7 +203,7 @@ class Blockwise(Weight):
         if self.codes_per_byte == 2:
             codes = jnp.stack([codes >> 4, codes & 15], axis=-2)
         absmax = self.absmax_values()[..., None, :]
-        values = jnp.asarray(self.codebook)[codes].reshape(*absmax.shape[:-2], -1, columns)
+        values = look_up(self.codebook, codes).reshape(*absmax.shape[:-2], -1, columns)
         values = values * jnp.broadcast_to(absmax, values.shape)
         return values.astype(dtype).reshape(*stack, rows * self.codes_per_byte, columns)
 

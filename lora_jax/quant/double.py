@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.kernels.lookup import look_up
 from lora_jax.quant import codebooks
 
 NESTED_BLOCK = 256
@@ -37,7 +38,7 @@ class DoubleQuantized:
         *stack, blocks, d_out = self.codes.shape
         scale = jnp.repeat(self.scale, NESTED_BLOCK, axis=-1)[..., : blocks * d_out]
         scale = jnp.swapaxes(scale.reshape(*stack, d_out, blocks), -1, -2)
-        product = jnp.asarray(codebooks.DYNAMIC8)[self.codes] * scale
+        product = look_up(codebooks.DYNAMIC8, self.codes) * scale
         # No product exceeds its scale. Saying so keeps XLA from rounding product and sum as one.
         return jnp.minimum(product, scale) + self.offset[..., None, None]
 

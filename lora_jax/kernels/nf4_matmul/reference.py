@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.kernels.lookup import look_up
+
 # NormalFloat 4: quantiles of a normal distribution (QLoRA, Dettmers et al. 2023, appendix E).
 CODEBOOK = np.array(
     [
@@ -33,7 +35,7 @@ def dequantize(codes_HN: jax.Array, absmax_BN: jax.Array, dtype: jax.typing.DTyp
     """
     blocks, N = absmax_BN.shape
     nibbles = jnp.stack([codes_HN >> 4, codes_HN & 15], axis=1)
-    values = jnp.asarray(CODEBOOK).at[nibbles].get(mode="promise_in_bounds")
+    values = look_up(CODEBOOK, nibbles)
     scaled = values.reshape(blocks, -1, N) * absmax_BN[:, None, :]
     return scaled.reshape(-1, N).astype(dtype)
 
