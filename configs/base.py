@@ -14,7 +14,8 @@ def get_config() -> ConfigDict:
         {
             # "smollm2-135m", a .gguf file, a Hugging Face folder, a cached hub name, or "random".
             "source": "smollm2-135m",
-            # What --plan and random weights go by: a name in lora_jax/models/shapes.py.
+            # What --plan, random weights and arms of equal parameters go by: a name in
+            # lora_jax/models/shapes.py.
             "shape": "smollm2-135m",
             "dtype": "float32",  # of the base and of all compute; deltas are float32
             # What the backward pass recomputes: none, elementwise, full; offload: as full, but the

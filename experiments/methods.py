@@ -62,6 +62,7 @@ if __name__ == "__main__":
         "Methods",
         lambda config: comparison.first_arms(config, contenders(config)),
         pictures.loss_by_method,
+        sized=True,
         more=comparison.more_seeds,
         summarised=comparison.summarised,
     )

@@ -21,4 +21,5 @@ if __name__ == "__main__":
         "Target ablation",
         lambda config: target_arms(config, plan.params_per_rank(config)),
         pictures.loss_by_targets,
+        sized=True,
     )

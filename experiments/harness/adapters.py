@@ -1,16 +1,17 @@
 """Each arm's adapter, as a folder that PEFT loads."""
 
-import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
 from lora_jax.interop import Pretrained, peft
+from lora_jax.interop.writing import appearing
 from lora_jax.parallel import hosts
+from lora_jax.transform import Delta
 
 if TYPE_CHECKING:
     from experiments.harness.run import Outcome
@@ -22,25 +23,24 @@ def save(
     outcomes: Sequence["Outcome"],
     folder: Path,
     base_fingerprint: str,
+    log: Callable[[dict[str, Any]], None],
 ) -> None:
-    """Writes what is not there yet and PEFT has a form for."""
-    deltas = [hosts.whole(outcome.delta) if outcome.arm.in_peft else None for outcome in outcomes]
+    """Writes what is not there yet and PEFT has a form for; `log` hears of what it has none for."""
+    wanted = [o for o in outcomes if o.arm.in_peft and o.progress.stopped != "diverged"]
+    deltas = [hosts.whole(outcome.delta) for outcome in wanted]
 
-    def write() -> None:
-        for outcome, delta in zip(outcomes, deltas, strict=True):
-            target = folder / re.sub(r"[^\w.-]+", "_", outcome.arm.name)
-            if delta is None or target.exists():
-                continue
-            card = peft.model_card(
-                model.params,
-                delta,
-                base_name=model.name,
-                data=config.data.source,
-                command=shlex.join(["python", *sys.argv]),
-                validation_loss=outcome.progress.val_loss,
-            )
+    def write_one(outcome: "Outcome", delta: Delta, target: Path) -> None:
+        card = peft.model_card(
+            model.params,
+            delta,
+            base_name=model.name,
+            data=config.data.source,
+            command=shlex.join(["python", *sys.argv]),
+            validation_loss=outcome.progress.val_loss,
+        )
+        with appearing(target) as partial:
             peft.save_adapter(
-                target,
+                partial,
                 delta,
                 model.params,
                 peft.llama_names(model.config),
@@ -49,5 +49,15 @@ def save(
                 card=card,
                 base_fingerprint=base_fingerprint,
             )
+
+    def write() -> None:
+        for outcome, delta in zip(wanted, deltas, strict=True):
+            target = folder / outcome.arm.folder
+            if target.exists():
+                continue
+            try:
+                write_one(outcome, delta, target)
+            except ValueError as error:  # with everything trained, no reason to end
+                log({"event": "no adapter", "arm": outcome.arm.name, "why": str(error)})
 
     hosts.on_first(write)

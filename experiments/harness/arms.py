@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 
 from ml_collections import ConfigDict
@@ -44,6 +45,11 @@ class Arm:
     b_ratio: float = 1.0
     project_b: bool = False
     in_peft: bool = True
+
+    @property
+    def folder(self) -> str:
+        """The name as one of a folder."""
+        return re.sub(r"[^\w.+-]+", "_", self.name)
 
     @property
     def step(self) -> Hashable:

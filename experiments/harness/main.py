@@ -112,12 +112,14 @@ def conduct(
     workdir: Path,
     draw: Callable[[Path, dict], None],
     *,
+    sized: bool = False,
     more: Callable[[ConfigDict, Sequence[Outcome]], Sequence[Arm]] | None = None,
     summarised: Callable[[ConfigDict, Results, Sequence[Arm]], Results] | None = None,
 ) -> None:
     """Runs all arms, and leaves records, results, a table and a picture in `workdir`.
 
     Args:
+      sized: whether arms took their sizes from `config.model.shape`, which then has to be true.
       more: further arms by what became of those before; see `run`.
       summarised: adds to the results; its `summary` then takes the place of the table of arms.
     """
@@ -127,7 +129,7 @@ def conduct(
     )
     with reporting(workdir / "metrics.jsonl") as log:
         following = functools.partial(more, config) if more else no_more
-        results = run(config, arms, workdir, log, more=following)
+        results = run(config, arms, workdir, log, sized=sized, more=following)
     results = summarised(config, results, arms) if summarised else results
 
     def record() -> None:
@@ -163,6 +165,8 @@ def _join() -> None:
 
 def prepare(experiment: str, config: ConfigDict, workdir: Path) -> None:
     """Keeps compiled programs for the next run, and claims the folder for this one."""
+    if _PLAN.value:
+        raise ValueError(f"{experiment} has no --plan: rank_sweep, target_ablation and methods do.")
     settings = {"experiment": experiment, **config.to_dict()}
     hosts.require_agreement({**records.flat(settings), "--workdir": str(workdir)})
     jax.config.update("jax_compilation_cache_dir", str(default_cache_dir() / "xla"))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lora_jax.parallel import hosts
@@ -75,6 +76,7 @@ def _sentence(record: dict[str, Any]) -> str:
         "diverged": f"[red]{arm} diverged at step {record.get('step')}: its loss is not a number. "
         "It stops here; lower its learning rate, or warm up for longer.[/red]",
         "stopped early": f"{arm} stops at step {record.get('step')}: validation improves no more",
+        "no adapter": f"[red]no adapter folder for {arm}: {escape(record.get('why', ''))}[/red]",
         "sampling": f"sampling from the base and from {arm}",
     }
     return sentences[event]

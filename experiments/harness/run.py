@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from lora_jax.models.config import LlamaConfig
 from lora_jax.parallel import hosts
 from lora_jax.training import checkpoints
 from lora_jax.training.execution import Execution
-from lora_jax.training.fit import ArmProgress, Schedule, fit
+from lora_jax.training.fit import ArmProgress, Diverged, Schedule, fit
 from lora_jax.training.sweep import Step, Sweep, make_sweep, same_shapes
 from lora_jax.transform import Delta
 from lora_jax.weights import PyTree, is_weight
@@ -71,7 +70,13 @@ def no_more(outcomes: Sequence[Outcome]) -> Sequence[Arm]:
 
 
 def run(
-    config: ConfigDict, arms: Sequence[Arm], workdir: Path, log: Log, *, more: More = no_more
+    config: ConfigDict,
+    arms: Sequence[Arm],
+    workdir: Path,
+    log: Log,
+    *,
+    sized: bool = False,
+    more: More = no_more,
 ) -> dict[str, Any]:
     """Trains all arms, on from where an earlier call ended; returns what `results.json` holds.
 
@@ -80,11 +85,14 @@ def run(
       arms: the first of them.
       workdir: where checkpoints and adapters go.
       log: see `fit`.
+      sized: see `conduct`.
       more: asked for further arms whenever all that share a step have ended, until it has none;
         told what became of those.
     """
     started = time.time()
     shared = _prepared(config, workdir, log)
+    if sized:
+        setup.require_shape(config, shared.model)
     outcomes: list[Outcome] = []
     with hosts.preemption() as stop_requested:
         for group in same_step(arms):
@@ -95,8 +103,13 @@ def run(
                     ended += _train(shared, kind, sweep, stop_requested)
                 group = more(ended)
             outcomes += ended
+    if all(outcome.progress.stopped == "diverged" for outcome in outcomes):
+        raise ValueError(
+            "the loss of every arm stopped being a number. Lower config.train.learning_rate, or "
+            "warm up for longer; the checkpoints before are kept."
+        )
     model = shared.model
-    adapters.save(config, model, outcomes, workdir / "adapters", shared.fingerprint)
+    adapters.save(config, model, outcomes, workdir / "adapters", shared.fingerprint, log)
     return {
         "base": {"name": model.name, "source": model.source, "val_loss": shared.base_loss},
         "arms": [_row(outcome) for outcome in outcomes],
@@ -180,21 +193,25 @@ def _train(
     base, fresh = shared.execution.base(made[0][0]), [delta for _, delta in made]
     names = [arm.name for arm in arms]
     shared.log({"event": "compiling", "arms": names})
-    states, progress = fit(
-        sweep,
-        _first_states(config, arms, fresh),  # held by nobody else: full ones are large
-        base,
-        arms=names,
-        batches=setup.training_batches(config, model, shared.examples, arms[0].data_seed),
-        validation=shared.validation,
-        schedule=_schedule(config),
-        folder=shared.workdir / "checkpoints" / re.sub(r"[^\w.-]+", "_", names[0]),
-        identity={"base": shared.fingerprint},
-        log=shared.log,
-        stop_requested=stop_requested,
-    )
-    trained = lora.unstack(lora.stack([state.delta for state in states]), like=fresh)
     counts = [lora.describe(base, delta) for delta in fresh]
+    try:
+        states, progress = fit(
+            sweep,
+            _first_states(config, arms, fresh),  # held by nobody else: full ones are large
+            base,
+            arms=names,
+            batches=setup.training_batches(config, model, shared.examples, arms[0].data_seed),
+            validation=shared.validation,
+            schedule=_schedule(config),
+            folder=shared.workdir / "checkpoints" / arms[0].folder,
+            identity={"base": shared.fingerprint},
+            log=shared.log,
+            stop_requested=stop_requested,
+        )
+    except Diverged:
+        lost = [ArmProgress(stopped="diverged") for _ in arms]
+        return [Outcome(*parts) for parts in zip(arms, fresh, lost, counts, strict=True)]
+    trained = lora.unstack(lora.stack([state.delta for state in states]), like=fresh)
     if arms[0].base is not None:
         trained = [lora.as_plain_lora(*pair) for pair in zip(trained, fresh, strict=True)]
     return [Outcome(*parts) for parts in zip(arms, trained, progress, counts, strict=True)]

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from experiments.harness import devices
-from lora_jax import data
+from lora_jax import data, paths
 from lora_jax.interop import Pretrained, load
 from lora_jax.models import llama
 from lora_jax.models.config import LlamaConfig
 from lora_jax.models.shapes import SHAPES
 from lora_jax.quant import quantize
+from lora_jax.weights import is_weight
 
 
 def shape_of(config: ConfigDict) -> LlamaConfig:
@@ -23,6 +24,21 @@ def shape_of(config: ConfigDict) -> LlamaConfig:
     if name not in SHAPES:
         raise ValueError(f"config.model.shape={name!r}: expected one of {', '.join(SHAPES)}.")
     return SHAPES[name]
+
+
+def require_shape(config: ConfigDict, model: Pretrained) -> None:
+    """Raises ValueError unless `config.model.shape` has the loaded model's sizes."""
+    named = jax.eval_shape(lambda: llama.init(shape_of(config), key=jax.random.key(0)))
+    sizes = [
+        {path: leaf.shape for path, leaf in paths.flatten(tree, is_leaf=is_weight).items()}
+        for tree in (named, model.params)
+    ]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"config.model.shape={config.model.shape!r}, by which the arms were sized, is not the "
+            f"shape of {model.name}. Give the model's own: one of {', '.join(SHAPES)}; for another "
+            "model, enter its shape in lora_jax/models/shapes.py."
+        )
 
 
 def load_model(config: ConfigDict) -> Pretrained:

@@ -1,7 +1,8 @@
 """A quantised weight over devices, each part made of the rows and columns that it stands for."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import jax
@@ -28,33 +29,54 @@ def quantize_in_parts(
       read: the matrix `[stack..., d_in, d_out]` at one slice an axis.
 
     Raises:
-      ValueError: if what is read holds NaN or infinity.
+      ValueError: in every process, if what one of them reads holds NaN or infinity.
     """
-    blocks, made = like.absmax.shape, {}
+    blocks = like.absmax.shape
+    made: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # codes and absmax, by place in the matrix
 
-    def part(which: int, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
+    def in_matrix(shape: tuple[int, ...], index: Any) -> tuple[slice, ...]:
         at = [slice(*axis.indices(size)[:2]) for axis, size in zip(index, shape, strict=True)]
         scale = like.block_size * blocks[-2] // shape[-2]  # from rows of the array to the matrix's
         at[-2] = slice(at[-2].start * scale, at[-2].stop * scale)
-        if str(at) not in made:
-            matrix = read(tuple(at))
-            made[str(at)] = storage.store_singly(matrix, like.codebook, block_size=like.block_size)
-        return made[str(at)][which]
+        return tuple(at)
 
-    def codes_of(index):
-        return part(0, like.codes.shape, index)
+    def spread(which: int, shape: tuple[int, ...], sharding: Sharding) -> jax.Array:
+        return jax.make_array_from_callback(
+            shape, sharding, lambda index: made[str(in_matrix(shape, index))][which]
+        )
 
-    def absmax_of(index):
-        return part(1, blocks, index)
-
-    codes = jax.make_array_from_callback(like.codes.shape, lying.codes, codes_of)
+    with _failing_together(lying.codes):
+        for index in lying.codes.addressable_devices_indices_map(like.codes.shape).values():
+            at = in_matrix(like.codes.shape, index)
+            if str(at) not in made:
+                made[str(at)] = storage.store_singly(
+                    read(at), like.codebook, block_size=like.block_size
+                )
+    codes = spread(0, like.codes.shape, lying.codes)
     if not isinstance(like.absmax, DoubleQuantized):
-        absmax: Any = jax.make_array_from_callback(blocks, lying.absmax, absmax_of)
+        absmax: Any = spread(1, blocks, lying.absmax)
     else:
-        single = jax.make_array_from_callback(blocks, lying.absmax.codes, absmax_of)
-        nested: Any = storage.store_doubly(multihost_utils.process_allgather(single, tiled=True))
+        single = spread(1, blocks, lying.absmax.codes)
+        if not single.is_fully_addressable:
+            single = multihost_utils.process_allgather(single, tiled=True)
+        nested: Any = storage.store_doubly(np.asarray(single))
         absmax = jax.tree.map(_cut, DoubleQuantized(*nested), lying.absmax)
     return dataclasses.replace(cast(Any, like), codes=codes, absmax=absmax)
+
+
+@contextlib.contextmanager
+def _failing_together(sharding: Sharding) -> Iterator[None]:
+    """An error of one process is one of all that share the array: none waits for it in vain."""
+    error: ValueError | None = None
+    try:
+        yield
+    except ValueError as raised:
+        error = raised
+    failed = error is not None
+    if not sharding.is_fully_addressable:
+        failed = bool(np.any(multihost_utils.process_allgather(failed)))
+    if failed:
+        raise error or ValueError("the part of another process holds NaN or infinity.")
 
 
 def _cut(array: np.ndarray, sharding: Sharding) -> jax.Array:

@@ -19,6 +19,10 @@ RECENT = 10  # steps whose mean is an arm's training loss
 Log = Callable[[dict[str, Any]], None]
 
 
+class Diverged(ValueError):  # noqa: N818
+    """The loss of every arm has stopped being a number; the checkpoint before is kept."""
+
+
 class Preempted(Exception):  # noqa: N818
     """The run was asked to end before its last step; a checkpoint of where it stands is saved."""
 
@@ -98,7 +102,7 @@ def fit(
       Each arm's last state and its progress.
 
     Raises:
-      ValueError: when the loss of every arm has stopped being a number, naming the step.
+      Diverged: a ValueError, when the loss of every arm has stopped being a number: the step.
       Preempted: when it was asked to end early, after saving a checkpoint.
     """
     packed, progress = sweep.pack(states), [ArmProgress() for _ in arms]
@@ -170,7 +174,7 @@ def _judge(losses, arms, progress, step: int, patience: int | None, log: Log) ->
 
 def _raise_if_all_diverged(arms, progress, step: int) -> None:
     if all(arm.stopped == "diverged" for arm in progress):
-        raise ValueError(
+        raise Diverged(
             f"the loss of {', '.join(arms)} is not a number any more at step {step}. Lower the "
             "learning rate, or warm up for longer; the checkpoint before is kept."
         )

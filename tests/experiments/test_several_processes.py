@@ -2,10 +2,13 @@
 
 import json
 import re
+import shutil
 import signal
 
 import command
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from configs import tiny
 from experiments.harness import setup
@@ -133,6 +136,25 @@ def test_preempted_jobs_go_on_with_other_numbers_of_processes(alone, tmp_path, c
     ends = command.finish(command.start_two(tmp_path, "rank_sweep", *sweep, **TWO, **cache))
     assert [code for code, _ in ends] == [0, 0], ends
     assert_close(steps(tmp_path), steps(alone))
+
+
+@SLOW
+def test_what_one_process_cannot_quantise_ends_both(tmp_path, sweep):
+    """A last row or column, whichever is split, is the second process's."""
+    command.write_talk(tmp_path)
+    *flags, source = sweep
+    folder = tmp_path / "model"
+    shutil.copytree(source.partition("=")[2], folder)
+    [file] = folder.glob("*.safetensors")
+    tensors = dict(load_file(file))
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name][-1, -1] = np.nan
+    save_file(tensors, file, metadata={"format": "pt"})
+    flags = (*flags, f"--config.model.source={folder}")
+    ends = command.finish(command.start_two(tmp_path, "rank_sweep", *flags, **TWO))
+    for (code, output), what in zip(ends, ["the part of another process", "it"], strict=True):
+        assert code == 1 and "Traceback" not in output, output
+        assert f"layers/mlp/up_proj: {what} holds NaN or infinity" in output, output
 
 
 @SLOW

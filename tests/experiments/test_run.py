@@ -1,0 +1,77 @@
+"""What a run of a sweep keeps when some of its arms go wrong, inside one process."""
+
+import dataclasses
+import json
+
+import command
+import jax
+import pytest
+
+import lora_jax as lora
+from configs import tiny
+from experiments.harness import arms, progress, report, run
+
+
+def configured(**train):
+    config = tiny.get_config()
+    quick = {"data.source": "jsonl", "data.path": "talk.jsonl", "data.seq_len": 128,
+             "train.steps": 2, "train.warmup_steps": 0, "train.checkpoint_every": 2,
+             "samples.prompts": 0}  # fmt: skip
+    config.update_from_flattened_dict(quick | {f"train.{key}": v for key, v in train.items()})
+    return config
+
+
+def an_arm(name, **settings):
+    defaults = {"targets": "q_proj", "method": lora.LoRA(rank=1), "learning_rate": 1e-3}
+    return arms.Arm(name=name, rank=1, seed=0, **(defaults | settings))
+
+
+@pytest.fixture(autouse=True)
+def quickly(tmp_path, monkeypatch):
+    jax.config.update("jax_disable_most_optimizations", True)
+    monkeypatch.chdir(tmp_path)
+    command.write_talk(tmp_path)
+
+
+def ran(config, several, folder):
+    folder.mkdir()
+    with progress.reporting(folder / "metrics.jsonl") as log:
+        results = run.run(config, several, folder, log)
+    report.write(folder, "A run", "a command", results)
+    return results
+
+
+def test_what_one_arm_lacks_costs_the_others_nothing(tmp_path, capsys):
+    """An adapter of a tied embedding has no form in PEFT, and full fine-tuning diverges alone."""
+    several = [
+        an_arm("both sides", targets="embed"),
+        an_arm("wild", method=lora.Full(), learning_rate=float("nan"), in_peft=False),
+    ]
+    results = ran(configured(), several, tmp_path / "run")
+    told = capsys.readouterr().out
+    assert "no adapter folder for both sides" in told and "wild diverged at step 2" in told
+    kept, lost = json.loads((tmp_path / "run/results.json").read_text())["arms"]
+    assert kept["val_loss"] > 0 and lost["stopped"] == "diverged" and lost["val_loss"] is None
+    assert results["arms"][0] == kept
+    assert not any((tmp_path / "run").glob("adapters/*"))
+
+
+def test_a_run_that_is_nothing_but_diverged_arms_says_so(tmp_path):
+    wild = an_arm("wild", method=lora.Full(), learning_rate=float("nan"), in_peft=False)
+    with pytest.raises(ValueError, match="the loss of every arm stopped being a number"):
+        ran(configured(), [wild], tmp_path / "run")
+
+
+def test_arms_whose_names_differ_have_folders_that_differ():
+    plus = an_arm("LoRA+ lr 0.003 seed 1")
+    assert plus.folder == "LoRA+_lr_0.003_seed_1"
+    assert dataclasses.replace(plus, name="LoRA lr 0.003 seed 1").folder != plus.folder
+
+
+def test_sizes_taken_from_another_shape_are_refused():
+    config = configured()
+    config.model.shape = "tiny"
+    model = run.setup.load_model(config)
+    config.model.shape = "smollm2-135m"
+    with pytest.raises(ValueError, match="is not the shape of tiny. Give the model's own: one of"):
+        run.setup.require_shape(config, model)
