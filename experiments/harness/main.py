@@ -71,15 +71,22 @@ def main(
         else:
             conduct(experiment, title, config, arms, workdir, draw, **how)
 
-    launch(experiment, work)
+    launch(experiment, work, plans=True)
 
 
-def launch(experiment: str, work: Callable[[ConfigDict, Path], None]) -> None:
-    """Runs `work(config, workdir)` as the command line says; an error is one line for a person."""
+def launch(
+    experiment: str, work: Callable[[ConfigDict, Path], None], *, plans: bool = False
+) -> None:
+    """Runs `work(config, workdir)` as the command line says; an error is one line for a person.
+    `plans` says whether it heeds --plan."""
 
     def start(argv: Sequence[str]) -> None:
         if len(argv) > 1:
             sys.exit(f"{experiment}: unexpected argument {argv[1]!r}; flags start with --.")
+        if _PLAN.value and not plans:
+            sys.exit(
+                f"{experiment}: no --plan here; rank_sweep, target_ablation and methods have it."
+            )
         setup.quiet_logs()
         config = _CONFIG.value
         name = f"{experiment}-{config.name}-{_short_hash(config)}"
@@ -165,8 +172,6 @@ def _join() -> None:
 
 def prepare(experiment: str, config: ConfigDict, workdir: Path) -> None:
     """Keeps compiled programs for the next run, and claims the folder for this one."""
-    if _PLAN.value:
-        raise ValueError(f"{experiment} has no --plan: rank_sweep, target_ablation and methods do.")
     settings = {"experiment": experiment, **config.to_dict()}
     hosts.require_agreement({**records.flat(settings), "--workdir": str(workdir)})
     jax.config.update("jax_compilation_cache_dir", str(default_cache_dir() / "xla"))
