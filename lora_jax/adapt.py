@@ -93,6 +93,12 @@ def infer_layouts(fn: Callable, params: PyTree, *args, **kwargs) -> dict[str, La
 
     `fn` is traced, never run: arrays and `jax.ShapeDtypeStruct`s serve alike.
 
+    Args:
+      fn: any function whose first argument is `params`, such as a model's `apply`.
+      params: the pytree of weights.
+      *args: the rest of a call, such as a batch.
+      **kwargs: likewise.
+
     Returns:
       `{path: Layout}` for `lora_transform(..., layouts=...)`: which axes of a leaf are contracted
       with an activation, which ones it gains, and which are stacked (scanned, mapped or indexed

@@ -61,13 +61,14 @@ def allocate_ranks(
 
 
 def gradient_importance(gradients: PyTree, *, rank: int) -> dict[str, jax.Array]:
-    """`{path: [stack..., rank]}`: the squares of each gradient's largest singular values.
+    """`{path: [stack..., k]}`: the squares of each gradient's k largest singular values, where k is
+    `rank`, or the smaller side of a matrix that has fewer.
 
     They say how far a step of that rank in that matrix lowers the loss, to first order.
 
     Args:
       gradients: arrays `[stack..., d_in, d_out]`, of a loss with respect to the weights; a
-        dictionary `{path: gradient}` or a tree of them.
+        dictionary `{path: gradient}` or a tree of them. Every leaf is taken for matrices.
       rank: how many components of each matrix to consider.
     """
     values = functools.partial(jnp.linalg.svd, compute_uv=False)
@@ -78,8 +79,13 @@ def gradient_importance(gradients: PyTree, *, rank: int) -> dict[str, jax.Array]
 
 
 def input_importance(covariances: Mapping[str, jax.Array], *, rank: int) -> dict[str, jax.Array]:
-    """`{path: [stack..., rank]}`: the share of the inputs' variance along each principal direction,
-    from `input_covariances`; what EVA spreads ranks by (section 3.2 of its paper)."""
+    """`{path: [stack..., k]}`: the share of the inputs' variance along each of the k leading
+    principal directions; what EVA spreads ranks by (section 3.2 of its paper).
+
+    Args:
+      covariances: `{path: [stack..., d_in, d_in]}`, from `input_covariances`.
+      rank: how many directions of each matrix to consider; k is `rank`, or d_in where that is less.
+    """
     spectra = {p: each_layer(jnp.linalg.eigvalsh, c)[..., ::-1] for p, c in covariances.items()}
     return {p: (s / s.sum(-1, keepdims=True))[..., :rank] for p, s in spectra.items()}
 

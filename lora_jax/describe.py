@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import jax
 
 from lora_jax import paths
+from lora_jax.layouts import Layout
 from lora_jax.masks import trainable_mask
 from lora_jax.methods import Method
 from lora_jax.tables import aligned
@@ -62,6 +63,7 @@ def describe(
     method: Method | Mapping[str, Method | None] | None = None,
     *,
     targets: Targets = "all-linear",
+    layouts: Mapping[str, Layout | None] | None = None,
 ) -> Description:
     """Counts what trains, path by path. Abstract trees do: nothing is allocated.
 
@@ -73,12 +75,17 @@ def describe(
       delta: the delta, or its `jax.eval_shape`.
       method: what `lora_transform` was given, to name the rule that picked each path.
       targets: likewise.
+      layouts: likewise.
+
+    Raises:
+      ValueError: for a leaf of `delta` that is no delta node, a rule that matches nothing, or
+        `targets` beside a mapping.
     """
     flat = paths.flatten(base, is_leaf=is_weight)
     nodes = delta_nodes(delta)
     rules: dict[str, str] = {}
     if method is not None:
-        matches = match_rules(flat, as_rules(method, targets))
+        matches = match_rules(flat, as_rules(method, targets), layouts)
         rules = {match.path: match.rule for match in matches}
     rows = []
     for path, node in nodes.items():

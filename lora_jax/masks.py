@@ -76,8 +76,9 @@ def project_b() -> optax.GradientTransformation:
 
     Of all updates that move `b` alone, this comes closest to the gradient of the whole weight
     (Zhang et al. 2023, arXiv:2308.03303, section 3; PEFT adds 1e-8 to the diagonal, and so does
-    this). It reads the frozen factors, and therefore stands in front of the mask:
-    `optax.chain(project_b(), mask_optimizer(tx, delta))`.
+    this). It reads the frozen factors, so its update must be given the delta as `params`, and it
+    stands in front of the mask: `optax.chain(project_b(), mask_optimizer(tx, delta))`. Without
+    `params` the update raises ValueError.
     """
 
     def corrected(gradient: Any, node: Any) -> Any:

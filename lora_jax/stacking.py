@@ -15,11 +15,18 @@ from lora_jax.transform import Delta, delta_nodes
 def stack(deltas: Sequence[Delta]) -> Delta:
     """One delta whose leaves carry a leading axis, a member for each of `deltas`.
 
-    Ranks are padded with zeros to the largest, and a path that a member does not adapt gets zeros:
-    both are exact, in value and throughout training. So targets can differ as ranks do.
+    Sizes are padded with zeros to the largest, and a path that a member does not adapt gets a node
+    that changes nothing: both are exact, in value and throughout training. Members may differ
+      - in size: LoRA, DoRA and Bottleneck;
+      - in targets: these, IA3 and Full, and VeRA where the largest target is of one size;
+      - in what arrays hold: alpha, the kind of scaling, a random init.
+    All else must agree on a path: dropout, `train_a`, IA3's side, VeRA's rank and every setting of
+    AdaLoRA, prompts, prefixes and fusions, which take the same targets too.
 
     Raises:
-      ValueError: for no delta, or members that put different methods on one path.
+      ValueError: for no delta, or naming the path, members with different methods, or different
+        settings of one, there; for sizes that cannot be padded; for a member without a path of a
+        method that has no neutral value.
     """
     if not deltas:
         raise ValueError("stack needs at least one delta.")

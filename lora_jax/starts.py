@@ -21,7 +21,7 @@ def eva_start(delta: Delta, covariances: Mapping[str, jax.Array]) -> Delta:
 
     Args:
       delta: of LoRA; nodes of other methods are returned as they are.
-      covariances: from `input_covariances`.
+      covariances: `{path: [stack..., d_in, d_in]}`, from `input_covariances`.
 
     Raises:
       ValueError: where a path is adapted by LoRA but has no covariance.
@@ -54,12 +54,15 @@ def loftq_start(
     Args:
       params: the original weights, not quantised.
       base: the same tree, quantised where it is to be.
-      delta: a fresh LoRA delta. Paths whose base is an array, or whose node is another method's,
-        are left as they are.
-      iterations: how many times both steps are taken.
+      delta: a fresh LoRA delta, of one rank in all layers of a path. Paths whose base is an array,
+        or whose node is another method's, are left as they are.
+      iterations: how many times both steps are taken, at least 1.
 
     Returns:
-      `(base, delta)`.
+      `(base, delta)`, of the structures and shapes given.
+
+    Raises:
+      KeyError: where `params` lacks a path of the delta whose base is quantised.
     """
     flat = paths.flatten(base, is_leaf=is_weight)
     original = paths.flatten(params)
@@ -87,7 +90,11 @@ def as_plain_lora(delta: Delta, start: Delta) -> Delta:
 
     Args:
       delta: as trained.
-      start: as `lora_transform` gave it, with the same key.
+      start: as `lora_transform` gave it, of the same settings and key. Nodes that are not LoRA's,
+        and paths that it lacks, are returned as they are in `delta`.
+
+    Returns:
+      A delta with `a [stack..., contracted..., 2 r]` and `b [stack..., 2 r, output...]`.
     """
     started = delta_nodes(start)
 

@@ -23,7 +23,11 @@ def lora_transform(
     key: jax.Array,
     layouts: Mapping[str, Layout | None] | None = None,
 ) -> tuple[PyTree, Delta]:
-    """Splits `params` into a frozen base and a fresh delta that changes nothing yet.
+    """Splits `params` into a frozen base and a fresh delta.
+
+    Bound to that base, a fresh delta changes nothing yet, up to the rounding of an init that moves
+    a part of the base into it. Not so `Prompt` and `Prefix`, which put new rows in front of the
+    model's, and `Fusion`, whose adapters are trained already.
 
     Args:
       params: any pytree of arrays, or of quantised weights, concrete or abstract.
@@ -93,10 +97,13 @@ def bind(
       delta: its delta; with `adapter_ids`, several of them from `stack`.
       dropout_key: a typed key, which turns the adapters' dropout on. Each weight and layer derives
         its own from it.
-      adapter_ids: integers `[batch]`, the member of the stack that each row of a batch uses.
+      adapter_ids: integers `[batch]`, the member of the stack that each row of a batch uses. Axis 0
+        of every activation that meets an adapted weight must then be the batch. Ids outside the
+        stack are not checked: what such a row gets is undefined.
 
     Raises:
-      ValueError: where the delta has a path that the base lacks, or a node for another shape.
+      ValueError: where the delta has a path that the base lacks, or a node for another shape; with
+        `adapter_ids`, for a `Full` delta.
     """
     nodes = {path: _only_trainable(node) for path, node in delta_nodes(delta).items()}
     extras = _extras(nodes)
@@ -150,7 +157,15 @@ def unmerge(params: PyTree, delta: Delta) -> PyTree:
     """The base that `merge(base, delta)` was made from, up to one rounding in its dtype.
 
     A bf16 weight loses bits when it is merged, and no later subtraction restores them: whoever has
-    the base at hand keeps it instead.
+    the base at hand keeps it instead. Where the merge lost more (an IA3 factor of zero, a DoRA
+    column shorter than its update), the result is NaN.
+
+    Args:
+      params: what `merge` returned, of plain arrays where the delta adapts: not requantized.
+      delta: what was merged.
+
+    Raises:
+      ValueError: for a method without a merged form, or a delta that does not fit the tree.
     """
     return _map_adapted(params, delta, lambda node, weight: node.unmerge(weight))
 

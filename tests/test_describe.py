@@ -74,6 +74,16 @@ def test_rule_column_with_an_exclusion():
     ]
 
 
+def test_layouts_pick_what_they_picked_in_the_transform():
+    params = {"mixer": {"b": jnp.ones((6, 5))}}  # a matrix by its layout, a bias by its name
+    method, layouts = lora.LoRA(rank=2), {"mixer/b": lora.Layout()}
+    base, delta = lora.lora_transform(params, method, key=jax.random.key(0), layouts=layouts)
+    (row,) = lora.describe(base, delta, method, layouts=layouts).rows
+    assert (row.path, row.rule) == ("mixer/b", "all-linear")
+    with pytest.raises(ValueError, match="all-linear"):
+        lora.describe(base, delta, method)
+
+
 def test_table_has_a_line_for_each_row_and_the_summary():
     base, delta = cases.transform(cases.nested(), lora.LoRA(rank=2))
     found = lora.describe(base, delta, lora.LoRA(rank=2))

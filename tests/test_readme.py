@@ -3,17 +3,38 @@
 import re
 from pathlib import Path
 
+import jax
 import pytest
 
+from lora_jax.data import byte_tokenizer
+from lora_jax.interop import Pretrained
+from lora_jax.models import llama
+from lora_jax.models.shapes import SHAPES
+
 README = Path(__file__).parents[1] / "README.md"
+
+
+def tiny_model(source):
+    """In the place of a download."""
+    assert source == "smollm2-135m"
+    params = llama.init(SHAPES["tiny"], key=jax.random.key(0))
+    return Pretrained(
+        params=params,
+        config=SHAPES["tiny"],
+        tokenizer=byte_tokenizer(),
+        name=source,
+        source="random weights",
+    )
 
 
 @pytest.mark.mixed_dtypes
 def test_blocks_run_in_order(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lora_jax.interop.load", tiny_model)
     blocks = re.findall(r"<!-- test: (.+?) -->\n```python\n(.*?)```", README.read_text(), re.S)
     names = [
         "custom step",
+        "pretrained",
         "targets",
         "methods",
         "sweep",
@@ -33,6 +54,7 @@ def test_blocks_run_in_order(capsys, tmp_path, monkeypatch):
     assert "trainable params: 16,384" in printed
     assert "NF4(2x64x128 float32, blocks of 64, absmax in 8 bits, 4." in printed
     assert scope["value"] < 5.0
+    assert scope["reply"].shape == (1, 20)
     assert scope["losses"].shape == (3,)
     assert scope["weights"]["embed"].shape == (320, 64)
     assert scope["logits"].shape == (2, 6, 100)

@@ -193,7 +193,14 @@ class Triplets(Additive):
 
 def orthogonality(delta: PyTree) -> jax.Array:
     """`penalty * mean ||a^T a - I||_F` over the factors a and b^T of all AdaLoRA matrices (equation
-    4 of the paper, unsquared and averaged as PEFT has it); 0 where there are none."""
+    4 of the paper, unsquared and averaged as PEFT has it).
+
+    Args:
+      delta: of any methods; of a stack, `vmap` over its members.
+
+    Returns:
+      A float32 scalar, summed over the `AdaLoRA` values in use; 0 where there are none.
+    """
     total = jnp.float32(0)
     for method, nodes in _by_method(delta).items():
         distances = []
@@ -220,7 +227,13 @@ def allocate_budget(delta: PyTree, gradients: PyTree, step: jax.Array) -> PyTree
     Args:
       delta: after the optimizer's update. Nodes of other methods are returned as they are.
       gradients: of the loss with respect to the delta before it.
-      step: the number of updates made, from 1 to `total_steps`.
+      step: an integer scalar, the number of updates made, from 1 to `total_steps`.
+
+    Returns:
+      The delta, of the same structure and shapes.
+
+    Raises:
+      ValueError: where the gradients are not of the delta's structure.
     """
     nodes, treedef = jax.tree.flatten(delta, is_leaf=_is_node)
     slopes = cast(Any, treedef).flatten_up_to(gradients)

@@ -83,7 +83,17 @@ def quantizer(
 ) -> Callable[[str, Any], Any]:
     """What `quantize` does to one leaf, as a function `(path, leaf) -> leaf`: for loaders, which
     then never hold a model in floating point. Leaves that are not targeted become arrays as they
-    are; the arguments are those of `quantize`.
+    are.
+
+    Args:
+      format: as in `quantize`.
+      targets: as in `quantize`, but a rule that matches nothing is no error: leaves come singly.
+      layouts: `{path: Layout}`; of leaves that it does not name, names and shapes tell.
+      block_size: rows of the matrix that share an absmax.
+      double_quant: whether each absmax is itself stored in 8 bits.
+
+    Raises:
+      ValueError: for an unknown format or block size; from the function, as `quantize` for a leaf.
     """
     if format not in FORMATS:
         raise ValueError(f"format {format!r}: expected one of {', '.join(FORMATS)}.")
