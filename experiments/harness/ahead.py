@@ -117,6 +117,7 @@ def abstract_step(config: ConfigDict, machine: Machine) -> Step:
     mode = config.sweep.mode
     if mode == "auto":
         mode = "in_turn" if machine.chip.platform == "cpu" else "batched"
+    devices.require_even_arms(config, rank_arms(config), mode)
     stacked = mode == "batched"
     state = _states(base, arms, optimizer(config, arms[0]), stacked)
     if AXIS in mesh.shape or mesh.size == 1:
@@ -150,7 +151,7 @@ def _mesh(config: ConfigDict, machine: Machine) -> Mesh:
         return mesh
     if mode == "single":
         return parallel.make_mesh({}, machine.devices[:1])
-    return jax.make_mesh((len(machine.devices),), (AXIS,), devices=machine.devices)
+    return parallel.row_of(machine.devices)
 
 
 def _function(config: ConfigDict, base: PyTree, execution: Execution, arm: Arm, mode: str) -> Any:
@@ -210,22 +211,17 @@ def _batch(config: ConfigDict, mesh: Mesh) -> dict[str, Any]:
         batch = shaped(parallel.batch_sharding(mesh), rows, length)
         parallel.require_divisible(mesh, batch)
         return batch
-    if rows % mesh.size:
-        raise ValueError(
-            f"a batch of {rows} rows cannot be split over {mesh.size} devices: choose a multiple "
-            f"of {mesh.size}."
-        )
     split = NamedSharding(mesh, PartitionSpec(AXIS))
     return shaped(split, mesh.size, rows // mesh.size, length)
 
 
 def lowered(step: Step, platform: str) -> tuple[Any, Any]:
     """The traced program and the lowered one."""
+    function: Any = step.function
+    if AXIS in step.mesh.shape:  # a pmap, which a jit lowers as it does all else
+        function = jax.jit(function, donate_argnums=0)
     with jax.sharding.use_abstract_mesh(step.mesh.abstract_mesh):
-        if not hasattr(step.function, "trace"):  # a pmap
-            jaxpr = jax.make_jaxpr(step.function)(*step.arguments)
-            return jaxpr, step.function.lower(*step.arguments)
-        traced = step.function.trace(*step.arguments)
+        traced = function.trace(*step.arguments)
         return traced.jaxpr, traced.lower(lowering_platforms=(platform,))
 
 

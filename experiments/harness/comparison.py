@@ -9,7 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 import lora_jax as lora
-from experiments.harness import plan, setup
+from experiments.harness import devices, plan, setup
 from experiments.harness.arms import AnyMethod, Arm
 from experiments.harness.costs import step_costs
 from experiments.harness.run import Outcome
@@ -40,7 +40,8 @@ def first_arms(config: ConfigDict, contenders: Mapping[str, Contender]) -> list[
     """Every contender at every learning rate, with the first seed.
 
     Raises:
-      ValueError: for a name that is no contender's, no rates, or no seeds.
+      ValueError: for a name that is no contender's, no rates, no seeds, or arms that
+        `config.parallel.arms` does not divide, those of further seeds included.
     """
     settings = config.methods
     unknown = [name for name in settings.names if name not in contenders]
@@ -53,11 +54,14 @@ def first_arms(config: ConfigDict, contenders: Mapping[str, Contender]) -> list[
     params = plan.abstract_params(config)
     reference = lora.LoRA(rank=settings.rank)
     budget = plan.describe_arm(params, reference, "all-linear").trainable_params
-    return [
+    arms = [
         arm
         for name in tuple(settings.names) or contenders
         for arm in _arms(config, name, contenders[name], params, budget)
     ]
+    further = [_with_seed(arms[0], seed) for seed in settings.seeds[1:]]  # one of each method
+    devices.require_even_arms(config, [*arms, *further])
+    return arms
 
 
 def more_seeds(config: ConfigDict, outcomes: Sequence[Outcome]) -> list[Arm]:

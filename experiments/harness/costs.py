@@ -17,7 +17,7 @@ from lora_jax.models import llama
 from lora_jax.models.config import LlamaConfig
 
 
-def step_costs(config: ConfigDict, arm: Arm, model: LlamaConfig) -> dict[str, float]:
+def step_costs(config: ConfigDict, arm: Arm, model: LlamaConfig) -> dict[str, float | None]:
     """FLOPs and memory of a step of the configured batch; nothing is allocated.
 
     Returns:
@@ -25,16 +25,22 @@ def step_costs(config: ConfigDict, arm: Arm, model: LlamaConfig) -> dict[str, fl
       they are those of one layer and of two, laid out, and the difference for each further layer.
       `temp_bytes`: what the compiled step allocates beside its arguments.
       `peak_bytes`: that, and the base, the state and the batch.
+      The last two are None where the compiler refuses the step, as for want of memory: it is that
+      of one device, which training spread over several need not fit.
     """
     one, two = (
         _lowered(config, arm, dataclasses.replace(model, num_layers=n), unroll=n, chunk=sys.maxsize)
         .cost_analysis()["flops"]
         for n in (1, 2)
     )  # fmt: skip
-    memory = _lowered(config, arm, model).compile().memory_analysis()
+    flops = one + (model.num_layers - 1) * (two - one)
+    try:
+        memory = _lowered(config, arm, model).compile().memory_analysis()
+    except jax.errors.JaxRuntimeError:
+        return {"flops": flops, "temp_bytes": None, "peak_bytes": None}
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return {
-        "flops": one + (model.num_layers - 1) * (two - one),
+        "flops": flops,
         "temp_bytes": memory.temp_size_in_bytes,
         "peak_bytes": held + memory.temp_size_in_bytes,
     }

@@ -1,5 +1,6 @@
 """The devices of a run, as `config.parallel` says."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,10 +8,13 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from experiments.harness.arms import Arm, same_kind
 from lora_jax import parallel, training
+from lora_jax.context_mesh import FSDP
 from lora_jax.interop import Place, on_device, quantized, sharded
 from lora_jax.quant import quantizer
-from lora_jax.training.execution import Execution, single
+from lora_jax.training.execution import AXIS, Execution, single
+from lora_jax.training.sweep import Mode, resolve_mode
 from lora_jax.weights import PyTree
 
 Devices = Sequence[jax.Device] | None
@@ -45,11 +49,56 @@ def mesh_of(config: ConfigDict, devices: Devices = None) -> Mesh | None:
 
 
 def execution(config: ConfigDict, params: PyTree, devices: Devices = None) -> Execution:
-    """How steps run over these params."""
+    """How steps run over these params.
+
+    Raises:
+      ValueError: see `mesh_of`; and for a batch whose rows the parts of a step and the devices that
+        share each part do not divide.
+    """
     mesh = mesh_of(config, devices)
+    _require_rows(config, mesh, devices)
     if mesh is not None:
         return parallel.on_mesh(mesh, parallel.match_specs(params, parallel.LLAMA_RULES))
     return parallel.replicated(devices) if config.parallel.mode == "pmap" else single()
+
+
+def _require_rows(config: ConfigDict, mesh: Mesh | None, devices: Devices) -> None:
+    if config.parallel.mode == "pmap":
+        axis, count = AXIS, len(jax.devices() if devices is None else devices)
+    else:
+        axis, count = FSDP, 1 if mesh is None else mesh.shape[FSDP]
+    splits = {"config.train.accumulate": config.train.accumulate, axis: count}
+    unit, rows = math.prod(splits.values()), config.data.batch_size
+    if rows % unit:
+        over = " and ".join(f"{name}={parts}" for name, parts in splits.items() if parts > 1)
+        raise ValueError(
+            f"config.data.batch_size: {rows} rows cannot be split over {over}. Choose a multiple "
+            f"of {unit}, or split them less."
+        )
+
+
+def require_even_arms(config: ConfigDict, arms: Sequence[Arm], mode: Mode | None = None) -> None:
+    """Checks that a batched sweep can divide its arms among devices, before any of them trains.
+
+    Args:
+      config: its `parallel.arms` says over how many devices arms are spread.
+      arms: all that the run will train.
+      mode: the sweep's; as this machine resolves `config.sweep.mode` unless it is given.
+
+    Raises:
+      ValueError: naming the first group of arms, trained together, that these do not divide.
+    """
+    spread = config.parallel.arms
+    if spread == 1 or resolve_mode(mode or config.sweep.mode) != "batched":
+        return
+    for kind in same_kind(arms):
+        if len(kind) % spread:
+            raise ValueError(
+                f"config.parallel.arms={spread} does not divide the arms that train together, "
+                f"{len(kind)} in number: {', '.join(arm.name for arm in kind)}. Choose "
+                "config.parallel.arms=1, or ranks, learning rates and seeds that make groups it "
+                "divides."
+            )
 
 
 def over_devices(config: ConfigDict, params: PyTree, loss: training.LossSum) -> training.LossSum:

@@ -130,7 +130,8 @@ def loss_by_method(path: Path, results: dict[str, Any]) -> None:
             (flops, "flops", 1e9, "GFLOP a step"),
             (memory, "peak_bytes", 1e6, "MB a step, with base and optimizer"),
         ):
-            axis.barh(places, [row[key] / unit for row in rows], color="C0", height=0.55)
+            known = [place for place in places if rows[place][key] is not None]
+            axis.barh(known, [rows[place][key] / unit for place in known], color="C0", height=0.55)
             axis.set(xlabel=label, axisbelow=True)
         loss.set_yticks(places, names)
         loss.invert_yaxis()

@@ -20,6 +20,7 @@ from lora_jax.training import records
 HEADER = ("arm", "rank", "targets", "trainable", "%", "train", "val", "perplexity", "tokens/s")
 BY_METHOD = ("method", "size", "trainable", "rate", "val, mean", "over seeds", "seeds", "GFLOP",
              "temp MB", "peak MB")  # fmt: skip
+MEMORY = ("temp_bytes", "peak_bytes")
 Table = tuple[Sequence[str], list[tuple[str, ...]], list[str]]  # header, cells, notes
 
 
@@ -99,8 +100,7 @@ def by_method(results: Mapping[str, Any]) -> Table:
                 f"{min(losses):.4f} to {max(losses):.4f}" if losses else "-",
                 str(len(losses)),
                 f"{row['flops'] / 1e9:.1f}",
-                f"{row['temp_bytes'] / 1e6:.0f}",
-                f"{row['peak_bytes'] / 1e6:.0f}",
+                *("" if row[key] is None else f"{row[key] / 1e6:.0f}" for key in MEMORY),
             )
         )
     notes = [
@@ -108,7 +108,7 @@ def by_method(results: Mapping[str, Any]) -> Table:
         "",
         "Losses are nats a response token, at the learning rate that was best with the first seed. "
         "FLOPs (10^9) and memory (MB) of one step are the compiler's: its temporaries, and these "
-        "with base, adapter, optimizer and batch.",
+        "with base, adapter, optimizer and batch; empty where one device cannot take the step.",
     ]
     return BY_METHOD, cells, notes
 

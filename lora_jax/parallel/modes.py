@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lora_jax.context_mesh import ARMS
@@ -92,11 +93,15 @@ def on_mesh(mesh: Mesh, specs: Specs) -> Execution:
     )
 
 
+def row_of(devices: Sequence[jax.Device]) -> Mesh:
+    """The mesh on whose one axis `replicated` works: devices in the order of `pmap`, as given."""
+    return Mesh(np.asarray(devices), (AXIS,), axis_types=(AxisType.Auto,))
+
+
 def replicated(devices: Sequence[jax.Device] | None = None) -> Execution:
     """`jax.pmap`: base and states whole on every device, the batch's rows split."""
     devices = jax.devices() if devices is None else devices
-    count = len(devices)
-    mesh = jax.make_mesh((count,), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+    count, mesh = len(devices), row_of(devices)
     whole = NamedSharding(mesh, PartitionSpec())
     ours = [device.process_index == jax.process_index() for device in devices]
 

@@ -38,6 +38,9 @@ def token_losses(
     Returns:
       The sum in nats and the count, both float32 scalars: what a mean over devices or over
       accumulated micro-batches needs.
+
+    Raises:
+      ValueError: for rows or positions that the mesh of the context does not divide.
     """
     over = size(FSDP), size(SEQUENCE)
     # Rows and positions that lie on one device are a group of their own, [G, S, n].
@@ -57,6 +60,13 @@ def token_losses(
 def _grouped(x: jax.Array, groups: int, spans: int) -> jax.Array:
     """`[B, T, ...]` as `[groups, spans, n, ...]`, each span of positions of each group of rows."""
     B, T, *rest = x.shape
+    if B % groups or T % spans:
+        raise ValueError(
+            f"the loss of {B} rows of {T} positions cannot be split over {FSDP}={groups} and "
+            f"{SEQUENCE}={spans}. Of an accumulated step these are the rows of one micro-batch: "
+            f"choose a batch_size that accumulate x {groups} divides, and a seq_len that {spans} "
+            "does."
+        )
     x = x.reshape(groups, B // groups, spans, T // spans, *rest)
     x = jnp.swapaxes(x, 1, 2).reshape(groups, spans, -1, *rest)
     return constrain(x, FSDP, SEQUENCE)

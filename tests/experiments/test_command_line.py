@@ -85,7 +85,9 @@ def conduct_tiny(folder, overrides: dict) -> None:
         ),
         ({"train.warmup_steps": 9}, "warmup_steps=9 must be at least 0 and less than steps=4"),
         pytest.param(
-            {"train.accumulate": 3}, "accumulate=3 does not divide the batch of 2 rows", marks=SLOW
+            {"train.accumulate": 3},
+            "2 rows cannot be split over config.train.accumulate=3",
+            marks=SLOW,
         ),
         ({"lora.method.scaling": "sqrt"}, "expected one of lora, rslora"),
         ({"base.quantize": "nf5"}, "format 'nf5': expected one of nf4, fp4"),

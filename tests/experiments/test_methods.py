@@ -1,5 +1,6 @@
 """The comparison of methods: its arms, what it may say, and a run of it."""
 
+import contextlib
 import json
 
 import command
@@ -8,7 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import smollm2_135m, tiny
-from experiments.harness import comparison, pictures
+from experiments.harness import comparison, costs, pictures, report
 from experiments.harness.main import conduct
 from experiments.methods import contenders
 
@@ -67,6 +68,37 @@ def test_wrong_input_gets_one_clear_sentence(methods, message):
     config = configured(**methods)
     with pytest.raises(ValueError, match=message):
         comparison.first_arms(config, contenders(config))
+
+
+@pytest.mark.parametrize(("seeds", "divides"), [((0,), True), ((0, 1), False)])
+def test_arms_that_devices_cannot_share_are_refused_before_training(seeds, divides):
+    """Two rates train together, a further seed alone."""
+    config = configured(names=("LoRA",), seeds=seeds)
+    config.update_from_flattened_dict({"parallel.arms": 2, "sweep.mode": "batched"})
+    message = "arms=2 does not divide .* together, 1 in number: LoRA lr 0.0015 seed 1"
+    with contextlib.nullcontext() if divides else pytest.raises(ValueError, match=message):
+        comparison.first_arms(config, contenders(config))
+
+
+def test_a_step_that_the_compiler_refuses_costs_no_results(tmp_path, monkeypatch):
+    class Refused:
+        def cost_analysis(self):
+            return {"flops": 1e9}
+
+        def compile(self):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr(costs, "_lowered", lambda *_, **__: Refused())
+    config = configured(names=("LoRA",))
+    [first, _] = comparison.first_arms(config, contenders(config))
+    trained = {"label": "LoRA", "trainable_params": 1, "learning_rate": 1.0, "val_loss": 2.0}
+    base = {"name": "tiny", "val_loss": 3.0}
+    results = comparison.summarised(config, {"arms": [trained], "base": base}, [first])
+    header, [_, cells], _ = report.by_method(results)
+    shown = dict(zip(header, cells, strict=True))
+    assert (shown["GFLOP"], shown["temp MB"], shown["peak MB"]) == ("1.0", "", "")
+    pictures.loss_by_method(tmp_path / "methods.png", results)
+    assert (tmp_path / "methods.png").exists()
 
 
 def test_a_run(tmp_path, monkeypatch):

@@ -67,6 +67,30 @@ def test_products_are_those_of_the_formula(quantize):
     assert cost.flops(jaxpr) == a_token * tokens
 
 
+def test_a_plan_of_a_pmap():
+    """Each device computes its share, and sums gradients and the loss once over all."""
+    settings, where = config(**{"parallel.mode": "pmap"}), chips.machine("cpu:8")
+    step = ahead.compile_step(settings, where)
+    attention = 4 * LENGTH * D * L
+    a_token = 4 * LINEAR + 6 * DELTA + 3 * attention + 4 * V * D
+    assert step.flops == a_token * ROWS * LENGTH / 8
+    [summed] = step.collectives
+    assert (summed.kind, summed.group) == ("all-reduce", 8) and summed.bytes >= 4 * DELTA
+    assert "mode pmap" in budget.report(settings, where, step)
+
+
+def test_what_a_knob_cannot_do_is_said_in_its_row(monkeypatch):
+    def abstract(config, where):
+        ahead.abstract_step(config, where)
+        return LARGE
+
+    monkeypatch.setattr(budget, "compile_step", abstract)
+    settings = config(**{"parallel.mode": "fsdp", "data.batch_size": 4})
+    table = budget.savings(settings, chips.machine("cpu:4"), LARGE)
+    [row] = [line for line in table.splitlines() if "--config.train.accumulate=2" in line]
+    assert "4 rows cannot be split over config.train.accumulate=2 and fsdp=4" in row
+
+
 def test_a_pmap_holds_the_base_on_each_device():
     step = ahead.abstract_step(config(**{"parallel.mode": "pmap"}), chips.machine("cpu:8"))
     one = ahead.abstract_step(config(), chips.machine("cpu"))
@@ -90,6 +114,23 @@ def test_moments_on_the_host_are_counted_there():
         (["cpu:8"], {"parallel.mode": "pipeline"}, "mode 'pipeline': expected one of single, pmap"),
         (["cpu:8"], {"parallel.mode": "pmap", "data.batch_size": 12}, "12 rows cannot be split"),
         (["cpu:8"], {"parallel.mode": "fsdp", "data.batch_size": 4}, "4 rows cannot be split over"),
+        (
+            ["cpu:4"],
+            {"parallel.mode": "fsdp", "train.accumulate": 4},
+            "batch_size: 8 rows cannot be split over config.train.accumulate=4 and fsdp=4. Choose "
+            "a multiple of 16",
+        ),
+        (
+            ["cpu:8"],
+            {"parallel.mode": "pmap", "train.accumulate": 2},
+            "8 rows cannot be split over config.train.accumulate=2 and devices=8",
+        ),
+        (
+            ["cpu:8"],
+            {"parallel.mode": "fsdp", "parallel.arms": 2, "sweep.ranks": (1, 4),
+             "sweep.full": True, "sweep.mode": "batched"},
+            "config.parallel.arms=2 does not divide the arms .* together, 1 in number: full",
+        ),
         (["cpu:8"], {"parallel.mode": "fsdp+tensor", "parallel.tensor": 3}, "not divide 8 devices"),
         (["cpu"], {"sweep.mode": "parallel"}, "expected one of auto, batched, in_turn"),
         (["gpu"], {}, "no chip 'gpu' is known: expected one of v4, v5e, .*, h200, cpu"),

@@ -159,6 +159,14 @@ def test_bad_batches_and_arms():
         execution.batch(batch(8, 7))
     with pytest.raises(ValueError, match="6 rows cannot be split over 8 devices"):
         parallel.replicated().batch(batch(6, 8))
+    tokens = np.zeros((2, 8), np.int32)  # a micro-batch of a batch that the mesh divides
+    with (
+        jax.set_mesh(mesh),
+        pytest.raises(
+            ValueError, match="2 rows of 8 positions cannot be split over fsdp=4 and sequence=2"
+        ),
+    ):
+        training.token_losses(np.zeros((2, 8, 4)), np.zeros((4, 6)), tokens, tokens == 0)
     _, delta = lora.lora_transform(PARAMS, lora.LoRA(rank=2), key=jax.random.key(0))
     state = training.init_state(delta, optax.adam(1.0), learning_rate=1.0, seed=0)
     three = jax.tree.map(lambda *x: jnp.stack(x), state, state, state)
