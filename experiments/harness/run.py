@@ -90,6 +90,7 @@ def run(
         told what became of those.
     """
     started = time.time()
+    devices.require_even_arms(config, arms)
     shared = _prepared(config, workdir, log)
     if sized:
         setup.require_shape(config, shared.model)
