@@ -13,6 +13,11 @@ from jax.sharding import PartitionSpec
 ARMS, FSDP, SEQUENCE, TENSOR = AXES = ("arms", "fsdp", "sequence", "tensor")
 
 
+def device() -> Any:
+    """What is compiled for: a device of the mesh, which need not be there, or the default one."""
+    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+
+
 def size(axis: str) -> int:
     """Over how many devices XLA spreads values along an axis."""
     mesh = jax.sharding.get_abstract_mesh()

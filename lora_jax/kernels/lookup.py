@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax import context_mesh
+
 
 def look_up(codebook: np.ndarray, codes: jax.Array) -> jax.Array:
     """`codebook[codes]`, bit for bit.
@@ -22,6 +24,9 @@ def look_up(codebook: np.ndarray, codes: jax.Array) -> jax.Array:
       float32, of the shape of `codes`.
     """
     values = tuple(codebook.tolist())
+    if context_mesh.device().platform != "tpu":
+        return _gathered(values, codes)
+    # The same trace may still be lowered for another platform, a host's CPU for one.
     return jax.lax.platform_dependent(
         codes, tpu=partial(_selected, values), default=partial(_gathered, values)
     )

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lora_jax import context_mesh
 from lora_jax.kernels import attention
 from lora_jax.kernels.attention import attend, causal_mask, cudnn, masked_attention, splash
 
@@ -122,7 +123,7 @@ def test_what_a_kernel_lacks(platform, changes, message, monkeypatch):
         device_kind = platform
 
     Device.platform = platform
-    monkeypatch.setattr(attention, "_device", Device)
+    monkeypatch.setattr(context_mesh, "device", Device)
     name = {"tpu": "splash", "gpu": "cudnn"}[platform]
     length, dtype = changes.get("length", T), changes.get("dtype", np.float32)
     q, k = (jax.ShapeDtypeStruct((B, length, heads, H), dtype) for heads in (N, K))

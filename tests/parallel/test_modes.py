@@ -96,10 +96,10 @@ MESHES = {
     "sequence": {"fsdp": 2, "sequence": 2, "tensor": 2},
     "arms": {"arms": 2, "fsdp": 2, "tensor": 2},
 }
-QUICK = [("sequence", "nf4, double", "in_turn"), ("arms", "nf4, double", "batched")]
+QUICK = [("sequence", "float32", "in_turn"), ("arms", "nf4, double", "batched")]
 MORE = [
-    *((name, "nf4, double", "in_turn") for name in ("fsdp", "tensor", "fsdp+tensor")),
-    *((name, "float32", "in_turn") for name in ("fsdp", "tensor", "sequence")),
+    *((name, "nf4, double", "in_turn") for name in ("fsdp", "tensor", "fsdp+tensor", "sequence")),
+    *((name, "float32", "in_turn") for name in ("fsdp", "tensor")),
     ("fsdp+tensor", "nf4", "batched"),
     ("arms", "float32", "batched"),
 ]

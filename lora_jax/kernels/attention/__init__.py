@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from lora_jax import context_mesh
 from lora_jax.kernels.attention import cudnn, splash
 from lora_jax.kernels.attention.reference import causal_mask as causal_mask
 from lora_jax.kernels.attention.reference import masked_attention as masked_attention
@@ -97,7 +98,7 @@ def _lack(implementation, q, k, prompt, prefix) -> str | None:
         return f"is not one of {', '.join(get_args(Implementation))}"
     if implementation == "xla":
         return None
-    device = _device()
+    device = context_mesh.device()
     wanted = {"splash": "tpu", "cudnn": "gpu"}[implementation]
     if device.platform != wanted:
         return f"needs a {wanted.upper()}, and this program is for a {device.device_kind}"
@@ -122,8 +123,3 @@ def _partitioned(implementation: Implementation) -> bool:
     where a mesh is in context."""
     mesh = jax.sharding.get_abstract_mesh()
     return implementation == "cudnn" or not mesh.empty or jax.device_count() == 1
-
-
-def _device():
-    """The device that is compiled for: that of the mesh in context, or the default one."""
-    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]

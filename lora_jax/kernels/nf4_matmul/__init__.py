@@ -11,6 +11,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
+from lora_jax import context_mesh
 from lora_jax.kernels.nf4_matmul import mosaic_gpu, mosaic_tpu, reference
 
 Implementation = Literal["xla", "mosaic_gpu", "mosaic_tpu"]
@@ -102,7 +103,7 @@ def _run(implementation, transpose, x, codes, absmax):
     if implementation == "mosaic_gpu":
         kernel = partial(mosaic_gpu.matmul, transpose=transpose)
     else:
-        kind = _device().device_kind
+        kind = context_mesh.device().device_kind
         kernel = partial(mosaic_tpu.matmul, transpose=transpose, device_kind=kind)
     return over_rows(kernel, x, codes, absmax)
 
@@ -137,7 +138,7 @@ def _lack(implementation, x, codes, absmax) -> str | None:
         return f"is not one of {', '.join(get_args(Implementation))}"
     if implementation == "xla":
         return None
-    device = _device()
+    device = context_mesh.device()
     if implementation == "mosaic_gpu" and not HOPPER.search(device.device_kind):
         return f"needs a Hopper GPU, and this program is for a {device.device_kind}"
     if implementation == "mosaic_tpu" and device.platform != "tpu":
@@ -160,11 +161,6 @@ def _on_one_device() -> bool:
     if mesh.empty:
         return jax.device_count() == 1
     return mesh.size == 1 or set(mesh.manual_axes) == set(mesh.axis_names)
-
-
-def _device():
-    """The device that is compiled for: that of the mesh in context, or the default one."""
-    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
 
 
 def _check(x: jax.Array, codes: jax.Array, absmax: jax.Array) -> None:
