@@ -4,23 +4,21 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ml_collections import ConfigDict
 
+from experiments.harness.outcome import Outcome
 from lora_jax.interop import Pretrained, peft
 from lora_jax.interop.writing import appearing
 from lora_jax.parallel import hosts
 from lora_jax.transform import Delta
 
-if TYPE_CHECKING:
-    from experiments.harness.run import Outcome
-
 
 def save(
     config: ConfigDict,
     model: Pretrained,
-    outcomes: Sequence["Outcome"],
+    outcomes: Sequence[Outcome],
     folder: Path,
     base_fingerprint: str,
     log: Callable[[dict[str, Any]], None],
@@ -29,7 +27,7 @@ def save(
     wanted = [o for o in outcomes if o.arm.in_peft and o.progress.stopped != "diverged"]
     deltas = [hosts.whole(outcome.delta) for outcome in wanted]
 
-    def write_one(outcome: "Outcome", delta: Delta, target: Path) -> None:
+    def write_one(outcome: Outcome, delta: Delta, target: Path) -> None:
         card = peft.model_card(
             model.params,
             delta,

@@ -12,7 +12,7 @@ import lora_jax as lora
 from experiments.harness import devices, plan, setup
 from experiments.harness.arms import AnyMethod, Arm
 from experiments.harness.costs import step_costs
-from experiments.harness.run import Outcome
+from experiments.harness.outcome import Outcome
 from lora_jax.weights import PyTree
 
 

@@ -16,8 +16,9 @@ from ml_collections import ConfigDict, config_flags
 
 from experiments.harness import plan, report, setup
 from experiments.harness.arms import Arm
+from experiments.harness.outcome import Outcome
 from experiments.harness.progress import console, reporting
-from experiments.harness.run import Outcome, no_more, run
+from experiments.harness.run import no_more, run
 from lora_jax.data import default_cache_dir
 from lora_jax.parallel import hosts
 from lora_jax.training import records

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from ml_collections import ConfigDict
 import lora_jax as lora
 from experiments.harness import adapters, devices, setup
 from experiments.harness.arms import Arm, same_kind, same_step
+from experiments.harness.outcome import Outcome, best, row
 from experiments.harness.samples import sample
 from lora_jax import data, paths, training
 from lora_jax.interop import Pretrained
@@ -28,19 +28,6 @@ from lora_jax.transform import Delta
 from lora_jax.weights import PyTree, is_weight
 
 Log = Callable[[dict[str, Any]], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """What became of an arm: its delta, its own shapes restored, and its progress.
-
-    The delta is one of the model as loaded, also where training began by correcting that.
-    """
-
-    arm: Arm
-    delta: Delta
-    progress: ArmProgress
-    counts: lora.Description
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,8 +100,8 @@ def run(
     adapters.save(config, model, outcomes, workdir / "adapters", shared.fingerprint, log)
     return {
         "base": {"name": model.name, "source": model.source, "val_loss": shared.base_loss},
-        "arms": [_row(outcome) for outcome in outcomes],
-        "samples": sample(config, model, _best(outcomes), log),
+        "arms": [row(outcome) for outcome in outcomes],
+        "samples": sample(config, model, best(outcomes), log),
         "seconds": time.time() - started,
     }
 
@@ -276,34 +263,3 @@ def _schedule(config: ConfigDict) -> Schedule:
         log_every=settings.log_every,
         patience=settings.patience or None,
     )
-
-
-def _row(outcome: Outcome) -> dict[str, Any]:
-    arm, progress, counts = outcome.arm, outcome.progress, outcome.counts
-    loss = None if progress.stopped == "diverged" else progress.val_loss
-    return {
-        "name": arm.name,
-        "label": arm.label,
-        "group": arm.group,
-        "rank": arm.rank,
-        "targets": arm.targets,
-        "learning_rate": arm.learning_rate,
-        "seed": arm.seed,
-        "trainable_params": counts.trainable_params,
-        "trainable_percent": counts.trainable_percent,
-        "train_loss": progress.train_loss,
-        "val_loss": loss,
-        "perplexity": None if loss is None else math.exp(loss),
-        "tokens_per_second": progress.tokens_per_second,
-        "stopped": progress.stopped,
-    }
-
-
-def _best(outcomes: Sequence[Outcome]) -> Outcome | None:
-    """The arm of the lowest validation loss."""
-    best, lowest = None, math.inf
-    for outcome in outcomes:
-        loss = outcome.progress.val_loss
-        if outcome.progress.stopped != "diverged" and loss is not None and loss < lowest:
-            best, lowest = outcome, loss
-    return best

@@ -1,7 +1,7 @@
 """What the model says before and after."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -9,20 +9,18 @@ from ml_collections import ConfigDict
 
 import lora_jax as lora
 from experiments.harness import setup
+from experiments.harness.outcome import Outcome
 from lora_jax import data
 from lora_jax.interop import Pretrained
 from lora_jax.models import llama
 from lora_jax.models.generate import generate
 from lora_jax.parallel import hosts
 
-if TYPE_CHECKING:
-    from experiments.harness.run import Outcome
-
 
 def sample(
     config: ConfigDict,
     model: Pretrained,
-    best: "Outcome | None",
+    best: Outcome | None,
     log: Callable[[dict[str, Any]], None],
 ) -> list[dict[str, str]]:
     """Greedy answers to the first validation prompts, by the base and by the best arm."""

@@ -29,7 +29,8 @@ def quantize_in_parts(
       read: the matrix `[stack..., d_in, d_out]` at one slice an axis.
 
     Raises:
-      ValueError: in every process, if what one of them reads holds NaN or infinity.
+      ValueError: in every process, if one of them cannot read or quantise its part, which may hold
+        NaN or infinity.
     """
     blocks = like.absmax.shape
     made: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # codes and absmax, by place in the matrix
@@ -76,7 +77,7 @@ def _failing_together(sharding: Sharding) -> Iterator[None]:
     if not sharding.is_fully_addressable:
         failed = bool(np.any(multihost_utils.process_allgather(failed)))
     if failed:
-        raise error or ValueError("the part of another process holds NaN or infinity.")
+        raise error or ValueError("another process cannot quantise its part of it, and says why.")
 
 
 def _cut(array: np.ndarray, sharding: Sharding) -> jax.Array:
