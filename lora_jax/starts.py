@@ -62,7 +62,7 @@ def loftq_start(
       `(base, delta)`, of the structures and shapes given.
 
     Raises:
-      KeyError: where `params` lacks a path of the delta whose base is quantised.
+      ValueError: where `params` lacks a path of the delta whose base is quantised.
     """
     flat = paths.flatten(base, is_leaf=is_weight)
     original = paths.flatten(params)
@@ -71,6 +71,10 @@ def loftq_start(
         weight = flat.get(path)
         if not isinstance(node, LowRank) or not isinstance(weight, Weight):
             continue
+        if path not in original:
+            raise ValueError(
+                f"{path}: the delta adapts it, and params, the original weights, lack it."
+            )
         target = node.layout.to_matrix(original[path]).astype(jnp.float32)
         for turn in range(iterations):
             if turn:

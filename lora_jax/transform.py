@@ -165,9 +165,19 @@ def unmerge(params: PyTree, delta: Delta) -> PyTree:
       delta: what was merged.
 
     Raises:
-      ValueError: for a method without a merged form, or a delta that does not fit the tree.
+      ValueError: for a method without a merged form, a delta that does not fit the tree, or a
+        weight that is quantised.
     """
-    return _map_adapted(params, delta, lambda node, weight: node.unmerge(weight))
+
+    def unmerged(node, weight):
+        if is_weight(weight):
+            raise ValueError(
+                f"{type(weight).__name__} cannot be unmerged: its codes were chosen for the merged "
+                "weight. Keep the base, or dequantize(params) first and take the difference."
+            )
+        return node.unmerge(weight)
+
+    return _map_adapted(params, delta, unmerged)
 
 
 def delta_nodes(delta: Delta) -> dict[str, DeltaNode]:

@@ -142,6 +142,13 @@ def test_loftq_approaches_the_original_weights():
     assert errors[0] > errors[1] > errors[2] > errors[3]
 
 
+def test_loftq_wants_the_original_of_every_adapted_weight():
+    base = {"layers": {"q_proj": coarse(PARAMS["layers"]["q_proj"])}, "out": PARAMS["out"]}
+    _, delta = made("kaiming", base)
+    with pytest.raises(ValueError, match="layers/q_proj: the delta adapts it, and params, the ori"):
+        lora.loftq_start({"out": PARAMS["out"]}, base, delta)
+
+
 def test_other_nodes_pass_through():
     base, delta = lora.lora_transform(PARAMS, lora.Full(), targets="out", key=KEY)
     assert lora.as_plain_lora(delta, delta)["out"] is delta["out"]

@@ -357,6 +357,14 @@ def test_tree_without_an_adapted_path(call):
         call(renamed, delta)
 
 
+def test_a_quantised_weight_is_not_unmerged():
+    params = {"q_proj": jnp.ones((8, 4))}
+    base, delta = lora.lora_transform(params, lora.LoRA(rank=2), key=jax.random.key(0))
+    merged = lora.quantize(lora.merge(base, delta), "nf4", block_size=8)
+    with pytest.raises(ValueError, match="q_proj: NF4 cannot be unmerged: .* Keep the base, or"):
+        lora.unmerge(merged, delta)
+
+
 @pytest.mark.parametrize("method", [lora.LoRA(rank=2), lora.Full()], ids=["LoRA", "Full"])
 @pytest.mark.parametrize("call", [lora.bind, lora.merge, lora.unmerge])
 def test_tree_whose_shapes_changed(call, method):

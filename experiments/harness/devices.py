@@ -1,5 +1,6 @@
 """The devices of a run, as `config.parallel` says."""
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -48,6 +49,14 @@ def mesh_of(config: ConfigDict, devices: Devices = None) -> Mesh | None:
     return None
 
 
+def while_loading(config: ConfigDict) -> contextlib.AbstractContextManager:
+    """Keeps what no `Place` spreads, the packed weights of bitsandbytes, in the host's memory until
+    `Execution.base` does."""
+    if mesh_of(config) is None:
+        return contextlib.nullcontext()
+    return jax.default_device(jax.local_devices(backend="cpu")[0])
+
+
 def execution(config: ConfigDict, params: PyTree, devices: Devices = None) -> Execution:
     """How steps run over these params.
 
@@ -67,6 +76,8 @@ def _require_rows(config: ConfigDict, mesh: Mesh | None, devices: Devices) -> No
         axis, count = AXIS, len(jax.devices() if devices is None else devices)
     else:
         axis, count = FSDP, 1 if mesh is None else mesh.shape[FSDP]
+    if config.train.accumulate < 1:
+        raise ValueError(f"config.train.accumulate={config.train.accumulate}: expected 1 or more.")
     splits = {"config.train.accumulate": config.train.accumulate, axis: count}
     unit, rows = math.prod(splits.values()), config.data.batch_size
     if rows % unit:

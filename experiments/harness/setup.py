@@ -47,7 +47,8 @@ def load_model(config: ConfigDict) -> Pretrained:
     dtype = jnp.dtype(config.model.dtype)
     if config.model.source != "random":
         format = None if config.base.quantize == "none" else _format(config)
-        return load(config.model.source, dtype=dtype, place=devices.placed(config, format))
+        with devices.while_loading(config):
+            return load(config.model.source, dtype=dtype, place=devices.placed(config, format))
     shape = shape_of(config)
     return Pretrained(
         params=as_configured(config, llama.init(shape, key=jax.random.key(0), dtype=dtype)),

@@ -5,11 +5,13 @@ import json
 
 import command
 import jax
+import jax.numpy as jnp
 import pytest
 
 import lora_jax as lora
 from configs import tiny
 from experiments.harness import arms, progress, report, run
+from lora_jax.interop import save_huggingface
 
 
 def configured(**train):
@@ -75,3 +77,19 @@ def test_sizes_taken_from_another_shape_are_refused():
     config.model.shape = "smollm2-135m"
     with pytest.raises(ValueError, match="is not the shape of tiny. Give the model's own: one of"):
         run.setup.require_shape(config, model)
+
+
+def test_packed_weights_wait_on_the_host_for_the_mesh(tmp_path):
+    """Here a CPU that is not the default device stands for the host."""
+    config = configured()
+    model = run.setup.load_model(config)
+    packed = dataclasses.replace(model, params=lora.quantize(model.params, "nf4"))
+    save_huggingface(tmp_path / "packed", packed)
+    config.model.source = str(tmp_path / "packed")
+    config.parallel.mode = "fsdp"
+    host, other = jax.devices()[0], jax.devices()[3]
+    with jax.default_device(other):
+        assert jnp.zeros(1).devices() == {other}
+        params = run.setup.load_model(config).params
+    assert params["layers"]["mlp"]["up_proj"].codes.devices() == {host}
+    assert len(params["embed"].devices()) == 8
