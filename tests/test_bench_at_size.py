@@ -15,6 +15,7 @@ pytestmark = pytest.mark.mixed_dtypes
 TINY = SHAPES["tiny"]
 
 
+@pytest.mark.slow
 def test_a_setting_is_measured(monkeypatch):
     """What a CPU cannot say is said to be missing."""
     monkeypatch.setitem(bench_train.SETTINGS, "short", (True, 1, 32, "full"))
