@@ -24,7 +24,7 @@ def save(
     log: Callable[[dict[str, Any]], None],
 ) -> None:
     """Writes what is not there yet and PEFT has a form for; `log` hears of what it has none for."""
-    wanted = [o for o in outcomes if o.arm.in_peft and o.progress.stopped != "diverged"]
+    wanted = [o for o in outcomes if o.arm.in_peft and not o.diverged]
     deltas = [hosts.whole(outcome.delta) for outcome in wanted]
 
     def write_one(outcome: Outcome, delta: Delta, target: Path) -> None:

@@ -111,13 +111,14 @@ def compile_step(config: ConfigDict, machine: Machine) -> Compiled:
 
 def abstract_step(config: ConfigDict, machine: Machine) -> Step:
     """The step as `experiments.harness.run` builds it, and its arguments by shape and place."""
-    arms, mesh = same_kind(rank_arms(config))[0], _mesh(config, machine)
+    everyone, mesh = rank_arms(config), _mesh(config, machine)
+    arms = same_kind(everyone)[0]
     base = abstract_params(config)
     execution = devices.execution(config, base, machine.devices)
     mode = config.sweep.mode
     if mode == "auto":
         mode = "in_turn" if machine.chip.platform == "cpu" else "batched"
-    devices.require_even_arms(config, rank_arms(config), mode)
+    devices.require_even_arms(config, everyone, mode)
     stacked = mode == "batched"
     state = _states(base, arms, optimizer(config, arms[0]), stacked)
     if AXIS in mesh.shape or mesh.size == 1:

@@ -1,7 +1,6 @@
 """Methods side by side: their arms, and what is to be said of them."""
 
 import dataclasses
-import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -68,7 +67,7 @@ def more_seeds(config: ConfigDict, outcomes: Sequence[Outcome]) -> list[Arm]:
     """The further seeds of each method, at the learning rate that was best with the first."""
     first, *others = config.methods.seeds
     best: dict[str, Arm] = {}
-    for outcome in sorted(outcomes, key=_loss):
+    for outcome in sorted(outcomes, key=lambda outcome: outcome.order):
         if outcome.arm.seed == first:
             best.setdefault(outcome.arm.label, outcome.arm)
     trained = {outcome.arm.name for outcome in outcomes}
@@ -146,11 +145,6 @@ def _with_seed(arm: Arm, seed: int) -> Arm:
 
 def _labels(outcomes: Sequence[Outcome]) -> list[str]:
     return list(dict.fromkeys(outcome.arm.label for outcome in outcomes))
-
-
-def _loss(outcome: Outcome) -> float:
-    loss = outcome.progress.val_loss
-    return math.inf if outcome.progress.stopped == "diverged" or loss is None else loss
 
 
 def _trained(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

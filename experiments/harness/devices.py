@@ -129,4 +129,7 @@ def placed(config: ConfigDict, format: Mapping[str, Any] | None) -> Place:
         spec = parallel.spec_of(path, leaf, parallel.LLAMA_RULES)
         return parallel.leaf_sharding(mesh, path, leaf, spec)
 
-    return sharded(sharding, None if format is None else quantizer(**format))
+    place = sharded(sharding)
+    if format is None:
+        return place
+    return parallel.quantized_in_parts(sharding, quantizer(**format), place)

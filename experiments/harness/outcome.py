@@ -23,11 +23,25 @@ class Outcome:
     progress: ArmProgress
     counts: lora.Description
 
+    @property
+    def diverged(self) -> bool:
+        return self.progress.stopped == "diverged"
+
+    @property
+    def val_loss(self) -> float | None:
+        """The last; None where the arm diverged since."""
+        return None if self.diverged else self.progress.val_loss
+
+    @property
+    def order(self) -> float:
+        """By which the best outcome comes first: `val_loss`, infinite where there is none."""
+        return math.inf if self.val_loss is None else self.val_loss
+
 
 def row(outcome: Outcome) -> dict[str, Any]:
     """What `results.json` says of an arm."""
     arm, progress, counts = outcome.arm, outcome.progress, outcome.counts
-    loss = None if progress.stopped == "diverged" else progress.val_loss
+    loss = outcome.val_loss
     return {
         "name": arm.name,
         "label": arm.label,
@@ -48,9 +62,5 @@ def row(outcome: Outcome) -> dict[str, Any]:
 
 def best(outcomes: Sequence[Outcome]) -> Outcome | None:
     """The arm of the lowest validation loss."""
-    found, lowest = None, math.inf
-    for outcome in outcomes:
-        loss = outcome.progress.val_loss
-        if outcome.progress.stopped != "diverged" and loss is not None and loss < lowest:
-            found, lowest = outcome, loss
-    return found
+    finite = (outcome for outcome in outcomes if outcome.order < math.inf)
+    return min(finite, key=lambda outcome: outcome.order, default=None)

@@ -91,7 +91,7 @@ def run(
                     ended += _train(shared, kind, sweep, stop_requested)
                 group = more(ended)
             outcomes += ended
-    if all(outcome.progress.stopped == "diverged" for outcome in outcomes):
+    if all(outcome.diverged for outcome in outcomes):
         raise ValueError(
             "the loss of every arm stopped being a number. Lower config.train.learning_rate, or "
             "warm up for longer; the checkpoints before are kept."

@@ -1,7 +1,6 @@
 """Leaves that still lie in their file, and what becomes of each as soon as it is read."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.quant import Blockwise, quantize_in_parts, quantizer
+from lora_jax.quant import quantizer
 
 Index = tuple[slice, ...]
 
@@ -68,26 +67,11 @@ def quantized(format: str, **options: Any) -> Place:
     return lambda path, leaf: finish(path, leaf.read())
 
 
-def sharded(
-    sharding: Callable[[str, Any], Any], finish: Callable[[str, Any], Any] | None = None
-) -> Place:
+def sharded(sharding: Callable[[str, StoredLeaf], jax.sharding.Sharding]) -> Place:
     """Places each leaf by the sharding of its path and shape; a process reads only what its devices
-    hold.
+    hold. `parallel.quantized_in_parts` quantises them as well."""
 
-    Args:
-      sharding: of a path and a leaf, or of a quantised weight: then a tree like it.
-      finish: from `quantizer`: leaves are quantised as they are read, part by part.
-    """
-
-    def place(path: str, leaf: StoredLeaf) -> Any:
-        abstract = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-        like = jax.eval_shape(functools.partial(finish, path), abstract) if finish else abstract
-        lying = sharding(path, like)
-        if isinstance(like, Blockwise):
-            try:
-                return quantize_in_parts(like, lying, leaf.read)
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from error
+    def place(path: str, leaf: StoredLeaf) -> jax.Array:
         parts: dict[str, np.ndarray] = {}
 
         def part(index: Index | None) -> np.ndarray:  # of replicas, the first reads
@@ -95,6 +79,8 @@ def sharded(
                 parts[str(index)] = leaf.read(index)
             return parts[str(index)]
 
-        return jax.make_array_from_callback(leaf.shape, lying, part, dtype=leaf.dtype)
+        return jax.make_array_from_callback(
+            leaf.shape, sharding(path, leaf), part, dtype=leaf.dtype
+        )
 
     return place

@@ -10,6 +10,7 @@ from lora_jax.parallel.rules import LLAMA_RULES as LLAMA_RULES
 from lora_jax.parallel.rules import match_specs as match_specs
 from lora_jax.parallel.rules import spec_of as spec_of
 from lora_jax.parallel.sharded import over_mesh as over_mesh
+from lora_jax.parallel.sharded_quantize import quantized_in_parts as quantized_in_parts
 from lora_jax.parallel.shardings import base_shardings as base_shardings
 from lora_jax.parallel.shardings import batch_sharding as batch_sharding
 from lora_jax.parallel.shardings import delta_shardings as delta_shardings

@@ -13,4 +13,3 @@ from lora_jax.quant.double import DoubleQuantized as DoubleQuantized
 from lora_jax.quant.quantize import dequantize as dequantize
 from lora_jax.quant.quantize import quantize as quantize
 from lora_jax.quant.quantize import quantizer as quantizer
-from lora_jax.quant.spread import quantize_in_parts as quantize_in_parts

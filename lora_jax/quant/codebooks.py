@@ -2,16 +2,9 @@
 
 import numpy as np
 
-# Quantiles of the normal distribution (Dettmers et al. 2023, arXiv:2305.14314, appendix E).
-NF4 = np.array(
-    [
-        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
-        -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-        0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-    ],
-    np.float32,
-)  # fmt: skip
+from lora_jax.kernels.nf4_matmul.reference import CODEBOOK
+
+NF4 = CODEBOOK
 
 # A sign, two bits of exponent and one of mantissa, as the QLoRA paper's FP4 and OCP's MX formats
 # (Rouhani et al. 2023, arXiv:2310.10537) have it.

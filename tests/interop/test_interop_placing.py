@@ -104,7 +104,8 @@ def test_quantised_in_parts_as_the_whole_would_be(sources, spec, double_quant):
             read[path] += amount
 
         counted = dataclasses.replace(leaf, on_read=count)
-        return sharded(lying, lora.quant.quantizer("nf4", **how))(path, counted)
+        finish = lora.quant.quantizer("nf4", **how)
+        return parallel.quantized_in_parts(lying, finish, sharded(lying))(path, counted)
 
     placed = load(sources["gguf"], place=place).params
     expected = lora.quantize(load(sources["gguf"]).params, "nf4", **how)

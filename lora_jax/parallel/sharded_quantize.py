@@ -2,36 +2,60 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
+from lora_jax.parallel import hosts
 from lora_jax.quant import storage
 from lora_jax.quant.blockwise import Blockwise
 from lora_jax.quant.double import DoubleQuantized
 
 
-def quantize_in_parts(
-    like: Blockwise, lying: Any, read: Callable[[tuple[slice, ...]], np.ndarray]
-) -> Blockwise:
-    """The weight whose matrix `read` gives in parts; a process reads those of its own devices.
+def quantized_in_parts(
+    sharding: Callable[[str, Any], Any],
+    finish: Callable[[str, Any], Any],
+    otherwise: Callable[[str, Any], Any],
+) -> Callable[[str, Any], Any]:
+    """A `Place` for loaders: quantises each leaf as it is read, every process the parts that its
+    own devices hold.
 
-    Double quantisation needs the absmax of whole layers, so that all processes must call this: 1/64
-    of the weights, at blocks of 64, goes between them.
+    Double quantisation needs the absmax of whole layers, so that all processes must load alike:
+    1/64 of the weights, at blocks of 64, goes between them.
 
     Args:
-      like: the weight, abstract.
-      lying: a tree like it, with the sharding of each array, which cuts no block.
-      read: the matrix `[stack..., d_in, d_out]` at one slice an axis.
+      sharding: of a path and a quantised weight, a tree like it, which cuts no block.
+      finish: from `quantizer`.
+      otherwise: places the leaves that it does not target.
 
     Raises:
-      ValueError: in every process, if one of them cannot read or quantise its part, which may hold
-        NaN or infinity.
+      ValueError: in every process, naming the path, if one of them cannot read or quantise its
+        part, which may hold NaN or infinity.
     """
+
+    def place(path: str, leaf: Any) -> Any:
+        abstract = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        like = jax.eval_shape(functools.partial(finish, path), abstract)
+        if not isinstance(like, Blockwise):
+            return otherwise(path, leaf)
+        lying = sharding(path, like)
+        try:
+            return _made(like, lying, leaf.read)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    return place
+
+
+def _made(
+    like: Blockwise, lying: Any, read: Callable[[tuple[slice, ...]], np.ndarray]
+) -> Blockwise:
+    """The weight like `like`, its arrays lying as `lying` has them, of the matrix that `read` gives
+    at one slice an axis."""
     blocks = like.absmax.shape
     made: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # codes and absmax, by place in the matrix
 
@@ -57,11 +81,9 @@ def quantize_in_parts(
     if not isinstance(like.absmax, DoubleQuantized):
         absmax: Any = spread(1, blocks, lying.absmax)
     else:
-        single = spread(1, blocks, lying.absmax.codes)
-        if not single.is_fully_addressable:
-            single = multihost_utils.process_allgather(single, tiled=True)
-        nested: Any = storage.store_doubly(np.asarray(single))
-        absmax = jax.tree.map(_cut, DoubleQuantized(*nested), lying.absmax)
+        single = np.asarray(hosts.whole(spread(1, blocks, lying.absmax.codes)))
+        nested: Any = storage.store_doubly(single)
+        absmax = hosts.place(DoubleQuantized(*nested), lying.absmax)
     return dataclasses.replace(cast(Any, like), codes=codes, absmax=absmax)
 
 
@@ -75,10 +97,6 @@ def _failing_together(sharding: Sharding) -> Iterator[None]:
         error = raised
     failed = error is not None
     if not sharding.is_fully_addressable:
-        failed = bool(np.any(multihost_utils.process_allgather(failed)))
+        failed = any(hosts.exchange(failed))
     if failed:
         raise error or ValueError("another process cannot quantise its part of it, and says why.")
-
-
-def _cut(array: np.ndarray, sharding: Sharding) -> jax.Array:
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
