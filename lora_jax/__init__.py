@@ -2,6 +2,7 @@
 
 from lora_jax.adapt import adapt as adapt
 from lora_jax.adapt import infer_layouts as infer_layouts
+from lora_jax.adapted import Adapted as Adapted
 from lora_jax.allocation import allocate_ranks as allocate_ranks
 from lora_jax.allocation import gradient_importance as gradient_importance
 from lora_jax.allocation import input_covariances as input_covariances
@@ -40,7 +41,6 @@ from lora_jax.transform import lora_transform as lora_transform
 from lora_jax.transform import merge as merge
 from lora_jax.transform import unmerge as unmerge
 from lora_jax.version import __version__ as __version__
-from lora_jax.weights import Adapted as Adapted
 from lora_jax.weights import Weight as Weight
 from lora_jax.weights import embed as embed
 from lora_jax.weights import linear as linear

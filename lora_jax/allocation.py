@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import flax.struct
 import jax
@@ -14,9 +14,11 @@ from lora_jax import paths
 from lora_jax.layouts import Layout
 from lora_jax.methods import DeltaNode, LoRA, Method
 from lora_jax.methods.decompositions import each_layer
+from lora_jax.products import Product
+from lora_jax.schema import leaf
 from lora_jax.targets import Targets
 from lora_jax.transform import bind, delta_nodes, lora_transform
-from lora_jax.weights import PyTree, linear
+from lora_jax.weights import PyTree
 
 
 def allocate_ranks(
@@ -107,38 +109,28 @@ def input_covariances(
     """
     base, probes = lora_transform(params, _Probe(), targets=targets, key=jax.random.key(0))
     found = jax.grad(lambda probes: loss(bind(base, probes)))(probes)
-    return {p: _covariance(cast(_Sums, node).sums) for p, node in delta_nodes(found).items()}
+    return {p: _covariance(cast(_ProbeNode, node).sums) for p, node in delta_nodes(found).items()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Probe(Method):
-    def fresh(self, weight: Any, *, layout: Layout, key: jax.Array) -> "_Sums":
-        del key
+    def init_node(self, path: str, weight: Any, *, layout: Layout, key: jax.Array) -> "_ProbeNode":
+        del path, key
         stack, (d_in,), _ = layout.split(weight.shape)
-        return _Sums(sums=jnp.zeros((*stack, d_in + 1, d_in + 1), jnp.float32))
+        return _ProbeNode(sums=jnp.zeros((*stack, d_in + 1, d_in + 1), jnp.float32))
 
 
 @flax.struct.dataclass
-class _Sums(DeltaNode):
+class _ProbeNode(DeltaNode):
     """Sums over inputs of `[x, 1] [x, 1]^T`, `[stack..., d_in + 1, d_in + 1]`."""
 
-    sums: jax.Array
+    own_axes = ("moment",)
+    unmerged = "a probe has no merged form."
 
-    @property
-    def stack_ndim(self) -> int:
-        return self.sums.ndim - 2
+    sums: jax.Array = leaf("stack moment moment")
 
-    def linear(self, x: jax.Array, base: Any, dropout_key: jax.Array | None) -> jax.Array:
-        return linear(_probed(x, self.sums), base)
-
-    def merge(self, base: Any) -> jax.Array:
-        raise ValueError("a probe has no merged form.")
-
-    def unmerge(self, merged: jax.Array) -> jax.Array:
-        return self.merge(merged)
-
-    def trainable(self) -> Self:
-        return dataclasses.replace(cast(Any, self), sums=True)
+    def pre(self, x: Any, product: Product) -> Any:
+        return _probed(x, self.sums)
 
 
 @jax.custom_vjp

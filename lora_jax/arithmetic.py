@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from lora_jax import paths
 from lora_jax.layouts import Layout
-from lora_jax.methods import LoRA, LowRank, Method
+from lora_jax.methods import LoRA, LoRANode, Method
 from lora_jax.methods.decompositions import each_layer, truncated_svd
 from lora_jax.targets import Targets
 from lora_jax.transform import Delta, delta_nodes, lora_transform
@@ -53,7 +53,7 @@ def combine(
     for path in dict.fromkeys(path for member in members for path in member):
         found = [(w, m[path]) for w, m in zip(weights, members, strict=True) if path in m]
         for _, node in found:
-            if not isinstance(node, LowRank):
+            if not isinstance(node, LoRANode):
                 raise ValueError(f"{path}: only LoRA can be combined, not {type(node).__name__}.")
         nodes: list[Any] = [node for _, node in found]
         whole = _concatenated(nodes, [w for w, _ in found])
@@ -91,7 +91,7 @@ def extract(
     before, after = (paths.flatten(tree, is_leaf=is_weight) for tree in (base, tuned))
     found = {}
     for path, node in delta_nodes(fresh).items():
-        if not isinstance(node, LowRank):
+        if not isinstance(node, LoRANode):
             raise ValueError(f"{path}: only LoRA can be extracted, not {type(node).__name__}.")
         if path not in after or after[path].shape != before[path].shape:
             raise ValueError(f"{path}: the tuned tree has no weight of shape {before[path].shape}.")
@@ -104,7 +104,7 @@ def extract(
     return paths.nest(found)
 
 
-def _concatenated(nodes: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
+def _concatenated(nodes: Sequence[LoRANode], weights: Sequence[float]) -> LoRANode:
     first = nodes[0]
     a = jnp.concatenate([node.a for node in nodes], axis=-1)
     parts = [
@@ -116,7 +116,7 @@ def _concatenated(nodes: Sequence[LowRank], weights: Sequence[float]) -> LowRank
     return dataclasses.replace(first, a=a, b=b, scale=jnp.ones_like(first.scale))
 
 
-def _cut(node: LowRank, rank: int) -> LowRank:
+def _cut(node: LoRANode, rank: int) -> LoRANode:
     """The best approximation at a smaller rank, without building the update."""
     matrix = node.as_matrix()
     if rank >= node.rank:
@@ -127,7 +127,7 @@ def _cut(node: LowRank, rank: int) -> LowRank:
     return _with_factors(node, q_in @ a, b @ jnp.swapaxes(q_out, -1, -2))
 
 
-def _sparse(nodes, weights, how, rank, density, key, path) -> LowRank:
+def _sparse(nodes, weights, how, rank, density, key, path) -> LoRANode:
     first, stack = nodes[0], nodes[0].scale.shape
     updates = []
     for i, node in enumerate(nodes):
@@ -176,7 +176,7 @@ def _factors(matrix: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
     return each_layer(split, matrix)
 
 
-def _with_factors(node: LowRank, a: jax.Array, b: jax.Array) -> LowRank:
+def _with_factors(node: LoRANode, a: jax.Array, b: jax.Array) -> LoRANode:
     stack, rank = node.scale.shape, a.shape[-1]
     d_in, d_out = node.a.shape[len(stack) : -1], node.b.shape[len(stack) + 1 :]
     return dataclasses.replace(

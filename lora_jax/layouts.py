@@ -37,7 +37,7 @@ class Layout:
           ValueError: if the axes are not negative, not distinct, or more than `shape` has.
         """
         axes = (*self.contracted, *self.output)
-        distinct = len(set(axes)) == len(axes) and self.contracted and self.output
+        distinct = len(set(axes)) == len(axes) and bool(self.contracted) == bool(self.output)
         if not distinct or not all(-len(shape) <= axis < 0 for axis in axes):
             raise ValueError(
                 f"{self} does not fit shape {tuple(shape)}: expected distinct negative axes, at "
@@ -66,3 +66,7 @@ class Layout:
         order = (*self.stack_axes(len(shape)), *self.contracted, *self.output)
         places = [order.index(axis) for axis in range(-len(shape), 0)]
         return jnp.transpose(matrix.reshape(*stack, *d_in, *d_out), places)
+
+
+# Of a leaf that is adapted entry by entry, of any shape: all its axes are stack axes.
+ENTRIES = Layout(contracted=(), output=())

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lora_jax.adapted import Adapted
 from lora_jax.methods import DeltaNode, LowRank
 from lora_jax.methods.decompositions import each_layer
 from lora_jax.paths import path_name
-from lora_jax.weights import Adapted, PyTree
+from lora_jax.weights import PyTree
 
 
 def trainable_mask(tree: PyTree) -> PyTree:

@@ -2,12 +2,13 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 
 from lora_jax import paths
-from lora_jax.methods import DeltaNode, LowRank
+from lora_jax.methods import DeltaNode, LoRANode, LowRank
 from lora_jax.methods.decompositions import each_layer, truncated_svd
 from lora_jax.transform import Delta, delta_nodes
 from lora_jax.weights import PyTree, Weight, as_matrix, is_weight
@@ -28,7 +29,7 @@ def eva_start(delta: Delta, covariances: Mapping[str, jax.Array]) -> Delta:
     """
     nodes: dict[str, DeltaNode] = dict(delta_nodes(delta))
     for path, node in nodes.items():
-        if not isinstance(node, LowRank):
+        if not isinstance(node, LoRANode):
             continue
         if path not in covariances:
             raise ValueError(
@@ -69,7 +70,7 @@ def loftq_start(
     nodes: dict[str, DeltaNode] = dict(delta_nodes(delta))
     for path, node in nodes.items():
         weight = flat.get(path)
-        if not isinstance(node, LowRank) or not isinstance(weight, Weight):
+        if not isinstance(node, LoRANode) or not isinstance(weight, Weight):
             continue
         if path not in original:
             raise ValueError(
@@ -86,34 +87,26 @@ def loftq_start(
     return tree, paths.nest(nodes)
 
 
-def as_plain_lora(delta: Delta, start: Delta) -> Delta:
-    """The delta of the original base that equals `delta` over the corrected one.
-
-    PiSSA and OLoRA move `scale * a0 @ b0` from the base into the delta; what training changed is
-    `scale * (a @ b - a0 @ b0)`, which is a plain adapter of twice the rank: `[a, a0] @ [b; -b0]`.
-
-    Args:
-      delta: as trained.
-      start: as `lora_transform` gave it, of the same settings and key. Nodes that are not LoRA's,
-        and paths that it lacks, are returned as they are in `delta`.
+def as_plain_lora(delta: Delta) -> Delta:
+    """The delta without the factors that PiSSA and OLoRA took from the weights: `scale * (a @ b -
+    a0 @ b0)` is a plain adapter of twice the rank, `[a, a0] @ [b; -b0]`.
 
     Returns:
-      A delta with `a [stack..., contracted..., 2 r]` and `b [stack..., 2 r, output...]`.
+      A delta with `a [stack..., contracted..., 2 r]` and `b [stack..., 2 r, output...]` where a
+      node has `a0` and `b0`; other nodes as they are.
     """
-    started = delta_nodes(start)
 
-    def plain(path: str, node: DeltaNode) -> DeltaNode:
-        first = started.get(path)
-        if not isinstance(node, LowRank) or not isinstance(first, LowRank):
+    def plain(node: DeltaNode) -> DeltaNode:
+        if not isinstance(node, LowRank) or node.a0 is None:
             return node
-        a = jnp.concatenate([node.a, first.a], axis=-1)
-        b = jnp.concatenate([node.b, -first.b], axis=node.stack_ndim)
-        return dataclasses.replace(node, a=a, b=b)
+        a = jnp.concatenate([node.a, node.a0], axis=-1)
+        b = jnp.concatenate([node.b, -cast(jax.Array, node.b0)], axis=node.stack_ndim)
+        return dataclasses.replace(node, a=a, b=b, a0=None, b0=None)
 
-    return paths.nest({path: plain(path, node) for path, node in delta_nodes(delta).items()})
+    return paths.nest({path: plain(node) for path, node in delta_nodes(delta).items()})
 
 
-def _fitted(node: LowRank, target: jax.Array, weight: jax.Array | Weight) -> LowRank:
+def _fitted(node: LoRANode, target: jax.Array, weight: jax.Array | Weight) -> LoRANode:
     """The node whose update is nearest to `target - weight`, by matrix."""
 
     def fit(quantised, target, scale):

@@ -69,11 +69,9 @@ def lora_transform(
         layout = layouts.get(match.path) or (weight.layout if is_weight(weight) else Layout())
         _require_float(match.path, weight)
         by_method.setdefault(match.method, {})[match.path] = weight
-        method_here = match.method.at(match.path)
-        node = _fresh(match.path, weight, method_here, layout, key)
+        node = _init_node(match.path, weight, match.method, layout, key)
         if node is not None:
             nodes[match.path] = node
-            flat[match.path] = method_here.corrected(weight, node)
     for chosen, weights in by_method.items():
         axes = {path: layouts.get(path) or Layout() for path in weights}
         nodes.update(chosen.extras(weights, layouts=axes, key=key))
@@ -115,18 +113,15 @@ def bind(
         if path in extras:
             continue
         _known(path, flat, "the delta adapts")
-        weight, node, ids = flat[path], node.resolve(extras), None
-        layers = node.stack_ndim
-        if adapter_ids is None:
-            node.check(path, weight)
-        else:
-            layers -= 1
-            jax.tree.map(lambda leaf: leaf[0], node).check(path, weight)
-            node, ids = _rows_behind_layers(node, layers), Shared(adapter_ids)
+        weight, ids = flat[path], None
+        one = node if adapter_ids is None else jax.tree.map(lambda leaf: leaf[0], node)
+        one.check(path, weight)
+        node = _resolved(path, node, weight, extras)
+        if adapter_ids is not None:
+            node, ids = _rows_behind_layers(node, one.stack_ndim), Shared(adapter_ids)
         keys = dropout_key
         if keys is not None:
-            stack = (weight.shape[axis] for axis in node.layout.stack_axes(weight.ndim))
-            keys = paths.keys_for(keys, path, tuple(stack)[:layers])
+            keys = paths.keys_for(keys, path, one.sizes().get("stack", ()))
         flat[path] = node.bind(weight, keys, ids)
     weights = _rebuilt(base, flat)
     for path, extra in extras.items():
@@ -196,12 +191,19 @@ def delta_nodes(delta: Delta) -> dict[str, DeltaNode]:
     return flat
 
 
-def _fresh(
+def _init_node(
     path: str, weight: Any, method: Method, layout: Layout, key: jax.Array
 ) -> DeltaNode | None:
     try:
         stack, _, _ = layout.split(weight.shape) if method.needs_matrix else ((), (), ())
-        return method.fresh(weight, layout=layout, key=paths.keys_for(key, path, stack))
+        return method.init_node(path, weight, layout=layout, key=paths.keys_for(key, path, stack))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _resolved(path: str, node: DeltaNode, weight: Any, extras: Mapping[str, Extra]) -> DeltaNode:
+    try:
+        return node.resolve(weight, extras)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -213,10 +215,10 @@ def _map_adapted(tree: PyTree, delta: Delta, change) -> PyTree:
     for path, node in nodes.items():
         if isinstance(node, Extra) and not node.in_weights:
             continue
-        node = node.resolve(extras)
         if not isinstance(node, Extra):
             _known(path, flat, "the delta adapts")
             node.check(path, flat[path])
+            node = _resolved(path, node, flat[path], extras)
         try:
             flat[path] = change(node, flat.get(path))
         except ValueError as error:

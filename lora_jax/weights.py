@@ -6,16 +6,18 @@ a model written with `linear` and `embed` takes them all without knowing any.
 """
 
 import abc
-import dataclasses
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, ClassVar
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from lora_jax import schema
 from lora_jax.layouts import Layout
+from lora_jax.schema import Shared as Shared
+from lora_jax.schema import is_shared
 
 PyTree = Any
 
@@ -27,7 +29,20 @@ UNSCALED = "adapter_unscaled"
 
 
 class Weight(abc.ABC):
-    """What may stand in a params tree instead of an array. Subclasses are registered pytrees."""
+    """What may stand in a params tree instead of an array. Subclasses are registered pytrees; one
+    that is to be sharded declares its leaves, see `lora_jax.schema`.
+
+    Attributes:
+      own_axes: the names of axes that are not the weight's.
+      split_axes: the sides of the matrix, "in" or "out", that a shard_map may split.
+    """
+
+    own_axes: ClassVar[tuple[str, ...]] = ()
+    split_axes: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        schema.check_class(cls, cls.own_axes)
 
     @property
     @abc.abstractmethod
@@ -75,15 +90,15 @@ class Weight(abc.ABC):
         return Layout()
 
     def partition(self, spec: PartitionSpec) -> "Weight":
-        """The same tree with the partition spec of each array, where a plain array's would be
-        `spec`, with an entry for each axis of the matrix `[stack..., d_in, d_out]`. Raises
-        ValueError where its blocks do not follow from the blocks of such an array."""
-        raise ValueError(f"{type(self).__name__} cannot be split by {spec}.")
+        """The same tree with the spec of each array in a shard_map that splits the matrix
+        `[stack..., d_in, d_out]` by `spec`. Raises ValueError where its blocks do not follow from
+        the blocks of such an array."""
+        return schema.local_specs(self, spec, self.split_axes)
 
     def placement(self, spec: PartitionSpec) -> "Weight":
-        """The same tree with the partition spec of each array on a mesh where a plain array would
-        lie by `spec`, with an entry for each of its axes."""
-        raise ValueError(f"{type(self).__name__} cannot lie on a mesh by {spec}.")
+        """The same tree with the sharding spec of each array where a plain array would have `spec`,
+        with an entry for each of its axes."""
+        return schema.specs(self, *self.layout.split(tuple(spec)))
 
     def as_matrix(self, layout: Layout) -> "Weight | jax.Array":
         """The same weight with its axes laid out as `[stack..., d_in, d_out]`."""
@@ -156,88 +171,6 @@ def vary(x: jax.Array, *, like: jax.Array) -> jax.Array:
     its gradient is summed over them."""
     missing = jax.typeof(like).manual_axis_type.varying - jax.typeof(x).manual_axis_type.varying
     return jax.lax.pcast(x, tuple(missing), to="varying") if missing else x
-
-
-@flax.struct.dataclass
-class Shared:
-    """A value that every layer of a stack reads whole: `scan_layers` does not slice it."""
-
-    value: Any
-
-
-def is_shared(leaf: Any) -> bool:
-    return isinstance(leaf, Shared)
-
-
-@flax.struct.dataclass
-class Adapted(Weight):
-    """A frozen weight bound to one delta node; what `bind` puts in an adapted leaf's place.
-
-    Attributes:
-      base: the frozen weight, an array or a quantised `Weight`.
-      node: the delta node that says what is added.
-      dropout_key: None, or one typed key for each stacked layer `[stack...]`.
-      adapter_ids: None, or `Shared` ids `[batch]` that pick each batch row's adapter; the node's
-        leaves then carry the axis of adapters right behind their stack axes.
-    """
-
-    base: jax.Array | Weight
-    node: Any
-    dropout_key: jax.Array | None = None
-    adapter_ids: Shared | None = None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.base.shape
-
-    @property
-    def dtype(self) -> Any:
-        return self.base.dtype
-
-    @property
-    def layout(self) -> Layout:
-        return self.node.layout
-
-    def partition(self, spec: PartitionSpec) -> "Adapted":
-        stack = PartitionSpec(*spec[:-2])
-        base = self.base.partition(spec) if isinstance(self.base, Weight) else spec
-        return dataclasses.replace(
-            self,
-            base=cast(Any, base),
-            node=self.node.partition(spec),
-            dropout_key=cast(Any, stack if self.dropout_key is not None else None),
-            adapter_ids=None if self.adapter_ids is None else Shared(PartitionSpec()),
-        )
-
-    def as_matrix(self, layout: Layout) -> "Adapted":
-        return dataclasses.replace(
-            self, base=as_matrix(self.base, layout), node=self.node.as_matrix()
-        )
-
-    @property
-    def T(self) -> "Adapted":  # noqa: N802
-        return dataclasses.replace(self, base=transpose(self.base), node=self.node.transposed())
-
-    def linear(self, x: jax.Array) -> jax.Array:
-        return self._each_row(lambda node, x: node.linear(x, self.base, self.dropout_key), x)
-
-    def embed(self, tokens: jax.Array) -> jax.Array:
-        return self._each_row(lambda node, ids: node.embed(ids, self.base), tokens)
-
-    def dense(self) -> jax.Array:
-        if self.adapter_ids is not None:
-            raise ValueError(
-                "a weight whose batch rows use different adapters has no single dense form: "
-                "bind one adapter, without adapter_ids."
-            )
-        return self.node.merge(self.base)
-
-    def _each_row(self, apply: Callable, x: jax.Array) -> jax.Array:
-        if self.adapter_ids is None:
-            return apply(self.node, x)
-        ids = self.adapter_ids.value
-        rows = jax.tree.map(lambda leaf: leaf[ids], self.node)
-        return jax.vmap(apply)(rows, x)
 
 
 def scan_layers(

@@ -13,8 +13,10 @@ ROOT = Path(lora_jax.__file__).parent
 LAYERS = [
     ["paths", "layouts", "version", "tables", "context_mesh"],
     ["targets", "kernels"],
+    ["schema"],
     ["weights"],
-    ["quant"],
+    ["quant", "products"],
+    ["adapted"],
     ["methods", "tracing"],
     ["transform", "adapt"],
     ["masks", "stacking", "arithmetic", "allocation", "starts", "fingerprint"],

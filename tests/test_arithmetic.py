@@ -133,7 +133,7 @@ def test_wrong_arguments(name):
 
 def test_other_methods_and_other_trees():
     _, ia3 = lora.lora_transform(PARAMS, lora.IA3(), key=KEY)
-    with pytest.raises(ValueError, match="down_proj: only LoRA can be combined, not Rescaled"):
+    with pytest.raises(ValueError, match="down_proj: only LoRA can be combined, not IA3Node"):
         combine([ia3], [1.0])
     with pytest.raises(ValueError, match="down_proj: the tuned tree has no weight of shape"):
         extract(PARAMS, {"layers": PARAMS["layers"]}, lora.LoRA(rank=1))

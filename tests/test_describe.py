@@ -59,7 +59,7 @@ def test_rows_name_path_rule_shape_and_rank():
     base, delta = cases.transform(cases.nested(), lora.LoRA(rank=2))
     rules = {"q_proj": lora.LoRA(rank=2), "mlp": lora.LoRA(rank=2)}
     row = lora.describe(base, delta, rules).rows[0]
-    assert (row.path, row.rule, row.kind) == ("block/q_proj", "q_proj", "LowRank")
+    assert (row.path, row.rule, row.kind) == ("block/q_proj", "q_proj", "LoRANode")
     assert (row.shape, row.rank, row.trainable) == ((6, 5), 2, 22)
     assert [row.rule for row in lora.describe(base, delta, rules).rows] == ["q_proj", "mlp"]
     assert [row.rule for row in lora.describe(base, delta).rows] == ["", ""]
@@ -89,5 +89,5 @@ def test_table_has_a_line_for_each_row_and_the_summary():
     found = lora.describe(base, delta, lora.LoRA(rank=2))
     lines = str(found).splitlines()
     assert lines[0].split() == ["path", "rule", "delta", "weight", "rank", "trainable"]
-    assert lines[1].split() == ["block/q_proj", "all-linear", "LowRank", "6x5", "2", "22"]
+    assert lines[1].split() == ["block/q_proj", "all-linear", "LoRANode", "6x5", "2", "22"]
     assert lines[-1] == found.summary() and len(lines) == 4

@@ -115,7 +115,7 @@ def deltas_of(kind: type[Method], stacked: bool, format: str):
 def merges(delta) -> bool:
     """Whether every node says that it has a merged form, rather than why it has none."""
     names = {type(node).__name__ for node in delta_nodes(delta).values()}
-    return not names & {"Behind", "Fused", "SoftPrompt", "KeyValues"}
+    return not names & {"BottleneckNode", "FusionNode", "PromptNode", "PrefixNode"}
 
 
 CELLS = [

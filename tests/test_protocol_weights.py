@@ -13,6 +13,7 @@ from cases import assert_close, assert_same_draws, moved
 import lora_jax as lora
 from lora_jax.methods import Extra, Method
 from lora_jax.models import llama
+from lora_jax.schema import leaf
 
 CONFIG, PARAMS, TOKENS = cases.llama_case()
 FORWARD = jax.jit(llama.forward, static_argnums=2)
@@ -178,10 +179,9 @@ def test_counts_are_logical(base):
 class Prompt(Extra):
     """Rows that a model reads in front of the embedded tokens."""
 
-    rows: jax.Array
+    own_axes = ("row", "width")
 
-    def trainable(self):
-        return self.replace(rows=True)
+    rows: jax.Array = leaf("stack row width")
 
 
 def read(weights, tokens):
@@ -202,7 +202,7 @@ class ToyPrompt(Method):
 
     rows: int
 
-    def fresh(self, weight, *, layout, key):
+    def init_node(self, path, weight, *, layout, key):
         return None
 
     def extras(self, weights, *, layouts, key):

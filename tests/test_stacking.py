@@ -184,7 +184,7 @@ def test_stack_of_nothing():
 def test_different_methods_on_one_path(other):
     case = cases.nested()
     deltas = [cases.transform(case, method)[1] for method in (lora.LoRA(rank=2), other)]
-    with pytest.raises(ValueError, match="block/q_proj: cannot stack LowRank.. with"):
+    with pytest.raises(ValueError, match="block/q_proj: cannot stack LoRANode.. with"):
         lora.stack(deltas)
 
 

@@ -9,7 +9,7 @@ from cases import assert_close, assert_equal, moved
 from test_protocol_weights import Int8, quantized
 
 import lora_jax as lora
-from lora_jax.methods import LowRank
+from lora_jax.methods import LoRANode
 
 STARTS = ["pissa", "pissa_niter_4", "olora"]
 PARAMS = {"layers": {"q_proj": cases.normal(0, 2, 12, 9)}, "out": cases.normal(1, 9, 7)}
@@ -154,7 +154,7 @@ def test_other_nodes_pass_through():
     assert lora.as_plain_lora(delta, delta)["out"] is delta["out"]
     assert lora.loftq_start(PARAMS, base, delta)[1]["out"] is delta["out"]
     assert lora.eva_start(delta, {})["out"] is delta["out"]
-    assert not isinstance(delta["out"], LowRank)
+    assert not isinstance(delta["out"], LoRANode)
 
 
 def test_dora_keeps_its_base():

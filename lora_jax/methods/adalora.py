@@ -3,18 +3,19 @@ arXiv:2303.10512)."""
 
 import dataclasses
 import math
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
 from lora_jax.layouts import Layout
-from lora_jax.methods.base import Additive, AnyWeight, DeltaNode, Method, require_shape
-from lora_jax.methods.lora import drop, widen
-from lora_jax.weights import PyTree, linear
+from lora_jax.methods.method import Method, over_layers
+from lora_jax.methods.nodes import Additive, DeltaNode
+from lora_jax.products import AnyWeight, Product
+from lora_jax.schema import leaf, nested, static
+from lora_jax.weights import PyTree
 
 FACTORS = ("a", "e", "b")
 
@@ -80,7 +81,10 @@ class AdaLoRA(Method):
                 ": expected a penalty of at least 0, an interval of at least 1, a rate in [0, 1)."
             )
 
-    def fresh(self, weight: AnyWeight, *, layout: Layout, key: jax.Array) -> "Triplets":
+    def init_node(
+        self, path: str, weight: AnyWeight, *, layout: Layout, key: jax.Array
+    ) -> "AdaLoRANode":
+        del path
         stack, d_in, d_out = layout.split(weight.shape)
         if self.rank > min(math.prod(d_in), math.prod(d_out)):
             raise ValueError(
@@ -88,30 +92,39 @@ class AdaLoRA(Method):
                 f"{math.prod(d_out)} matrix. Give that target a smaller rank."
             )
 
-        def draw(layer_key):
+        def init_pair(layer_key):
             keys = jax.random.split(layer_key)
             a = jax.random.normal(keys[0], (*d_in, self.rank), jnp.float32)
             return 0.02 * a, 0.02 * jax.random.normal(keys[1], (self.rank, *d_out), jnp.float32)
 
-        for _ in stack:
-            draw = jax.vmap(draw)
-        a, b = draw(key)
+        a, b = over_layers(init_pair, stack)(key)
         e = jnp.zeros((*stack, self.rank), jnp.float32)
-        return Triplets(
+        zeros = Statistics(a=jnp.zeros_like(a), e=e, b=jnp.zeros_like(b))
+        return AdaLoRANode(
             a=a,
             e=e,
             b=b,
             scale=jnp.full(stack, self.alpha / (self.rank + 1e-5), jnp.float32),
             mask=jnp.ones_like(e),
-            sensitivity={"a": jnp.zeros_like(a), "e": e, "b": jnp.zeros_like(b)},
-            uncertainty={"a": jnp.zeros_like(a), "e": e, "b": jnp.zeros_like(b)},
+            sensitivity=zeros,
+            uncertainty=zeros,
             method=self,
+            dropout=self.dropout,
             layout=layout,
         )
 
 
 @flax.struct.dataclass
-class Triplets(Additive):
+class Statistics:
+    """A number for each entry of a, e and b."""
+
+    a: jax.Array = leaf("stack in rank")
+    e: jax.Array = leaf("stack rank")
+    b: jax.Array = leaf("stack rank out")
+
+
+@flax.struct.dataclass
+class AdaLoRANode(Additive):
     """`scale * a @ diag(e) @ b`, all float32, and what tells which of its triplets matter.
 
     Attributes:
@@ -126,69 +139,23 @@ class Triplets(Additive):
       layout: the weight's axes.
     """
 
-    a: jax.Array
-    e: jax.Array
-    b: jax.Array
-    scale: jax.Array
-    mask: jax.Array
-    sensitivity: dict[str, jax.Array]
-    uncertainty: dict[str, jax.Array]
-    method: AdaLoRA = flax.struct.field(pytree_node=False)
-    layout: Layout = flax.struct.field(pytree_node=False, default=Layout())
+    own_axes = ("rank",)
 
-    @property
-    def rank(self) -> int:
-        return self.e.shape[-1]
+    a: jax.Array = leaf("stack in rank")
+    e: jax.Array = leaf("stack rank")
+    b: jax.Array = leaf("stack rank out")
+    scale: jax.Array = leaf("stack", trained=False)
+    mask: jax.Array = leaf("stack rank", trained=False)
+    sensitivity: Statistics = nested(trained=False)
+    uncertainty: Statistics = nested(trained=False)
+    method: AdaLoRA = static()
+    dropout: float = static(0.0)
+    layout: Layout = static(Layout())
 
-    @property
-    def stack_ndim(self) -> int:
-        return jnp.ndim(self.scale)
-
-    def linear(self, x: jax.Array, base: AnyWeight, dropout_key: jax.Array | None) -> jax.Array:
-        x_drop = x if dropout_key is None else drop(x, self.method.dropout, dropout_key)
-        inner = linear(x_drop, self.a.astype(x.dtype))
-        inner = inner * jnp.broadcast_to((self.e * self.scale).astype(x.dtype), inner.shape)
-        return linear(x, base) + widen(inner, self.b.astype(x.dtype))
-
-    def update(self, shape: tuple[int, ...]) -> jax.Array:
-        node = self.as_matrix()
-        with jax.default_matmul_precision("highest"):
-            product = jnp.matmul(node.a * node.e[..., None, :], node.b)
-        return self.layout.from_matrix(product * self.scale[..., None, None], shape)
-
-    def as_matrix(self) -> "Triplets":
-        stack = self.e.shape[:-1]
-        flat = {"a": (*stack, -1, self.rank), "e": self.e.shape, "b": (*stack, self.rank, -1)}
-
-        def reshaped(values: dict[str, jax.Array]) -> dict[str, Any]:
-            return {name: values[name].reshape(flat[name]) for name in FACTORS}
-
-        return dataclasses.replace(
-            self,
-            **reshaped({name: getattr(self, name) for name in FACTORS}),
-            sensitivity=reshaped(self.sensitivity),
-            uncertainty=reshaped(self.uncertainty),
-            layout=Layout(),
-        )
-
-    def placement(self, spec: PartitionSpec) -> "Triplets":
-        stack, d_in, d_out = self.layout.split(tuple(spec))
-        parts: Any = self._partitioned(PartitionSpec(*stack))
-        factors: Any = {
-            "a": PartitionSpec(*stack, *d_in, None),
-            "e": PartitionSpec(*stack),
-            "b": PartitionSpec(*stack, None, *d_out),
-        }
-        return dataclasses.replace(parts, **factors, sensitivity=factors, uncertainty=factors)
-
-    def trainable(self) -> Self:
-        frozen = jax.tree.map(lambda _: False, self)
-        return dataclasses.replace(cast(Any, frozen), a=True, e=True, b=True)
-
-    def check(self, path: str, base: AnyWeight) -> None:
-        stack = self.stack_ndim
-        sides = self.a.shape[stack:-1], self.b.shape[stack + 1 :]
-        require_shape(path, self.layout.joined(self.e.shape[:-1], *sides), base)
+    def branch(self, x: Any, product: Product) -> jax.Array:
+        h = product.narrow(x, self.a)
+        h = h * jnp.broadcast_to((self.e * self.scale).astype(h.dtype), h.shape)
+        return product.widen(h, self.b)
 
 
 def orthogonality(delta: PyTree) -> jax.Array:
@@ -249,10 +216,10 @@ def _is_node(leaf: Any) -> bool:
     return isinstance(leaf, DeltaNode)
 
 
-def _by_method(delta: PyTree) -> dict[AdaLoRA, list[Triplets]]:
-    groups: dict[AdaLoRA, list[Triplets]] = {}
+def _by_method(delta: PyTree) -> dict[AdaLoRA, list[AdaLoRANode]]:
+    groups: dict[AdaLoRA, list[AdaLoRANode]] = {}
     for node in jax.tree.leaves(delta, is_leaf=_is_node):
-        if isinstance(node, Triplets):
+        if isinstance(node, AdaLoRANode):
             groups.setdefault(node.method, []).append(node)
     return groups
 
@@ -261,21 +228,23 @@ def _identity(gram: jax.Array) -> jax.Array:
     return jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
 
 
-def _observed(node: Triplets, gradient: Triplets, step: jax.Array) -> Triplets:
+def _observed(node: AdaLoRANode, gradient: AdaLoRANode, step: jax.Array) -> AdaLoRANode:
     method = node.method
     counts = step < cast(int, method.total_steps) - method.final
     sensitivity, uncertainty = {}, {}
     for name in FACTORS:
         now = jnp.abs(getattr(node, name) * getattr(gradient, name))
-        old = node.sensitivity[name], node.uncertainty[name]
+        old = getattr(node.sensitivity, name), getattr(node.uncertainty, name)
         mean = method.beta1 * old[0] + (1 - method.beta1) * now
         spread = method.beta2 * old[1] + (1 - method.beta2) * jnp.abs(now - mean)
         sensitivity[name] = jnp.where(counts, mean, old[0])
         uncertainty[name] = jnp.where(counts, spread, old[1])
-    return dataclasses.replace(node, sensitivity=sensitivity, uncertainty=uncertainty)
+    return dataclasses.replace(
+        node, sensitivity=Statistics(**sensitivity), uncertainty=Statistics(**uncertainty)
+    )
 
 
-def _allocated(method: AdaLoRA, nodes: list[Triplets], step: jax.Array) -> list[Triplets]:
+def _allocated(method: AdaLoRA, nodes: list[AdaLoRANode], step: jax.Array) -> list[AdaLoRANode]:
     scores = [_scores(node.as_matrix()) for node in nodes]
     ordered = jnp.sort(jnp.concatenate([score.reshape(-1) for score in scores]))
     budgets, allocates = _schedule(method, matrices=ordered.size // method.rank)
@@ -293,10 +262,10 @@ def _allocated(method: AdaLoRA, nodes: list[Triplets], step: jax.Array) -> list[
     return [masked(node, score) for node, score in zip(nodes, scores, strict=True)]
 
 
-def _scores(node: Triplets) -> jax.Array:
+def _scores(node: AdaLoRANode) -> jax.Array:
     """The importance of each triplet, `[stack..., r]`."""
-    entries = {name: node.sensitivity[name] * node.uncertainty[name] for name in FACTORS}
-    return entries["e"] + (entries["a"].mean(-2) + entries["b"].mean(-1))
+    entries = jax.tree.map(jnp.multiply, node.sensitivity, node.uncertainty)
+    return entries.e + (entries.a.mean(-2) + entries.b.mean(-1))
 
 
 def _schedule(method: AdaLoRA, matrices: int) -> tuple[np.ndarray, np.ndarray]:

@@ -2,16 +2,17 @@
 
 import dataclasses
 import math
-from typing import Any, Self, cast
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.layouts import Layout
-from lora_jax.methods.base import AnyWeight, DeltaNode, Method, require_shape
-from lora_jax.weights import NARROW, UNSCALED, linear
+from lora_jax.methods.method import Method, over_layers
+from lora_jax.methods.nodes import DeltaNode
+from lora_jax.products import AnyWeight, Matmul, Product
+from lora_jax.schema import leaf, static
 
 ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}
 
@@ -51,115 +52,76 @@ class Bottleneck(Method):
                 f"{', '.join(ACTIVATIONS)}."
             )
 
-    def fresh(self, weight: AnyWeight, *, layout: Layout, key: jax.Array) -> "Behind":
+    def init_node(
+        self, path: str, weight: AnyWeight, *, layout: Layout, key: jax.Array
+    ) -> "BottleneckNode":
+        del path
         stack, d_in, d_out = layout.split(weight.shape)
         read = d_in if self.parallel else d_out
         bound = 1 / math.sqrt(math.prod(read))
 
-        def draw(layer_key):
+        def init_down(layer_key):
             shape = (*read, self.size)
             return jax.random.uniform(layer_key, shape, jnp.float32, -bound, bound)
 
-        for _ in stack:
-            draw = jax.vmap(draw)
-        return Behind(
-            down=draw(key),
+        kind = ParallelBottleneckNode if self.parallel else BottleneckNode
+        return kind(
+            down=over_layers(init_down, stack)(key),
             down_bias=jnp.zeros((*stack, self.size), jnp.float32),
             up=jnp.zeros((*stack, self.size, *d_out), jnp.float32),
             up_bias=jnp.zeros((*stack, *d_out), jnp.float32),
             scale=jnp.full(stack, self.scale, jnp.float32),
-            parallel=self.parallel,
             activation=self.activation,
             layout=layout,
         )
 
 
 @flax.struct.dataclass
-class Behind(DeltaNode):
-    """The MLP of one layer, all float32.
+class BottleneckNode(DeltaNode):
+    """The MLP behind one layer, all float32. Padding its width is exact, since f(0) = 0.
 
     Attributes:
-      down: `[stack..., output..., m]`, of a parallel one `[stack..., contracted..., m]`.
+      down: `[stack..., output..., m]`.
       down_bias: `[stack..., m]`.
       up: `[stack..., m, output...]`.
       up_bias: `[stack..., output...]`.
       scale: `[stack...]`.
     """
 
-    down: jax.Array
-    down_bias: jax.Array
-    up: jax.Array
-    up_bias: jax.Array
-    scale: jax.Array
-    parallel: bool = flax.struct.field(pytree_node=False, default=False)
-    activation: str = flax.struct.field(pytree_node=False, default="relu")
-    layout: Layout = flax.struct.field(pytree_node=False, default=Layout())
+    own_axes = ("rank",)
+    padded_axes = ("rank",)
+    unmerged = "a bottleneck is not linear: it has no merged form. Keep it beside."
 
-    @property
-    def rank(self) -> int:
-        return self.down.shape[-1]
+    down: jax.Array = leaf("stack out rank")
+    down_bias: jax.Array = leaf("stack rank")
+    up: jax.Array = leaf("stack rank out", absent=0)
+    up_bias: jax.Array = leaf("stack out", absent=0)
+    scale: jax.Array = leaf("stack", trained=False)
+    activation: str = static("relu")
+    layout: Layout = static(Layout())
+    parallel: bool = static(False)
 
-    @property
-    def stack_ndim(self) -> int:
-        return jnp.ndim(self.scale)
+    def post(self, y: jax.Array) -> jax.Array:
+        return y + self.mlp(y, Matmul())
 
-    def linear(self, x: jax.Array, base: AnyWeight, dropout_key: jax.Array | None) -> jax.Array:
-        del dropout_key
-        h = checkpoint_name(linear(x, base), UNSCALED)
-        return h + self.branch(x, h)
+    def mlp(self, x: Any, product: Product) -> jax.Array:
+        """The MLP's output, scaled."""
 
-    def branch(self, x: jax.Array, h: jax.Array) -> jax.Array:
-        """The MLP's output, scaled, for the layer's input and output."""
+        def biased(h, bias):
+            return h + jnp.broadcast_to(bias.astype(h.dtype), h.shape)
 
-        def biased(product, bias):
-            return product + jnp.broadcast_to(bias.astype(product.dtype), product.shape)
+        h = ACTIVATIONS[self.activation](biased(product.narrow(x, self.down), self.down_bias))
+        wide = biased(product.widen(h, self.up), self.up_bias)
+        return wide * self.scale.astype(wide.dtype)
 
-        inner = linear(x if self.parallel else h, self.down.astype(x.dtype))
-        inner = checkpoint_name(biased(inner, self.down_bias), NARROW)
-        wide = linear(ACTIVATIONS[self.activation](inner), self.up.astype(x.dtype))
-        return biased(wide, self.up_bias) * self.scale.astype(x.dtype)
 
-    def merge(self, base: AnyWeight) -> jax.Array:
-        raise ValueError("a bottleneck is not linear: it has no merged form. Keep it beside.")
+@flax.struct.dataclass
+class ParallelBottleneckNode(BottleneckNode):
+    """The MLP beside one layer: `down [stack..., contracted..., m]`."""
 
-    def unmerge(self, merged: jax.Array) -> jax.Array:
-        return self.merge(merged)
+    down: jax.Array = leaf("stack in rank")
+    parallel: bool = static(True)
+    post = DeltaNode.post
 
-    def trainable(self) -> Self:
-        every = jax.tree.map(lambda _: True, self)
-        return dataclasses.replace(cast(Any, every), scale=False)
-
-    def check(self, path: str, base: AnyWeight) -> None:
-        stack = self.scale.shape
-        _, d_in, _ = self.layout.split(base.shape)
-        read, d_out = self.down.shape[len(stack) : -1], self.up_bias.shape[len(stack) :]
-        d_in = read if self.parallel else d_in
-        require_shape(path, self.layout.joined(stack, d_in, d_out), base)
-
-    def as_matrix(self) -> "Behind":
-        stack = self.scale.shape
-        return dataclasses.replace(
-            self,
-            down=self.down.reshape(*stack, -1, self.rank),
-            up=self.up.reshape(*stack, self.rank, -1),
-            up_bias=self.up_bias.reshape(*stack, -1),
-            layout=Layout(),
-        )
-
-    def padded(self, like: "Behind") -> "Behind":
-        """Exact: f(0) = 0, so that the padding of `up` gets no gradient, and of `down` none."""
-
-        def grown(leaf, axis):
-            pads = [(0, 0)] * leaf.ndim
-            pads[axis] = (0, like.rank - self.rank)
-            return jnp.pad(leaf, pads)
-
-        return dataclasses.replace(
-            self,
-            down=grown(self.down, -1),
-            down_bias=grown(self.down_bias, -1),
-            up=grown(self.up, self.stack_ndim),
-        )
-
-    def absent(self) -> "Behind":
-        return jax.tree.map(jnp.zeros_like, self)
+    def branch(self, x: Any, product: Product) -> jax.Array:
+        return self.mlp(x, product)

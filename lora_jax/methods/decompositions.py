@@ -8,11 +8,11 @@ import jax.numpy as jnp
 
 from lora_jax.weights import Weight, dense
 
-STARTS = re.compile(r"pissa(?:_niter_(\d+))?|olora")
+INITS = re.compile(r"pissa(?:_niter_(\d+))?|olora")
 
 
 def factors_of(
-    start: str, weight: jax.Array | Weight, rank: int, scale: jax.Array, key: jax.Array
+    init: str, weight: jax.Array | Weight, rank: int, scale: jax.Array, key: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """`a [stack..., d_in, r]` and `b [stack..., r, d_out]`, float32, of `weight [stack..., d_in,
     d_out]`, so that `scale * a @ b` is a part of it:
@@ -26,11 +26,11 @@ def factors_of(
 
     Layers are decoded and decomposed one after another.
     """
-    found = STARTS.fullmatch(start)
-    assert found, start
+    found = INITS.fullmatch(init)
+    assert found, init
 
     def split(matrix, scale, key):
-        if start == "olora":
+        if init == "olora":
             q, _ = jnp.linalg.qr(matrix[:rank].T)  # of w^T's first columns: all that counts
             with jax.default_matmul_precision("highest"):
                 return matrix @ q, q.T

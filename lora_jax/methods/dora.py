@@ -1,19 +1,20 @@
 """DoRA: weight-decomposed low-rank adaptation (Liu et al. 2024, arXiv:2402.09353)."""
 
 import dataclasses
-from typing import Any, Self, cast
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec
 
 from lora_jax.layouts import Layout
-from lora_jax.methods.base import AnyWeight, DeltaNode
 from lora_jax.methods.decompositions import each_layer
-from lora_jax.methods.lora import LoRA, LowRank, drop
-from lora_jax.weights import UNSCALED, as_matrix, dense, linear
+from lora_jax.methods.lora import LoRA, LowRank
+from lora_jax.methods.nodes import DeltaNode
+from lora_jax.products import AnyWeight, Product, Rows, scaled
+from lora_jax.schema import leaf
+from lora_jax.weights import UNSCALED, as_matrix
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,126 +40,65 @@ class DoRA(LoRA):
         if self._decomposes:
             raise ValueError(f"{self._named('init')}: expected one of kaiming, gaussian.")
 
-    def fresh(self, weight: AnyWeight, *, layout: Layout, key: jax.Array) -> DeltaNode:
-        low = self.low_rank(weight, layout=layout, key=key)
-        square = each_layer(_column_squares, as_matrix(weight, layout))
-        square = square.reshape(low.b.shape[: low.stack_ndim] + low.b.shape[low.stack_ndim + 1 :])
-        return DecomposedLowRank(low=low, magnitude=jnp.sqrt(square), base_square=square)
+    def init_node(
+        self, path: str, weight: AnyWeight, *, layout: Layout, key: jax.Array
+    ) -> DeltaNode:
+        del path
+        square = each_layer(lambda w: jnp.sum(w**2, axis=-2), as_matrix(weight, layout))
+        stack, _, d_out = layout.split(weight.shape)
+        square = square.reshape(*stack, *d_out)
+        low_rank = self.leaves(weight, layout=layout, key=key)
+        return DoRANode(**low_rank, magnitude=jnp.sqrt(square), base_square=square)
 
 
 @flax.struct.dataclass
-class DecomposedLowRank(DeltaNode):
-    """Columns of `w + scale * a @ b`, each rescaled to a trained length.
+class DoRANode(LowRank):
+    """Columns of `V = w + scale * a @ b`, each rescaled to a trained length.
 
     Attributes:
-      low: the factors.
       magnitude: `m [stack..., output...]`, the length of each column.
       base_square: `[stack..., output...]`, the squared length of each column of the base; frozen.
     """
 
-    low: LowRank
-    magnitude: jax.Array
-    base_square: jax.Array
+    split_axes = ()
 
-    @property
-    def layout(self) -> Layout:  # type: ignore[override]
-        return self.low.layout
+    magnitude: jax.Array = leaf("stack out", kw_only=True)
+    base_square: jax.Array = leaf("stack out", trained=False, kw_only=True)
 
-    @property
-    def rank(self) -> int:
-        return self.low.rank
-
-    @property
-    def stack_ndim(self) -> int:
-        return self.low.stack_ndim
-
-    def linear(self, x: jax.Array, base: AnyWeight, dropout_key: jax.Array | None) -> jax.Array:
-        factor = self._factor(linear(self.low.a.T.astype(x.dtype), base))
-        y = linear(x, base)
-        if dropout_key is None or self.low.dropout == 0:
-            return _scaled(checkpoint_name(y + self.low.branch(x), UNSCALED), factor)
-        x = drop(x, self.low.dropout, dropout_key)
-        wide = checkpoint_name(linear(x, base), UNSCALED)
-        return y + _scaled(wide, factor - 1) + _scaled(self.low.branch(x), factor)
-
-    def embed(self, tokens: jax.Array, base: AnyWeight) -> jax.Array:
-        rows = self.low.embed(tokens, base)
-        return _scaled(rows, self._factor(linear(self.low.a.T.astype(rows.dtype), base)))
-
-    def merge(self, base: AnyWeight) -> jax.Array:
-        node, matrix = self.as_matrix(), self._dense_matrix(base)
-        total = matrix + node.low.update(matrix.shape)
-        merged = total * node._factor(node._inner(matrix))[..., None, :]
-        return self.low.layout.from_matrix(merged, base.shape).astype(base.dtype)
+    def apply(
+        self, product: Product, x: Any, base: AnyWeight, dropout_key: jax.Array | None
+    ) -> jax.Array:
+        """With dropout the frozen weight is applied a second time, to the dropped input."""
+        y, x_drop = product(x, base), product.dropped(x, self.dropout, dropout_key)
+        factor = self._factor(product.left(self.a.astype(y.dtype), base))
+        if x_drop is x:
+            return scaled(checkpoint_name(y + self.branch(x, product), UNSCALED), factor)
+        wide = checkpoint_name(product(x_drop, base), UNSCALED)
+        return y + scaled(wide, factor - 1) + scaled(self.branch(x_drop, product), factor)
 
     def unmerge(self, merged: jax.Array) -> jax.Array:
         """Solves for the length n of each column of V: `||n d - u||^2 = ||w||^2`, with d the merged
         column over its magnitude and u its update. A column whose update is longer than itself is
         not determined, and becomes NaN."""
-        node, matrix = self.as_matrix(), self._dense_matrix(merged)
-        update = node.low.update(matrix.shape)
-        direction = matrix / node.magnitude[..., None, :]
-        along = jnp.sum(direction * update, axis=-2)
-        rest = node.base_square - jnp.sum(update**2, axis=-2)
-        length = along + jnp.sqrt(along**2 + jnp.where(rest >= 0, rest, jnp.nan))
-        base = length[..., None, :] * direction - update
-        return self.low.layout.from_matrix(base, merged.shape).astype(merged.dtype)
 
-    def as_matrix(self) -> "DecomposedLowRank":
-        stack = self.magnitude.shape[: self.stack_ndim]
-        return dataclasses.replace(
-            self,
-            low=self.low.as_matrix(),
-            magnitude=self.magnitude.reshape(*stack, -1),
-            base_square=self.base_square.reshape(*stack, -1),
-        )
+        def solve(node: DoRANode, matrix: jax.Array) -> jax.Array:
+            update = node.branch(1.0, Rows())
+            direction = matrix / node.magnitude[None]
+            along = jnp.sum(direction * update, axis=-2)
+            rest = node.base_square - jnp.sum(update**2, axis=-2)
+            length = along + jnp.sqrt(along**2 + jnp.where(rest >= 0, rest, jnp.nan))
+            return length[None] * direction - update
 
-    def placement(self, spec: PartitionSpec) -> "DecomposedLowRank":
-        stack, _, d_out = self.layout.split(tuple(spec))
-        columns: Any = PartitionSpec(*stack, *d_out)
-        low = self.low.placement(spec)
-        return dataclasses.replace(self, low=low, magnitude=columns, base_square=columns)
+        return self._each_matrix(solve, merged).astype(merged.dtype)
 
-    def trainable(self) -> Self:
-        low = self.low.trainable()
-        return dataclasses.replace(cast(Any, self), low=low, magnitude=True, base_square=False)
-
-    def check(self, path: str, base: AnyWeight) -> None:
-        self.low.check(path, base)
-
-    def padded(self, like: "DecomposedLowRank") -> "DecomposedLowRank":
-        return dataclasses.replace(self, low=self.low.padded(like.low))
-
-    def absent(self) -> "DecomposedLowRank":
-        return dataclasses.replace(
-            self, low=self.low.absent(), magnitude=jnp.sqrt(self.base_square)
-        )
-
-    def _dense_matrix(self, weight: AnyWeight) -> jax.Array:
-        return self.low.layout.to_matrix(dense(weight)).astype(jnp.float32)
-
-    def _inner(self, matrix: jax.Array) -> jax.Array:
+    def _factor(self, left: jax.Array) -> jax.Array:
+        """`m / ||V||`, `[d_out]`, for `left = a^T w [r, d_out]`."""
+        a, b, scale = self.a, self.b, self.scale
         with jax.default_matmul_precision("highest"):
-            return jnp.matmul(jnp.swapaxes(self.low.a, -1, -2), matrix)
-
-    def _factor(self, inner: jax.Array) -> jax.Array:
-        """`m / ||V||`, `[..., d_out]`, for `inner = a^T w [..., r, d_out]`."""
-        a, b, scale = self.low.a, self.low.b, self.low.scale[..., None, None]
-        with jax.default_matmul_precision("highest"):
-            squared = jnp.matmul(jnp.matmul(jnp.swapaxes(a, -1, -2), a), b) * scale**2
-        cross = 2 * scale * inner.astype(jnp.float32) + squared
+            squared = jnp.matmul(jnp.matmul(a.T, a), b) * scale**2
+        cross = 2 * scale * left.astype(jnp.float32) + squared
         square = self.base_square + jnp.sum(b * cross, axis=-2)
         norm = jnp.sqrt(jnp.maximum(square, jnp.finfo(jnp.float32).tiny))  # a column may be zero
         factor = self.magnitude / jax.lax.stop_gradient(norm)
         # A node of scale 0 stands, in a stack, for a target that a member does not have.
-        return jnp.where(self.low.scale[..., None] == 0, jnp.ones_like(factor), factor)
-
-
-def _scaled(y: jax.Array, factor: jax.Array) -> jax.Array:
-    """`y * factor` over the last axis, in float32 and rounded once."""
-    product = y.astype(jnp.float32) * jnp.broadcast_to(factor, y.shape)
-    return product.astype(y.dtype)
-
-
-def _column_squares(matrix: jax.Array) -> jax.Array:
-    return jnp.sum(matrix**2, axis=-2)
+        return jnp.where(scale == 0, jnp.ones_like(factor), factor)

@@ -1,15 +1,17 @@
 """Full fine-tuning, as just another method: a dense delta for every targeted leaf."""
 
 import dataclasses
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
-from lora_jax.layouts import Layout
-from lora_jax.methods.base import Additive, AnyWeight, Method, require_shape
+from lora_jax.layouts import ENTRIES, Layout
+from lora_jax.methods.method import Method
+from lora_jax.methods.nodes import Additive
+from lora_jax.products import AnyWeight, Product
+from lora_jax.schema import leaf, static
 from lora_jax.weights import Shared
 
 
@@ -23,23 +25,22 @@ class Full(Method):
 
     needs_matrix: ClassVar[bool] = False
 
-    def fresh(self, weight: AnyWeight, *, layout: Layout, key: jax.Array) -> "DenseDelta":
-        del layout, key
-        return DenseDelta(delta=jnp.zeros(weight.shape, jnp.float32))
+    def init_node(
+        self, path: str, weight: AnyWeight, *, layout: Layout, key: jax.Array
+    ) -> "FullNode":
+        del path, layout, key
+        return FullNode(delta=jnp.zeros(weight.shape, jnp.float32))
 
 
 @flax.struct.dataclass
-class DenseDelta(Additive):
+class FullNode(Additive):
     """A dense `delta`, float32, of the weight's own shape.
 
     It is bound as the plain sum, since a model may read a norm's scale in any way it likes.
     """
 
-    delta: jax.Array
-    stack_ndim: ClassVar[int] = 0
-
-    def update(self, shape: tuple[int, ...]) -> jax.Array:
-        return self.delta.reshape(shape)
+    delta: jax.Array = leaf("stack", absent=0)
+    layout: Layout = static(ENTRIES)
 
     def bind(
         self, base: AnyWeight, dropout_key: jax.Array | None, adapter_ids: Shared | None
@@ -52,18 +53,5 @@ class DenseDelta(Additive):
             )
         return self.merge(jax.lax.stop_gradient(base))
 
-    def linear(self, x: jax.Array, base: AnyWeight, dropout_key: jax.Array | None) -> jax.Array:
-        del dropout_key
-        return jnp.matmul(x, self.merge(base))
-
-    def placement(self, spec: PartitionSpec) -> "DenseDelta":
-        return dataclasses.replace(self, delta=cast(Any, spec))
-
-    def trainable(self) -> Self:
-        return dataclasses.replace(cast(Any, self), delta=True)
-
-    def check(self, path: str, base: AnyWeight) -> None:
-        require_shape(path, self.delta.shape, base)
-
-    def absent(self) -> Self:
-        return dataclasses.replace(self, delta=jnp.zeros_like(self.delta))
+    def branch(self, x: Any, product: Product) -> jax.Array:
+        return self.delta

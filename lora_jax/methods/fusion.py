@@ -4,7 +4,7 @@ arXiv:2005.00247)."""
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import flax.struct
 import jax
@@ -12,9 +12,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.layouts import Layout
-from lora_jax.methods.base import AnyWeight, DeltaNode, Method
-from lora_jax.methods.bottleneck import Behind
+from lora_jax.methods.bottleneck import BottleneckNode
+from lora_jax.methods.method import Method, over_layers
+from lora_jax.methods.nodes import DeltaNode
 from lora_jax.paths import flatten
+from lora_jax.products import AnyWeight, Matmul, Product
+from lora_jax.schema import leaf, nested, static
 from lora_jax.weights import UNSCALED, linear
 
 
@@ -46,19 +49,48 @@ class Fusion(Method):
         del weight, layout
         return any(path in nodes for nodes in self._nodes())
 
-    def at(self, path: str) -> "FusionAt":
+    def init_node(
+        self, path: str, weight: AnyWeight, *, layout: Layout, key: jax.Array
+    ) -> "FusionNode":
+        members = self._members(path, weight)
+        widest = max(members, key=lambda member: cast(int, member.rank))
+        stack, _, d_out = layout.split(weight.shape)
+        width, axis = math.prod(d_out), len(stack)
+        padded = [member.padded(widest) for member in members]
+
+        def init_pair(layer_key):
+            return 0.02 * jax.random.normal(layer_key, (2, width, width), jnp.float32)
+
+        pair = over_layers(init_pair, stack)(key)
+        identity = jnp.eye(width, dtype=jnp.float32)
+        return FusionNode(
+            adapters=jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=axis), *padded),
+            query=pair[..., 0, :, :],
+            query_bias=jnp.zeros((*stack, width), jnp.float32),
+            key=pair[..., 1, :, :],
+            value=jnp.broadcast_to(identity, (*stack, width, width)),
+            layout=layout,
+        )
+
+    def _members(self, path: str, weight: AnyWeight) -> list[BottleneckNode]:
+        """The adapters' nodes at one path."""
         members = [nodes.get(path) for nodes in self._nodes()]
         for number, member in enumerate(members):
-            if not isinstance(member, Behind):
+            if not isinstance(member, BottleneckNode):
                 found = "nothing" if member is None else type(member).__name__
                 raise ValueError(
                     f"{path}: adapter {number} of the Fusion has {found} here, where another has a "
                     "bottleneck: expected adapters of one base with the same targets."
                 )
-        return FusionAt(path=path, members=tuple(cast(list[Behind], members)))
-
-    def fresh(self, weight: AnyWeight, *, layout: Layout, key: jax.Array) -> "Fused":
-        raise AssertionError("a Fusion is specialised to a path first")
+            if type(member) is not type(members[0]) or (
+                jax.tree.structure(member) != jax.tree.structure(members[0])
+            ):
+                raise ValueError(
+                    "the Fusion's adapters differ in activation, placement or layout: fuse "
+                    "adapters that differ in size alone."
+                )
+            member.check("an adapter of the Fusion", weight)
+        return cast(list[BottleneckNode], members)
 
     def _nodes(self) -> list[dict[str, Any]]:
         def is_node(leaf):
@@ -67,46 +99,8 @@ class Fusion(Method):
         return [flatten(delta, is_leaf=is_node) for delta in self.adapters]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class FusionAt(Method):
-    """The `Fusion` of one weight's adapters."""
-
-    path: str
-    members: tuple[Behind, ...]
-
-    def fresh(self, weight: AnyWeight, *, layout: Layout, key: jax.Array) -> "Fused":
-        widest = max(self.members, key=lambda member: member.rank)
-        structure: Any = jax.tree.structure(widest)
-        for member in self.members:
-            if structure != jax.tree.structure(member):
-                raise ValueError(
-                    "the Fusion's adapters differ in activation, placement or layout: fuse "
-                    "adapters that differ in size alone."
-                )
-            member.check("an adapter of the Fusion", weight)
-        stack, _, d_out = layout.split(weight.shape)
-        width = math.prod(d_out)
-        axis = len(stack)
-        padded = [member.padded(widest) for member in self.members]
-
-        def draw(layer_key):
-            return 0.02 * jax.random.normal(layer_key, (2, width, width), jnp.float32)
-
-        for _ in stack:
-            draw = jax.vmap(draw)
-        pair = draw(key)
-        identity = jnp.eye(width, dtype=jnp.float32)
-        return Fused(
-            adapters=jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=axis), *padded),
-            query=pair[..., 0, :, :],
-            query_bias=jnp.zeros((*stack, width), jnp.float32),
-            key=pair[..., 1, :, :],
-            value=jnp.broadcast_to(identity, (*stack, width, width)),
-        )
-
-
 @flax.struct.dataclass
-class Fused(DeltaNode):
+class FusionNode(DeltaNode):
     """Frozen adapters of one layer and the attention over them, all float32.
 
     Attributes:
@@ -115,45 +109,29 @@ class Fused(DeltaNode):
       query_bias: `[stack..., d_out]`.
     """
 
-    adapters: Behind
-    query: jax.Array
-    query_bias: jax.Array
-    key: jax.Array
-    value: jax.Array
+    own_axes = ("adapter", "width")
+    unmerged = "a Fusion attends to its adapters: it has no merged form. Keep it beside."
 
-    @property
-    def stack_ndim(self) -> int:
-        return self.query.ndim - 2
+    adapters: BottleneckNode = nested("stack adapter", trained=False)
+    query: jax.Array = leaf("stack width width")
+    query_bias: jax.Array = leaf("stack width")
+    key: jax.Array = leaf("stack width width")
+    value: jax.Array = leaf("stack width width")
+    layout: Layout = static(Layout())
 
-    def linear(self, x: jax.Array, base: AnyWeight, dropout_key: jax.Array | None) -> jax.Array:
+    def apply(
+        self, product: Product, x: Any, base: AnyWeight, dropout_key: jax.Array | None
+    ) -> jax.Array:
         del dropout_key
-        h = checkpoint_name(linear(x, base), UNSCALED)
-        added = jax.vmap(lambda adapter: adapter.branch(x, h))(self.adapters)  # [N, ..., d_out]
+        h = checkpoint_name(product(x, base), UNSCALED)
 
-        query = linear(h, self.query.astype(x.dtype))
-        query = query + jnp.broadcast_to(self.query_bias.astype(x.dtype), query.shape)
-        keys = linear(added, self.key.astype(x.dtype))
+        def added_by(adapter: BottleneckNode) -> jax.Array:
+            return adapter.mlp(x, product) if adapter.parallel else adapter.mlp(h, Matmul())
+
+        added = jax.vmap(added_by)(self.adapters)  # [N, ..., d_out]
+        query = linear(h, self.query.astype(h.dtype))
+        query = query + jnp.broadcast_to(self.query_bias.astype(h.dtype), query.shape)
+        keys = linear(added, self.key.astype(h.dtype))
         scores = jnp.sum(query[None] * keys, axis=-1, keepdims=True)
-        weights = jax.nn.softmax(scores.astype(jnp.float32), axis=0).astype(x.dtype)
-        return linear(jnp.sum(weights * (added + h[None]), axis=0), self.value.astype(x.dtype))
-
-    def merge(self, base: AnyWeight) -> jax.Array:
-        raise ValueError("a Fusion attends to its adapters: it has no merged form. Keep it beside.")
-
-    def unmerge(self, merged: jax.Array) -> jax.Array:
-        return self.merge(merged)
-
-    def as_matrix(self) -> "Fused":
-        return dataclasses.replace(self, adapters=self._each_adapter(Behind.as_matrix))
-
-    def trainable(self) -> Self:
-        every = jax.tree.map(lambda _: True, self)
-        frozen = jax.tree.map(lambda _: False, self.adapters)
-        return dataclasses.replace(cast(Any, every), adapters=frozen)
-
-    def check(self, path: str, base: AnyWeight) -> None:
-        axis = self.stack_ndim
-        jax.tree.map(lambda leaf: jnp.take(leaf, 0, axis=axis), self.adapters).check(path, base)
-
-    def _each_adapter(self, change) -> Behind:
-        return jax.vmap(change, in_axes=self.stack_ndim, out_axes=self.stack_ndim)(self.adapters)
+        weights = jax.nn.softmax(scores.astype(jnp.float32), axis=0).astype(h.dtype)
+        return linear(jnp.sum(weights * (added + h[None]), axis=0), self.value.astype(h.dtype))

@@ -1,16 +1,17 @@
 """IA3: activations rescaled by learned vectors (Liu et al. 2022, arXiv:2205.05638, section 3.3)."""
 
 import dataclasses
-from typing import Any, Self, cast
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.layouts import Layout
-from lora_jax.methods.base import AnyWeight, DeltaNode, Method, require_shape
-from lora_jax.weights import UNSCALED, dense, linear
+from lora_jax.methods.method import Method
+from lora_jax.methods.nodes import DeltaNode
+from lora_jax.products import AnyWeight, Product, scaled
+from lora_jax.schema import leaf, static
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,80 +34,61 @@ class IA3(Method):
         if self.scales not in ("output", "input"):
             raise ValueError(f"IA3(scales={self.scales!r}): expected 'output' or 'input'.")
 
-    def fresh(self, weight: AnyWeight, *, layout: Layout, key: jax.Array) -> "Rescaled":
-        del key
+    def init_node(
+        self, path: str, weight: AnyWeight, *, layout: Layout, key: jax.Array
+    ) -> "IA3Node":
+        del path, key
         stack, d_in, d_out = layout.split(weight.shape)
-        shape = (*stack, *(d_out if self.scales == "output" else d_in))
-        return Rescaled(
-            l=jnp.ones(shape, jnp.float32),
+        kind, side = (IA3Node, d_out) if self.scales == "output" else (IA3InputNode, d_in)
+        return kind(
+            l=jnp.ones((*stack, *side), jnp.float32),
             active=jnp.ones(stack, jnp.float32),
-            input=self.scales == "input",
             layout=layout,
         )
 
 
 @flax.struct.dataclass
-class Rescaled(DeltaNode):
-    """A weight whose output or input is multiplied by a vector.
+class IA3Node(DeltaNode):
+    """A weight whose output is multiplied by a vector.
 
     Attributes:
-      l: `[stack..., output...]`, or `[stack..., contracted...]` where the input is scaled; float32.
+      l: `[stack..., output...]`, float32.
       active: `[stack...]`, 0 where a member of a stack lacks the target: `l` is then neither
         applied nor trained.
-      input: whether `l` multiplies the input.
       layout: the weight's axes.
     """
 
-    l: jax.Array  # noqa: E741 - the paper's name
-    active: jax.Array
-    input: bool = flax.struct.field(pytree_node=False, default=False)
-    layout: Layout = flax.struct.field(pytree_node=False, default=Layout())
+    l: jax.Array = leaf("stack out")  # noqa: E741 - the paper's name
+    active: jax.Array = leaf("stack", trained=False, absent=0)
+    layout: Layout = static(Layout())
+    input: bool = static(False)
 
-    @property
-    def stack_ndim(self) -> int:
-        return jnp.ndim(self.active)
-
-    def linear(self, x: jax.Array, base: AnyWeight, dropout_key: jax.Array | None) -> jax.Array:
-        del dropout_key
-        if self.input:
-            return linear(self._scaled(x), base)
-        return self._scaled(checkpoint_name(linear(x, base), UNSCALED))
-
-    def merge(self, base: AnyWeight) -> jax.Array:
-        return self._each_entry(dense(base), jnp.multiply)
+    def post(self, y: jax.Array) -> jax.Array:
+        return scaled(y, self.factor())
 
     def unmerge(self, merged: jax.Array) -> jax.Array:
         """Where an entry of `l` is zero, what it multiplied is lost, and becomes NaN."""
-        return self._each_entry(merged, jnp.divide)
+        return self._each_matrix(lambda node, w: w / node.factor()[None], merged).astype(
+            merged.dtype
+        )
 
-    def trainable(self) -> Self:
-        return dataclasses.replace(cast(Any, self), l=True, active=False)
+    def factor(self) -> jax.Array:
+        """What one layer's output is multiplied by."""
+        return jnp.where(self.active == 0, jnp.ones_like(self.l), self.l)
 
-    def check(self, path: str, base: AnyWeight) -> None:
-        _, d_in, d_out = self.layout.split(base.shape)
-        ours = self.l.shape[self.stack_ndim :]
-        sides = (ours, d_out) if self.input else (d_in, ours)
-        require_shape(path, self.layout.joined(self.active.shape, *sides), base)
 
-    def as_matrix(self) -> "Rescaled":
-        vectors = self.l.reshape(*self.active.shape, -1)
-        return dataclasses.replace(self, l=vectors, layout=Layout())
+@flax.struct.dataclass
+class IA3InputNode(IA3Node):
+    """A weight whose input is multiplied by a vector `l [stack..., contracted...]`."""
 
-    def absent(self) -> "Rescaled":
-        return dataclasses.replace(self, active=jnp.zeros_like(self.active))
+    l: jax.Array = leaf("stack in")  # noqa: E741
+    input: bool = static(True)
+    post = DeltaNode.post
 
-    def _factor(self) -> jax.Array:
-        active = self.active.reshape(self.active.shape + (1,) * (self.l.ndim - self.active.ndim))
-        return jnp.where(active == 0, jnp.ones_like(self.l), self.l)
+    def pre(self, x: Any, product: Product) -> Any:
+        return product.scale(x, self.factor())
 
-    def _scaled(self, x: jax.Array) -> jax.Array:
-        """In float32, and rounded once."""
-        product = x.astype(jnp.float32) * jnp.broadcast_to(self._factor(), x.shape)
-        return product.astype(x.dtype)
-
-    def _each_entry(self, weight: jax.Array, operation) -> jax.Array:
-        matrix = self.layout.to_matrix(weight).astype(jnp.float32)
-        factor = self.as_matrix()._factor()
-        factor = factor[..., :, None] if self.input else factor[..., None, :]
-        changed = operation(matrix, factor)
-        return self.layout.from_matrix(changed, weight.shape).astype(weight.dtype)
+    def unmerge(self, merged: jax.Array) -> jax.Array:
+        return self._each_matrix(lambda node, w: w / node.factor()[:, None], merged).astype(
+            merged.dtype
+        )

@@ -1,19 +1,21 @@
 """LoRA: low-rank adaptation (Hu et al. 2021, arXiv:2106.09685), and rsLoRA's scaling."""
 
 import dataclasses
+import functools
 import math
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec
 
 from lora_jax.layouts import Layout
-from lora_jax.methods.base import Additive, AnyWeight, DeltaNode, Method, require_shape
-from lora_jax.methods.decompositions import STARTS, factors_of
-from lora_jax.weights import NARROW, Weight, as_matrix, dense, embed, linear, vary
+from lora_jax.methods.decompositions import INITS, factors_of
+from lora_jax.methods.method import Method, over_layers
+from lora_jax.methods.nodes import Additive, DeltaNode
+from lora_jax.products import AnyWeight, Product
+from lora_jax.schema import leaf, static
+from lora_jax.weights import as_matrix
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,10 +32,10 @@ class LoRA(Method):
       dropout: the rate at which entries of the adapter's input are zeroed while a `dropout_key` is
         bound; what remains is divided by `1 - dropout`.
       init: how `a` is drawn: "kaiming" is uniform on +-1/sqrt(d_in), as PEFT draws it; "gaussian"
-        has standard deviation `1 / r`. "pissa", "pissa_niter_N" and "olora" take a and b from the
-        weight itself, and the base that `lora_transform` returns is the rest: see
-        `decompositions.factors_of`, and `as_plain_lora` for the way back. Of a quantised weight the
-        rest is quantised again, and the model starts as close to the base as that error allows.
+        has standard deviation `1 / r`. "pissa", "pissa_niter_N" and "olora" take `a0` and `b0` from
+        the weight itself (`decompositions.factors_of`), start a and b there, and add
+        `scale * (a @ b - a0 @ b0)`. The papers move `a0 @ b0` into the base; here the base stays
+        as it is, quantised or not, and may be shared by arms. `as_plain_lora` has the way back.
       train_a: False freezes `a` where it starts: LoRA-FA (Zhang et al. 2023, arXiv:2308.03303).
         No gradient of `a` is computed. The paper's correction of `b`'s gradient is `project_b`.
 
@@ -69,19 +71,14 @@ class LoRA(Method):
                 "olora."
             )
 
-    def fresh(self, weight: AnyWeight, *, layout: Layout, key: jax.Array) -> DeltaNode:
-        return self.low_rank(weight, layout=layout, key=key)
+    def init_node(
+        self, path: str, weight: AnyWeight, *, layout: Layout, key: jax.Array
+    ) -> DeltaNode:
+        del path
+        return LoRANode(**self.leaves(weight, layout=layout, key=key))
 
-    def corrected(self, weight: AnyWeight, node: DeltaNode) -> AnyWeight:
-        """The weight without what the factors took from it, in its own format."""
-        if not self._decomposes:
-            return weight
-        rest = dense(weight).astype(jnp.float32) - cast(LowRank, node).update(weight.shape)
-        rest = rest.astype(weight.dtype)
-        return weight.requantized(rest) if isinstance(weight, Weight) else rest
-
-    def low_rank(self, weight: AnyWeight, *, layout: Layout, key: jax.Array) -> "LowRank":
-        """The fresh pair of factors."""
+    def leaves(self, weight: AnyWeight, *, layout: Layout, key: jax.Array) -> dict[str, Any]:
+        """The initial fields of a `LoRANode`."""
         stack, d_in, d_out = layout.split(weight.shape)
         rank = self._widest(stack, math.prod(d_in), math.prod(d_out))
         ranks = jnp.asarray(self.rank, jnp.float32)  # a scalar, or one for each layer
@@ -89,41 +86,38 @@ class LoRA(Method):
         scale = self.alpha / (ranks if self.scaling == "lora" else jnp.sqrt(ranks))
         scale = jnp.where(ranks == 0, 0, scale)
         if self._decomposes:
-            matrix = as_matrix(weight, layout)
-            a, b = factors_of(self.init, matrix, rank, scale, key)
+            a, b = factors_of(self.init, as_matrix(weight, layout), rank, scale, key)
         else:
-            a, b = self._drawn(stack, (math.prod(d_in), rank, math.prod(d_out)), ranks, key)
+            init = functools.partial(self._init_a, (math.prod(d_in), rank))
+            a = over_layers(init, stack)(key, ranks)
+            b = jnp.zeros((*stack, rank, math.prod(d_out)), jnp.float32)
         if isinstance(self.rank, tuple):
             index = jnp.broadcast_to(jnp.arange(rank, dtype=jnp.float32), (*stack, rank))
             used = index < ranks[..., None]
             a, b = jnp.where(used[..., None, :], a, 0), jnp.where(used[..., None], b, 0)
-        return LowRank(
-            a=a.reshape(*stack, *d_in, rank),
-            b=b.reshape(*stack, rank, *d_out),
-            scale=scale,
-            dropout=self.dropout,
-            layout=layout,
-            train_a=self.train_a,
-        )
+        a, b = a.reshape(*stack, *d_in, rank), b.reshape(*stack, rank, *d_out)
+        return {
+            "a": a,
+            "b": b,
+            "scale": scale,
+            "a0": a if self._decomposes else None,
+            "b0": b if self._decomposes else None,
+            "dropout": self.dropout,
+            "layout": layout,
+            "train_a": self.train_a,
+        }
 
-    def _drawn(self, stack, shape, ranks, key) -> tuple[jax.Array, jax.Array]:
-        d_in, rank, d_out = shape
-
-        def draw(layer_key, layer_rank):
-            if self.init == "gaussian":
-                a = jax.random.normal(layer_key, (d_in, rank), jnp.float32)
-                return a / jnp.maximum(layer_rank, 1)
-            bound = 1 / math.sqrt(d_in)
-            return jax.random.uniform(layer_key, (d_in, rank), jnp.float32, -bound, bound)
-
-        for _ in stack:
-            draw = jax.vmap(draw)
-        return draw(key, ranks), jnp.zeros((*stack, rank, d_out), jnp.float32)
+    def _init_a(self, shape: tuple[int, int], key: jax.Array, layer_rank: jax.Array) -> jax.Array:
+        if self.init == "gaussian":
+            a = jax.random.normal(key, shape, jnp.float32)
+            return a / jnp.maximum(layer_rank, 1)
+        bound = 1 / math.sqrt(shape[0])
+        return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
     @property
     def _decomposes(self) -> bool:
         """Whether the factors are a part of the weight."""
-        return bool(STARTS.fullmatch(self.init))
+        return bool(INITS.fullmatch(self.init))
 
     def _widest(self, stack: tuple[int, ...], d_in: int, d_out: int) -> int:
         """The rank that the factors are padded to."""
@@ -147,128 +141,41 @@ class LoRA(Method):
 
 @flax.struct.dataclass
 class LowRank(Additive):
-    """`scale * a @ b`: `a [stack..., contracted..., r]`, `b [stack..., r, output...]`, float32.
+    """The factors of `scale * (a @ b - a0 @ b0)`, all float32, and their branch.
 
-    Padding both factors with zeros to a larger rank changes nothing, then or later: the gradient
-    of each padded factor is a product with the other's zeros.
+    Attributes:
+      a: `[stack..., contracted..., r]`.
+      b: `[stack..., r, output...]`.
+      scale: `[stack...]`.
+      a0, b0: the factors that the init took from the weight, frozen; None where it took none.
+      layout: the weight's axes.
+      train_a: whether `a` trains.
     """
 
-    a: jax.Array
-    b: jax.Array
-    scale: jax.Array
-    dropout: float = flax.struct.field(pytree_node=False, default=0.0)
-    layout: Layout = flax.struct.field(pytree_node=False, default=Layout())
-    train_a: bool = flax.struct.field(pytree_node=False, default=True)
+    own_axes = ("rank",)
+    padded_axes = ("rank",)
+    split_axes = ("in", "out")
 
-    @property
-    def rank(self) -> int:
-        return self.a.shape[-1]
+    a: jax.Array = leaf("stack in rank", trained="train_a", mirror="b")
+    b: jax.Array = leaf("stack rank out", absent=0, mirror="a")
+    scale: jax.Array = leaf("stack", trained=False)
+    a0: jax.Array | None = leaf("stack in rank", trained=False, mirror="b0", default=None)
+    b0: jax.Array | None = leaf("stack rank out", trained=False, mirror="a0", default=None)
+    dropout: float = static(0.0)
+    layout: Layout = static(Layout())
+    train_a: bool = static(True)
 
-    @property
-    def stack_ndim(self) -> int:
-        return jnp.ndim(self.scale)
+    def branch(self, x: Any, product: Product) -> jax.Array:
+        added = self._low_rank(x, product, self.a, self.b)
+        if self.a0 is None:
+            return added
+        return added - self._low_rank(x, product, self.a0, self.b0)
 
-    def linear(self, x: jax.Array, base: AnyWeight, dropout_key: jax.Array | None) -> jax.Array:
-        x_drop = x if dropout_key is None else drop(x, self.dropout, dropout_key)
-        return linear(x, base) + self.branch(x_drop)
-
-    def branch(self, x: jax.Array) -> jax.Array:
-        """`scale * x @ a @ b`: what is added to the base's output."""
-        inner = linear(x, self.a.astype(x.dtype)) * self.scale.astype(x.dtype)
-        return widen(checkpoint_name(inner, NARROW), self.b.astype(x.dtype))
-
-    def embed(self, tokens: jax.Array, base: AnyWeight) -> jax.Array:
-        rows = embed(tokens, base)
-        inner = embed(tokens, self.a).astype(rows.dtype) * self.scale.astype(rows.dtype)
-        return rows + linear(inner, self.b.astype(rows.dtype))
-
-    def transposed(self) -> "LowRank":
-        return dataclasses.replace(
-            self, a=jnp.swapaxes(self.b, -1, -2), b=jnp.swapaxes(self.a, -1, -2)
-        )
-
-    def as_matrix(self) -> "LowRank":
-        stack = self.a.shape[: self.stack_ndim]
-        return dataclasses.replace(
-            self,
-            a=self.a.reshape(*stack, -1, self.rank),
-            b=self.b.reshape(*stack, self.rank, -1),
-            layout=Layout(),
-        )
-
-    def partition(self, spec: PartitionSpec) -> "LowRank":
-        *stack, d_in, d_out = spec
-        parts: Any = self._partitioned(PartitionSpec(*stack))
-        a, b = PartitionSpec(*stack, d_in, None), PartitionSpec(*stack, None, d_out)
-        return dataclasses.replace(parts, a=a, b=b)
-
-    def placement(self, spec: PartitionSpec) -> "LowRank":
-        stack, d_in, d_out = self.layout.split(tuple(spec))
-        parts: Any = self._partitioned(PartitionSpec(*stack))
-        a, b = PartitionSpec(*stack, *d_in, None), PartitionSpec(*stack, None, *d_out)
-        return dataclasses.replace(parts, a=a, b=b)
-
-    def update(self, shape: tuple[int, ...]) -> jax.Array:
-        matrix = self.as_matrix()
-        with jax.default_matmul_precision("highest"):
-            product = jnp.matmul(matrix.a, matrix.b) * self.scale[..., None, None]
-        return self.layout.from_matrix(product, shape)
-
-    def trainable(self) -> Self:
-        return dataclasses.replace(cast(Any, self), a=self.train_a, b=True, scale=False)
-
-    def check(self, path: str, base: AnyWeight) -> None:
-        stack = self.stack_ndim
-        ours = self.layout.joined(
-            self.a.shape[:stack], self.a.shape[stack:-1], self.b.shape[stack + 1 :]
-        )
-        require_shape(path, ours, base)
-
-    def padded(self, like: "LowRank") -> "LowRank":
-        missing = like.rank - self.rank
-        grow_b = [(0, 0)] * self.b.ndim
-        grow_b[self.stack_ndim] = (0, missing)
-        return dataclasses.replace(
-            self,
-            a=jnp.pad(self.a, [(0, 0)] * (self.a.ndim - 1) + [(0, missing)]),
-            b=jnp.pad(self.b, grow_b),
-        )
-
-    def absent(self) -> "LowRank":
-        return jax.tree.map(jnp.zeros_like, self)
+    def _low_rank(self, x: Any, product: Product, a: jax.Array, b: Any) -> jax.Array:
+        h = product.narrow(x, a)
+        return product.widen(h * self.scale.astype(h.dtype), b)
 
 
-def widen(inner: jax.Array, b: jax.Array) -> jax.Array:
-    """`inner @ b` for a narrow `inner [..., r]`, with a gradient of `b` that keeps `dy` as it lies.
-
-    JAX's own rule puts the cotangent `dy [..., d_out]` first in the product that makes `db`, and
-    XLA's CPU backend then copies it into its transpose: an eighth of a whole training step.
-    """
-    return _widen(vary(inner, like=b), vary(b, like=inner))
-
-
-@jax.custom_vjp
-def _widen(inner, b):
-    return jnp.matmul(inner, b)
-
-
-def _widen_forward(inner, b):
-    return jnp.matmul(inner, b), (inner, b)
-
-
-def _widen_backward(saved, dy):
-    inner, b = saved
-    rows = tuple(range(inner.ndim - 1))
-    db = jax.lax.dot_general(inner, dy, ((rows, rows), ((), ())))
-    return jax.lax.dot_general(dy, b, (((dy.ndim - 1,), (1,)), ((), ()))), db
-
-
-_widen.defvjp(_widen_forward, _widen_backward)
-
-
-def drop(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
-    """`x` with entries zeroed at `rate` and the rest divided by `1 - rate`."""
-    if rate == 0:
-        return x
-    kept = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return jnp.where(kept, x / (1 - rate), jnp.zeros_like(x))
+@flax.struct.dataclass
+class LoRANode(LowRank):
+    """The weight plus `scale * (a @ b - a0 @ b0)`."""

@@ -3,15 +3,17 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Self, cast
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from lora_jax.layouts import Layout
-from lora_jax.methods.base import AnyWeight, Extra, Method
+from lora_jax.methods.method import Method, over_layers
+from lora_jax.methods.nodes import Extra
 from lora_jax.paths import keys_for
+from lora_jax.products import AnyWeight
+from lora_jax.schema import leaf
 from lora_jax.weights import linear
 
 
@@ -46,8 +48,8 @@ class Prefix(Method):
             ):
                 raise ValueError(f"Prefix({name}={value!r}): expected an integer of at least 1.")
 
-    def fresh(self, weight: AnyWeight, *, layout: Layout, key: jax.Array) -> None:
-        del weight, layout, key
+    def init_node(self, path: str, weight: AnyWeight, *, layout: Layout, key: jax.Array) -> None:
+        del path, weight, layout, key
 
     def extras(
         self, weights: Mapping[str, AnyWeight], *, layouts: Mapping[str, Layout], key: jax.Array
@@ -56,23 +58,21 @@ class Prefix(Method):
         for path, weight in weights.items():
             stack, _, d_out = layouts[path].split(weight.shape)
             place = "/".join([*path.split("/")[:-1], "prefix"])
-            found[place] = self._drawn(stack, math.prod(d_out), place, key)
+            found[place] = self._init(stack, math.prod(d_out), place, key)
         return found
 
-    def _drawn(self, stack: tuple[int, ...], width: int, path: str, key: jax.Array) -> Extra:
+    def _init(self, stack: tuple[int, ...], width: int, path: str, key: jax.Array) -> Extra:
         def normal(key, *shape, deviation=1.0):
             return deviation * jax.random.normal(key, shape, jnp.float32)
 
-        def layers(draw):
-            for _ in stack:
-                draw = jax.vmap(draw)
-            return draw(keys_for(key, path, stack))
+        def layers(init):
+            return over_layers(init, stack)(keys_for(key, path, stack))
 
         if self.hidden is None:
             pair = layers(lambda k: normal(k, 2, self.length, width))
-            return KeyValues(k=pair[..., 0, :, :], v=pair[..., 1, :, :])
+            return PrefixNode(k=pair[..., 0, :, :], v=pair[..., 1, :, :])
         keys, deviation = jax.random.split(keys_for(key, path, ())), 1 / math.sqrt(self.hidden)
-        return EncodedKeyValues(
+        return EncodedPrefixNode(
             rows=normal(keys[0], self.length, width),
             w1=normal(keys[1], width, self.hidden, deviation=1 / math.sqrt(width)),
             b1=jnp.zeros(self.hidden, jnp.float32),
@@ -82,22 +82,17 @@ class Prefix(Method):
 
 
 @flax.struct.dataclass
-class KeyValues(Extra):
+class PrefixNode(Extra):
     """`k` and `v`, `[stack..., P, d_out]`, float32; what an attention layer reads."""
 
-    k: jax.Array
-    v: jax.Array
+    own_axes = ("row", "width")
 
-    @property
-    def stack_ndim(self) -> int:
-        return self.k.ndim - 2
-
-    def trainable(self) -> Self:
-        return dataclasses.replace(cast(Any, self), k=True, v=True)
+    k: jax.Array = leaf("stack row width")
+    v: jax.Array = leaf("stack row width")
 
 
 @flax.struct.dataclass
-class EncodedKeyValues(Extra):
+class EncodedPrefixNode(Extra):
     """Keys and values as an MLP makes them of `rows [P, d_out]`, all float32.
 
     Attributes:
@@ -106,21 +101,16 @@ class EncodedKeyValues(Extra):
       w2, b2: `[stack..., hidden, 2 * d_out]`, `[stack..., 2 * d_out]`.
     """
 
-    rows: jax.Array
-    w1: jax.Array
-    b1: jax.Array
-    w2: jax.Array
-    b2: jax.Array
+    own_axes = ("row", "width", "hidden", "pair")
 
-    @property
-    def stack_ndim(self) -> int:
-        return self.b2.ndim - 1
+    rows: jax.Array = leaf("row width")
+    w1: jax.Array = leaf("width hidden")
+    b1: jax.Array = leaf("hidden")
+    w2: jax.Array = leaf("stack hidden pair")
+    b2: jax.Array = leaf("stack pair")
 
-    def bound(self) -> KeyValues:
+    def bound(self) -> PrefixNode:
         inner = jnp.tanh(linear(self.rows, self.w1) + self.b1[None])
         pair = jnp.matmul(inner, self.w2) + self.b2[..., None, :]
         k, v = jnp.split(pair, 2, axis=-1)
-        return KeyValues(k=k, v=v)
-
-    def trainable(self) -> Self:
-        return jax.tree.map(lambda _: True, self)
+        return PrefixNode(k=k, v=v)

@@ -2,15 +2,17 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Self, cast
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from lora_jax.layouts import Layout
-from lora_jax.methods.base import AnyWeight, Extra, Method
+from lora_jax.methods.method import Method
+from lora_jax.methods.nodes import Extra
 from lora_jax.paths import stable_hash
+from lora_jax.products import AnyWeight
+from lora_jax.schema import leaf
 from lora_jax.weights import embed
 
 
@@ -45,8 +47,8 @@ class Prompt(Method):
         if self.tokens is not None and not self.tokens:
             raise ValueError("Prompt(tokens=()): the text to start from has no tokens.")
 
-    def fresh(self, weight: AnyWeight, *, layout: Layout, key: jax.Array) -> None:
-        del weight, layout, key
+    def init_node(self, path: str, weight: AnyWeight, *, layout: Layout, key: jax.Array) -> None:
+        del path, weight, layout, key
 
     def extras(
         self, weights: Mapping[str, AnyWeight], *, layouts: Mapping[str, Layout], key: jax.Array
@@ -66,19 +68,14 @@ class Prompt(Method):
         elif self.init == "vocab":
             ids = jax.random.randint(key, (self.length,), 0, vocab)
         else:
-            return {"prompt": SoftPrompt(jax.random.normal(key, (self.length, width), jnp.float32))}
-        return {"prompt": SoftPrompt(embed(ids, tables[0]).astype(jnp.float32))}
+            return {"prompt": PromptNode(jax.random.normal(key, (self.length, width), jnp.float32))}
+        return {"prompt": PromptNode(embed(ids, tables[0]).astype(jnp.float32))}
 
 
 @flax.struct.dataclass
-class SoftPrompt(Extra):
+class PromptNode(Extra):
     """`rows [P, d]`, float32; `[B, P, d]` where each row of a batch has a prompt of its own."""
 
-    rows: jax.Array
+    own_axes = ("row", "width")
 
-    @property
-    def stack_ndim(self) -> int:
-        return self.rows.ndim - 2
-
-    def trainable(self) -> Self:
-        return dataclasses.replace(cast(Any, self), rows=True)
+    rows: jax.Array = leaf("stack row width")

@@ -3,18 +3,19 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, cast
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.layouts import Layout
-from lora_jax.methods.base import Additive, AnyWeight, Extra, Method, require_shape
-from lora_jax.methods.lora import drop
+from lora_jax.methods.method import Method
+from lora_jax.methods.nodes import Additive, Extra
 from lora_jax.paths import stable_hash
-from lora_jax.weights import NARROW, Shared, linear
+from lora_jax.products import AnyWeight, Product
+from lora_jax.schema import leaf, nested, static
+from lora_jax.weights import Shared
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,10 +51,12 @@ class VeRA(Method):
         """The path of the pair in the delta; methods that differ have pairs of their own."""
         return f"vera_{stable_hash(repr(self)):08x}"
 
-    def fresh(self, weight: AnyWeight, *, layout: Layout, key: jax.Array) -> "SharedLowRank":
-        del key
+    def init_node(
+        self, path: str, weight: AnyWeight, *, layout: Layout, key: jax.Array
+    ) -> "VeRANode":
+        del path, key
         stack, _, d_out = layout.split(weight.shape)
-        return SharedLowRank(
+        return VeRANode(
             lambda_d=jnp.full((*stack, self.rank), self.d_initial, jnp.float32),
             lambda_b=jnp.zeros((*stack, *d_out), jnp.float32),
             path=self.projection,
@@ -72,105 +75,63 @@ class VeRA(Method):
             bound = math.sqrt(6 / shape[0])
             return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
-        pair = Projection(a=draw(keys[0], d_in, self.rank), b=draw(keys[1], self.rank, d_out))
+        pair = VeRAProjection(a=draw(keys[0], d_in, self.rank), b=draw(keys[1], self.rank, d_out))
         return {self.projection: pair}
 
 
 @flax.struct.dataclass
-class Projection(Extra):
+class VeRAProjection(Extra):
     """The frozen pair that VeRA's targets share: `a [d_in, r]`, `b [r, d_out]`, float32."""
 
-    a: jax.Array
-    b: jax.Array
+    own_axes = ("rows", "rank", "columns")
     in_weights: ClassVar[bool] = False
 
-    def trainable(self) -> Self:
-        return dataclasses.replace(cast(Any, self), a=False, b=False)
-
-    def absent(self) -> Self:
-        return self
+    a: jax.Array = leaf("stack rows rank", trained=False)
+    b: jax.Array = leaf("stack rank columns", trained=False)
 
 
 @flax.struct.dataclass
-class SharedLowRank(Additive):
+class VeRANode(Additive):
     """`a * lambda_d @ b * lambda_b`, of which the two vectors are this weight's own.
 
     Attributes:
       lambda_d: `[stack..., r]`, float32.
       lambda_b: `[stack..., output...]`, float32.
-      pair: the `Projection`, once `bind` has filled it in.
-      path: where in the delta it stands.
+      pair: once `bind` has filled it in, the leading rows of the projection's `a` and columns of
+        its `b`, as many as this weight has.
+      path: where in the delta the projection is.
     """
 
-    lambda_d: jax.Array
-    lambda_b: jax.Array
-    pair: Shared | None = None
-    path: str = flax.struct.field(pytree_node=False, default="")
-    dropout: float = flax.struct.field(pytree_node=False, default=0.0)
-    layout: Layout = flax.struct.field(pytree_node=False, default=Layout())
+    own_axes = ("rank",)
 
-    @property
-    def rank(self) -> int:
-        return self.lambda_d.shape[-1]
+    lambda_d: jax.Array = leaf("stack rank")
+    lambda_b: jax.Array = leaf("stack out", absent=0)
+    pair: Shared | None = nested("", trained=False, default=None)
+    path: str = static("")
+    dropout: float = static(0.0)
+    layout: Layout = static(Layout())
 
-    @property
-    def stack_ndim(self) -> int:
-        return self.lambda_d.ndim - 1
-
-    def resolve(self, extras: Mapping[str, Extra]) -> "SharedLowRank":
+    def resolve(self, base: AnyWeight, extras: Mapping[str, Extra]) -> "VeRANode":
         if self.path not in extras:
             raise ValueError(
                 f"the delta lacks {self.path!r}, the projection that its VeRA nodes share. Keep "
                 "that entry when you take a delta apart."
             )
-        return dataclasses.replace(self, pair=Shared(extras[self.path]))
-
-    def linear(self, x: jax.Array, base: AnyWeight, dropout_key: jax.Array | None) -> jax.Array:
-        x_drop = x if dropout_key is None else drop(x, self.dropout, dropout_key)
-        a, b = self._slices(x.shape[-1])
-        inner = linear(x_drop, a.astype(x.dtype))
-        inner = inner * jnp.broadcast_to(self.lambda_d.astype(x.dtype), inner.shape)
-        wide = linear(checkpoint_name(inner, NARROW), b.astype(x.dtype))
-        return linear(x, base) + wide * jnp.broadcast_to(self.lambda_b.astype(x.dtype), wide.shape)
-
-    def update(self, shape: tuple[int, ...]) -> jax.Array:
-        node, (stack, d_in, _) = self.as_matrix(), self.layout.split(shape)
-        a, b = node._slices(math.prod(d_in))
-        with jax.default_matmul_precision("highest"):
-            left = jnp.broadcast_to(a, (*stack, *a.shape)) * node.lambda_d[..., None, :]
-            product = jnp.matmul(left, jnp.broadcast_to(b, (*stack, *b.shape)))
-        return self.layout.from_matrix(product * node.lambda_b[..., None, :], shape)
-
-    def as_matrix(self) -> "SharedLowRank":
-        stack = self.lambda_d.shape[:-1]
-        return dataclasses.replace(
-            self, lambda_b=self.lambda_b.reshape(*stack, -1), layout=Layout()
-        )
-
-    def trainable(self) -> Self:
-        pair = jax.tree.map(lambda _: False, self.pair)
-        return dataclasses.replace(cast(Any, self), lambda_d=True, lambda_b=True, pair=pair)
-
-    def check(self, path: str, base: AnyWeight) -> None:
-        _, d_in, _ = self.layout.split(base.shape)
-        d_out = self.lambda_b.shape[self.stack_ndim :]
-        require_shape(path, self.layout.joined(self.lambda_d.shape[:-1], d_in, d_out), base)
-        if self.pair is None:
-            return
-        shared = self.pair.value
-        needed = math.prod(d_in), self.rank, math.prod(d_out)
-        found = (*shared.a.shape, shared.b.shape[-1])
-        fits = shared.b.shape[0] == found[1] == needed[1]
-        if not fits or found[0] < needed[0] or found[2] < needed[2]:
+        shared = cast(VeRAProjection, extras[self.path])
+        _, d_in, d_out = (math.prod(group) for group in self.layout.split(base.shape))
+        (rows, rank), columns = shared.a.shape[-2:], shared.b.shape[-1]
+        if shared.b.shape[-2] != rank or rank != self.rank or rows < d_in or columns < d_out:
             raise ValueError(
-                f"{path}: cannot share the projection {self.path!r}, a {shared.a.shape} and b "
-                f"{shared.b.shape}: this weight needs at least {needed[:2]} and {needed[1:]}, of "
-                "the same rank. Draw it for all of the weights together."
+                f"cannot share the projection {self.path!r}, a {shared.a.shape} and b "
+                f"{shared.b.shape}: this weight needs at least {(d_in, self.rank)} and "
+                f"{(self.rank, d_out)}, of the same rank. Init it for all of the weights together."
             )
+        pair = VeRAProjection(a=shared.a[..., :d_in, :], b=shared.b[..., :d_out])
+        return dataclasses.replace(self, pair=Shared(pair))
 
-    def absent(self) -> "SharedLowRank":
-        return jax.tree.map(jnp.zeros_like, self)
-
-    def _slices(self, d_in: int) -> tuple[jax.Array, jax.Array]:
+    def branch(self, x: Any, product: Product) -> jax.Array:
         pair = cast(Shared, self.pair).value
-        return pair.a[:d_in], pair.b[:, : self.lambda_b.shape[-1]]
+        h = product.narrow(x, pair.a)
+        h = h * jnp.broadcast_to(self.lambda_d.astype(h.dtype), h.shape)
+        wide = product.widen(h, pair.b)
+        return wide * jnp.broadcast_to(self.lambda_b.astype(wide.dtype), wide.shape)

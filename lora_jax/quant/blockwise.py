@@ -13,16 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from lora_jax import schema
 from lora_jax.kernels.lookup import look_up
 from lora_jax.kernels.nf4_matmul import nf4_matmul
 from lora_jax.layouts import Layout
 from lora_jax.quant import codebooks, storage
 from lora_jax.quant.double import DoubleQuantized
+from lora_jax.schema import leaf, static
 from lora_jax.weights import Transposed, Weight, vary
-
-
-def _static(default: Any = dataclasses.MISSING) -> Any:
-    return flax.struct.field(pytree_node=False, default=default)
 
 
 @flax.struct.dataclass(repr=False)
@@ -45,13 +43,13 @@ class Blockwise(Weight):
     Source: Dettmers et al. 2023, arXiv:2305.14314, sections 2 and 3.
     """
 
-    codes: jax.Array
-    absmax: jax.Array | DoubleQuantized
-    contracted: tuple[int, ...] = _static()
-    output: tuple[int, ...] = _static()
-    dense_dtype: Any = _static()
-    layout: Layout = _static(Layout())
-    format: str = _static("")
+    codes: jax.Array = leaf("stack in out", trained=False)
+    absmax: jax.Array | DoubleQuantized = leaf("stack in out", trained=False)
+    contracted: tuple[int, ...] = static()
+    output: tuple[int, ...] = static()
+    dense_dtype: Any = static()
+    layout: Layout = static(Layout())
+    format: str = static("")
 
     codebook: ClassVar[np.ndarray]
 
@@ -163,34 +161,20 @@ class Blockwise(Weight):
             layout=Layout(),
         )
 
-    def partition(self, spec: PartitionSpec) -> Self:
-        if isinstance(self.absmax, DoubleQuantized) and any(spec[-2:]):
-            raise ValueError(
-                f"{type(self).__name__} with double quantisation cannot be split by {spec}: blocks "
-                "of its absmax run through the whole matrix. Quantise with double_quant=False, or "
-                "split stacked layers alone."
-            )
-        stack = PartitionSpec(*spec[:-2])
-        absmax: Any = spec
-        if isinstance(self.absmax, DoubleQuantized):
-            absmax = DoubleQuantized(codes=spec, scale=stack, offset=stack)  # type: ignore[arg-type]
-        return dataclasses.replace(cast(Any, self), codes=spec, absmax=absmax)
+    @property
+    def split_axes(self) -> tuple[str, ...]:  # type: ignore[override]
+        """None with double quantisation: blocks of absmax run through the whole matrix."""
+        return () if isinstance(self.absmax, DoubleQuantized) else ("in", "out")
 
     def placement(self, spec: PartitionSpec) -> Self:
-        """An axis of the matrix lies as its first dimension; scales of double quantisation, one for
-        256 blocks, are whole everywhere."""
+        """Stored as a matrix, which is sharded along the first axis of each side."""
         stack, *sides = self.layout.split(tuple(spec))
-        matrix: Any = PartitionSpec(*stack, *(side[0] for side in sides))
         if any(entry for side in sides for entry in side[1:]):
             raise ValueError(
                 f"{spec} splits a dimension that is not the first on its side of the matrix, and "
                 "blocks of a quantised weight follow the matrix. Split the first one."
             )
-        absmax: Any = matrix
-        if isinstance(self.absmax, DoubleQuantized):
-            whole: Any = PartitionSpec(*stack)
-            absmax = DoubleQuantized(codes=matrix, scale=whole, offset=whole)
-        return dataclasses.replace(cast(Any, self), codes=matrix, absmax=absmax)
+        return schema.specs(self, stack, *(side[:1] for side in sides))
 
     def absmax_values(self) -> jax.Array:
         """float32 `[stack..., d_in / block, d_out]`."""
@@ -246,7 +230,7 @@ _matmul_transposed.defvjp(
 class NF4(Blockwise):
     """Four bits whose values are quantiles of the normal distribution: the format of QLoRA."""
 
-    format: str = _static("nf4")
+    format: str = static("nf4")
     codebook: ClassVar[np.ndarray] = codebooks.NF4
 
     def matmul(self, x: jax.Array) -> jax.Array:
@@ -267,7 +251,7 @@ class NF4(Blockwise):
 class FP4(Blockwise):
     """Four bits as a floating-point number, the way bitsandbytes does it."""
 
-    format: str = _static("fp4")
+    format: str = static("fp4")
     codebook: ClassVar[np.ndarray] = codebooks.FP4
 
 
@@ -275,7 +259,7 @@ class FP4(Blockwise):
 class E2M1(Blockwise):
     """Four bits as a floating-point number, the FP4 of the QLoRA paper's tables."""
 
-    format: str = _static("e2m1")
+    format: str = static("e2m1")
     codebook: ClassVar[np.ndarray] = codebooks.E2M1
 
 
@@ -283,7 +267,7 @@ class E2M1(Blockwise):
 class Int4(Blockwise):
     """Four bits in even steps."""
 
-    format: str = _static("int4")
+    format: str = static("int4")
     codebook: ClassVar[np.ndarray] = codebooks.INT4
 
 
@@ -291,7 +275,7 @@ class Int4(Blockwise):
 class Int8(Blockwise):
     """Eight bits in even steps, one code a byte."""
 
-    format: str = _static("int8")
+    format: str = static("int8")
     codebook: ClassVar[np.ndarray] = codebooks.INT8
 
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from lora_jax.kernels.lookup import look_up
 from lora_jax.quant import codebooks
+from lora_jax.schema import leaf
 
 NESTED_BLOCK = 256
 _LANES = 8  # of the vectors that torch sums with on a CPU
@@ -25,9 +26,9 @@ class DoubleQuantized:
       offset: float32 `[stack...]`, the mean that was subtracted first.
     """
 
-    codes: jax.Array
-    scale: jax.Array
-    offset: jax.Array
+    codes: jax.Array = leaf("stack in out", trained=False)
+    scale: jax.Array = leaf("stack nested", trained=False)
+    offset: jax.Array = leaf("stack", trained=False)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -8,7 +8,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from lora_jax.weights import Adapted, Weight, dense, embed, is_shared, linear, transpose
+from lora_jax.adapted import Adapted
+from lora_jax.weights import Weight, dense, embed, is_shared, linear, transpose
 
 
 @flax.struct.dataclass

@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from lora_jax.adapted import Adapted
 from lora_jax.layouts import Layout
 from lora_jax.tracing.applying import arranged, as_traced, cast, over_stack
 from lora_jax.tracing.axes import Atom, Axes
 from lora_jax.tracing.tracked import Lookup, Product, RefusedError, Tracked
-from lora_jax.weights import Adapted, Weight, as_matrix, dense, embed, is_shared, linear, transpose
+from lora_jax.weights import Weight, as_matrix, dense, embed, is_shared, linear, transpose
 
 # The ways out, for the path of an adapted weight and of one that is only quantised.
 ADAPTED = (

@@ -144,7 +144,7 @@ def test_what_vllm_serves(tmp_path):
 
 
 REFUSED_BY_VLLM = {
-    "dora": (METHODS["dora"], "not DecomposedLowRank on layers/attn/k_proj|not DecomposedLowRank"),
+    "dora": (METHODS["dora"], "not DoRANode on layers/attn/k_proj|not DoRANode"),
     "ia3": (METHODS["ia3"], "not IA3"),
     "full": ({"q_proj": lora.LoRA(rank=1), "lm_head": lora.Full()}, "not lm_head"),
 }
@@ -179,7 +179,13 @@ def test_the_card_says_what_it_is(tmp_path):
     save(tmp_path, delta, card=card)
     text = (tmp_path / "README.md").read_text()
     assert text.startswith("---\nbase_model: org/tiny\nlibrary_name: peft\n")
-    for part in ("data: E2E", "python x.py", "validation loss: 1.5", "LowRank", "trainable params"):
+    for part in (
+        "data: E2E",
+        "python x.py",
+        "validation loss: 1.5",
+        "LoRANode",
+        "trainable params",
+    ):
         assert part in text
 
 

@@ -9,7 +9,7 @@ from cases import assert_close, moved
 from test_protocol_weights import quantized
 
 import lora_jax as lora
-from lora_jax.methods.lora import drop
+from lora_jax.products import drop
 
 PARAMS = {"q_proj": cases.normal(0, 12, 10)}
 X = cases.normal(1, 3, 12)
@@ -24,7 +24,7 @@ def made(params=PARAMS, seed=1, **kwargs):
 
 def by_definition(node, w):
     """V, and the length of each of its columns, built."""
-    total = w + node.low.scale * node.low.a @ node.low.b
+    total = w + node.scale * node.a @ node.b
     return total, jnp.linalg.norm(total, axis=0)
 
 
@@ -43,7 +43,7 @@ def test_formula_with_dropout():
     x_drop = drop(X, 0.5, weight.dropout_key)
     assert 0 < (np.asarray(x_drop) == 0).mean() < 1
     c = (node.magnitude / by_definition(node, w)[1])[None]
-    low = node.low.scale * x_drop @ node.low.a @ node.low.b
+    low = node.scale * x_drop @ node.a @ node.b
     assert_close(lora.linear(X, weight), X @ w + (c - 1) * (x_drop @ w) + c * low, atol=5e-6)
 
 
@@ -62,7 +62,7 @@ def test_norm_is_not_differentiated(dropout):
 
     def fixed(node):
         c = (node.magnitude / norm)[None]
-        y = X @ w + (c - 1) * (x_drop @ w) + c * (node.low.scale * x_drop @ node.low.a @ node.low.b)
+        y = X @ w + (c - 1) * (x_drop @ w) + c * (node.scale * x_drop @ node.a @ node.b)
         return jnp.sin(y).sum()
 
     def loss(delta):
@@ -70,7 +70,7 @@ def test_norm_is_not_differentiated(dropout):
         return jnp.sin(lora.linear(X, bound)).sum()
 
     ours, theirs = jax.jit(jax.grad(loss))(delta)["q_proj"], jax.jit(jax.grad(fixed))(node)
-    for read in (lambda n: n.low.a, lambda n: n.low.b, lambda n: n.magnitude):
+    for read in (lambda n: n.a, lambda n: n.b, lambda n: n.magnitude):
         assert_close(read(ours), read(theirs), rtol=1e-4, atol=1e-5)
 
 
@@ -90,7 +90,7 @@ def test_embedding_rows_are_those_of_the_merged_table():
     tokens = jnp.array([[3, 9, 0]])
     rows = lora.embed(tokens, lora.bind(base, delta)["embed"])
     assert_close(rows, lora.merge(base, delta)["embed"][tokens], atol=5e-6)
-    with pytest.raises(ValueError, match="DecomposedLowRank cannot adapt a tied embedding"):
+    with pytest.raises(ValueError, match="DoRANode cannot adapt a tied embedding"):
         _ = lora.bind(base, delta)["embed"].T
 
 
@@ -140,7 +140,7 @@ def test_unmerge_does_not_guess():
     base, delta = made(alpha=200.0)
     back = lora.unmerge(lora.merge(base, delta), delta)["q_proj"]
     node = delta["q_proj"]
-    update = jnp.linalg.norm(node.low.update((12, 10)), axis=0)
+    update = jnp.linalg.norm(node.update((12, 10)), axis=0)
     long = np.asarray(update > jnp.linalg.norm(PARAMS["q_proj"], axis=0))
     assert long.any()
     np.testing.assert_array_equal(np.isnan(back).all(axis=0), long)

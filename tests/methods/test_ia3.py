@@ -78,5 +78,6 @@ def test_errors():
     base, delta = made()
     with pytest.raises(ValueError, match=r"k_proj: .*shape \(6, 5\), the base has \(6, 4\)"):
         lora.bind(base | {"k_proj": jnp.ones((6, 4))}, delta)
-    with pytest.raises(ValueError, match="Rescaled cannot adapt an embedding"):
-        lora.embed(jnp.array([1]), lora.bind(base, delta)["k_proj"])
+    weight = lora.bind(base, delta)["down_proj"]
+    with pytest.raises(ValueError, match="looked up by index: there is no input to scale"):
+        lora.embed(jnp.array([1]), weight)

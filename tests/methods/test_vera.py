@@ -8,7 +8,7 @@ import pytest
 from cases import assert_close, moved
 
 import lora_jax as lora
-from lora_jax.methods import Projection
+from lora_jax.methods import VeRAProjection
 
 PARAMS = {"q_proj": cases.normal(0, 6, 5), "down_proj": cases.normal(1, 4, 8)}
 METHOD = lora.VeRA(rank=16)
@@ -31,7 +31,7 @@ def test_formula_takes_leading_rows_and_columns():
 
 def test_draws():
     _, delta = lora.lora_transform(PARAMS, lora.VeRA(rank=256, d_initial=0.3), key=KEY)
-    pair = next(node for node in delta.values() if isinstance(node, Projection))
+    pair = next(node for node in delta.values() if isinstance(node, VeRAProjection))
     for leaf, fan_in in ((pair.a, 6), (pair.b, 256)):
         bound = np.sqrt(6 / fan_in)
         assert 0.98 * bound < np.abs(leaf).max() <= bound
@@ -48,7 +48,7 @@ def test_projection_is_stored_once_frozen_and_out_of_the_weights():
 
 def test_an_imported_projection_is_used():
     base, delta = made()
-    other = Projection(a=cases.normal(5, 9, 16), b=cases.normal(6, 16, 8))
+    other = VeRAProjection(a=cases.normal(5, 9, 16), b=cases.normal(6, 16, 8))
     delta[METHOD.projection] = other
     merged = lora.merge(base, delta)["q_proj"]
     node = delta["q_proj"]
@@ -94,7 +94,7 @@ def test_a_target_that_a_member_lacks_does_not_train():
 def test_errors(call):
     base, delta = made()
     path = METHOD.projection
-    small = delta | {path: Projection(a=jnp.ones((4, 16)), b=jnp.ones((16, 8)))}
+    small = delta | {path: VeRAProjection(a=jnp.ones((4, 16)), b=jnp.ones((16, 8)))}
     with pytest.raises(ValueError, match=r"q_proj: cannot share.*at least \(6, 16\)"):
         call(base, small)
     lacking = {name: node for name, node in delta.items() if name != path}

@@ -102,7 +102,7 @@ def test_described_and_without_merged_form():
     delta = made("all")
     rows = {row.path: row.trainable for row in lora.describe(PARAMS, delta).rows}
     assert rows["prompt"] == 2 * 16 and rows["layers/attn/prefix"] == 3 * 2 * 2 * 8
-    with pytest.raises(ValueError, match="layers/attn/prefix: KeyValues has no merged form"):
+    with pytest.raises(ValueError, match="layers/attn/prefix: PrefixNode has no merged form"):
         lora.merge(PARAMS, delta)
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from lora_jax.arithmetic import combine
-from lora_jax.methods import LowRank
+from lora_jax.methods import LoRANode
 
 peft = pytest.importorskip("peft", reason="needs requirements-parity.txt")
 import torch  # noqa: E402
@@ -34,7 +34,7 @@ def theirs(**options):
 
 def ours(**options):
     deltas = [
-        {"w": LowRank(a=jnp.asarray(a.T), b=jnp.asarray(b.T),
+        {"w": LoRANode(a=jnp.asarray(a.T), b=jnp.asarray(b.T),
                       scale=jnp.float32(1.5))}
         for a, b in map(factors, range(2))
     ]  # fmt: skip

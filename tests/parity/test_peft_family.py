@@ -54,23 +54,23 @@ METHODS = {
 }
 # PEFT's name and value, in its orientation, of each trained leaf of one layer's node.
 LEAVES = {
-    "LowRank": {
+    "LoRANode": {
         "lora_A.default.weight": lambda node: node.a.T,
         "lora_B.default.weight": lambda node: node.b.T,
     },
-    "DecomposedLowRank": {
-        "lora_A.default.weight": lambda node: node.low.a.T,
-        "lora_B.default.weight": lambda node: node.low.b.T,
+    "DoRANode": {
+        "lora_A.default.weight": lambda node: node.a.T,
+        "lora_B.default.weight": lambda node: node.b.T,
         "lora_magnitude_vector.default.weight": lambda node: node.magnitude,
     },
-    "Triplets": {
+    "AdaLoRANode": {
         "lora_A.default": lambda node: node.a.T,
         "lora_E.default": lambda node: node.e[:, None],
         "lora_B.default": lambda node: node.b.T,
         "lora_E.default/mask": lambda node: node.mask,
     },
-    "Rescaled": {"ia3_l.default": lambda node: node.l[None] if node.input else node.l[:, None]},
-    "SharedLowRank": {
+    "IA3Node": {"ia3_l.default": lambda node: node.l[None] if node.input else node.l[:, None]},
+    "VeRANode": {
         "vera_lambda_b.default": lambda node: node.lambda_b,
         "vera_lambda_d.default": lambda node: node.lambda_d,
     },
@@ -78,11 +78,11 @@ LEAVES = {
 # Likewise of what belongs to no weight.
 ENCODER = "prompt_encoder.default"
 EXTRAS = {
-    "SoftPrompt": lambda node: {f"{ENCODER}.embedding.weight": node.rows},
-    "KeyValues": lambda node: {
+    "PromptNode": lambda node: {f"{ENCODER}.embedding.weight": node.rows},
+    "PrefixNode": lambda node: {
         f"{ENCODER}.embedding.weight": by_token(jnp.stack([node.k, node.v], axis=1)),
     },
-    "EncodedKeyValues": lambda node: {
+    "EncodedPrefixNode": lambda node: {
         f"{ENCODER}.embedding.weight": node.rows,
         f"{ENCODER}.transform.0.weight": node.w1.T,
         f"{ENCODER}.transform.0.bias": node.b1,

@@ -8,7 +8,7 @@ import numpy as np
 
 from lora_jax.interop.peft.config import target_modules
 from lora_jax.interop.peft.model import Model, Tensors, layer_of, take
-from lora_jax.methods import AdaLoRA, DeltaNode, Triplets
+from lora_jax.methods import AdaLoRA, AdaLoRANode, DeltaNode
 
 # PEFT's names of AdaLoRA's fields.
 _FIELDS = {
@@ -46,7 +46,7 @@ def to_peft(nodes: Mapping[str, Any], model: Model) -> tuple[dict[str, Any], Ten
 def from_peft(
     config: Mapping[str, Any], tensors: Mapping[str, Tensors], model: Model
 ) -> dict[str, DeltaNode]:
-    """Triplets that PEFT pruned from its file come back as zeros at the end."""
+    """AdaLoRANode that PEFT pruned from its file come back as zeros at the end."""
     stated = {ours: config.get(theirs) for theirs, ours in _FIELDS.items()}
     method = AdaLoRA(**{field: value for field, value in stated.items() if value is not None})
     rank = method.rank
@@ -73,7 +73,7 @@ def from_peft(
         a, b = a.reshape(*stack, *d_in, rank), b.reshape(*stack, rank, *d_out)
         e = e.reshape(*stack, rank)
         fresh = {"a": jnp.zeros(a.shape), "e": jnp.zeros(e.shape), "b": jnp.zeros(b.shape)}
-        nodes[path] = Triplets(
+        nodes[path] = AdaLoRANode(
             a=jnp.asarray(a),
             e=jnp.asarray(e),
             b=jnp.asarray(b),

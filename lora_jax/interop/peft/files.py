@@ -18,16 +18,16 @@ from lora_jax.interop.peft.names import Names
 from lora_jax.interop.read_json import read_json
 from lora_jax.layouts import Layout
 from lora_jax.methods import (
-    DecomposedLowRank,
-    DenseDelta,
-    EncodedKeyValues,
-    KeyValues,
-    LowRank,
-    Projection,
-    Rescaled,
-    SharedLowRank,
-    SoftPrompt,
-    Triplets,
+    AdaLoRANode,
+    DoRANode,
+    EncodedPrefixNode,
+    FullNode,
+    IA3Node,
+    LoRANode,
+    PrefixNode,
+    PromptNode,
+    VeRANode,
+    VeRAProjection,
 )
 from lora_jax.paths import nearest, nest
 from lora_jax.transform import Delta, delta_nodes
@@ -38,12 +38,12 @@ _PREFIX = "base_model.model."
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _FORM, _FINGERPRINT = "lora_jax.base_form", "lora_jax.base_fingerprint"
 _GROUPS: dict[str, tuple[type, ...]] = {
-    "LORA": (LowRank, DecomposedLowRank),
-    "IA3": (Rescaled,),
-    "VERA": (SharedLowRank, Projection),
-    "ADALORA": (Triplets,),
-    "PROMPT_TUNING": (SoftPrompt,),
-    "PREFIX_TUNING": (KeyValues, EncodedKeyValues),
+    "LORA": (LoRANode, DoRANode),
+    "IA3": (IA3Node,),
+    "VERA": (VeRANode, VeRAProjection),
+    "ADALORA": (AdaLoRANode,),
+    "PROMPT_TUNING": (PromptNode,),
+    "PREFIX_TUNING": (PrefixNode, EncodedPrefixNode),
 }
 
 
@@ -165,7 +165,7 @@ def _decoded(
 def _encoded(
     nodes: Mapping[str, Any], model: Model, profile: str, num_kv_heads: int | None
 ) -> tuple[dict, Tensors]:
-    whole = {path: node for path, node in nodes.items() if isinstance(node, DenseDelta)}
+    whole = {path: node for path, node in nodes.items() if isinstance(node, FullNode)}
     others = {path: node for path, node in nodes.items() if path not in whole}
     kind = _kind(others)
     if profile not in ("peft", "vllm"):
@@ -198,7 +198,7 @@ def _encoded(
 
 
 def _vera(nodes: Mapping[str, Any], model: Model) -> tuple[dict[str, Any], Tensors]:
-    pairs = {path: node for path, node in nodes.items() if isinstance(node, Projection)}
+    pairs = {path: node for path, node in nodes.items() if isinstance(node, VeRAProjection)}
     own = {path: node for path, node in nodes.items() if path not in pairs}
     return vectors.vera_to_peft(own, pairs, model)
 

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.interop.peft.model import Model, Tensors
-from lora_jax.methods import DenseDelta
+from lora_jax.methods import FullNode
 
 
 def to_peft(
-    nodes: Mapping[str, DenseDelta], model: Model, adapted: set[str]
+    nodes: Mapping[str, FullNode], model: Model, adapted: set[str]
 ) -> tuple[dict[str, Any], Tensors]:
     """What adapter_config.json says of them, and the trained values.
 
@@ -39,7 +39,7 @@ def to_peft(
     return config, tensors
 
 
-def from_peft(tensors: Tensors, model: Model) -> dict[str, DenseDelta]:
+def from_peft(tensors: Tensors, model: Model) -> dict[str, FullNode]:
     """Removes from `tensors` what holds a whole leaf of the model, or a layer of one."""
     for name in [name for name in tensors if name.endswith(".base_layer.bias")]:
         tensors[name.replace(".base_layer.", ".")] = tensors.pop(name)
@@ -66,7 +66,7 @@ def from_peft(tensors: Tensors, model: Model) -> dict[str, DenseDelta]:
                 delta[layer] = value - base[layer]
             else:
                 delta[...] = value - base
-    return {path: DenseDelta(delta=jnp.asarray(delta)) for path, delta in found.items()}
+    return {path: FullNode(delta=jnp.asarray(delta)) for path, delta in found.items()}
 
 
 def _tensor(template: str) -> str:

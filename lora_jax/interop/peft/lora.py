@@ -12,7 +12,7 @@ import numpy as np
 from lora_jax.interop.peft.config import as_pattern, check_supported, pattern_value, target_modules
 from lora_jax.interop.peft.model import Model, Tensors, layer_of, take
 from lora_jax.interop.peft.names import Slot
-from lora_jax.methods import DecomposedLowRank, DeltaNode, DoRA, LowRank
+from lora_jax.methods import DeltaNode, DoRA, DoRANode, LoRANode
 from lora_jax.weights import dense
 
 # vLLM serves these ranks, one scale for all modules, and no magnitudes.
@@ -31,14 +31,14 @@ def to_peft(nodes: Mapping[str, DeltaNode], model: Model) -> tuple[dict[str, Any
     for slot in model.slots_at(nodes):
         _refuse_tied(slot, model)
         node = layer_of(nodes[slot.path], slot)
-        low = node.low if isinstance(node, DecomposedLowRank) else node
+        low = node
         if not np.any(np.asarray(low.scale)):
             continue  # a layer of rank 0
         a, b = used_factors(low)
         ranks[slot.module], alphas[slot.module] = len(b), _tidy(float(low.scale) * len(b))
         names = _names(slot)
         tensors |= {f"{slot.module}.{names[0]}": a.T, f"{slot.module}.{names[1]}": b.T}
-        if isinstance(node, DecomposedLowRank):
+        if isinstance(node, DoRANode):
             tensors[f"{slot.module}.lora_magnitude_vector"] = np.asarray(node.magnitude)
     rank, rank_pattern = as_pattern(ranks)
     alpha, alpha_pattern = as_pattern(alphas)
@@ -49,7 +49,7 @@ def to_peft(nodes: Mapping[str, DeltaNode], model: Model) -> tuple[dict[str, Any
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
         "lora_dropout": max(_low(node).dropout for node in nodes.values()),
-        "use_dora": kinds == {DecomposedLowRank},
+        "use_dora": kinds == {DoRANode},
         "use_rslora": False,
         "fan_in_fan_out": False,
         "bias": "none",
@@ -61,7 +61,7 @@ def to_peft(nodes: Mapping[str, DeltaNode], model: Model) -> tuple[dict[str, Any
 
 def to_vllm(nodes: Mapping[str, DeltaNode], model: Model) -> tuple[dict[str, Any], Tensors]:
     """What vLLM reads: one rank that it accepts and one scale, of 1, folded into B."""
-    if odd := sorted(path for path, node in nodes.items() if not isinstance(node, LowRank)):
+    if odd := sorted(path for path, node in nodes.items() if not isinstance(node, LoRANode)):
         raise ValueError(
             f"vLLM serves LoRA alone, and not {type(nodes[odd[0]]).__name__} on {odd[0]}. Merge "
             "the adapter and serve the merged model."
@@ -99,7 +99,7 @@ def from_peft(
     return nodes
 
 
-def used_factors(low: LowRank) -> tuple[np.ndarray, np.ndarray]:
+def used_factors(low: LoRANode) -> tuple[np.ndarray, np.ndarray]:
     """`a [d_in, r]` and `b [r, d_out]` of one layer, without the padding behind them."""
     a, b = np.asarray(low.a), np.asarray(low.b)
     used = np.flatnonzero(np.any(a != 0, axis=0) | np.any(b != 0, axis=1))
@@ -107,7 +107,7 @@ def used_factors(low: LowRank) -> tuple[np.ndarray, np.ndarray]:
     return a[:, :rank], b[:rank]
 
 
-def _low_rank(path, slots, found, config, tensors, model: Model) -> LowRank:
+def _low_rank(path, slots, found, config, tensors, model: Model) -> LoRANode:
     factors, scales = {}, {}
     for slot in found:
         _refuse_tied(slot, model)
@@ -138,7 +138,7 @@ def _low_rank(path, slots, found, config, tensors, model: Model) -> LowRank:
             a, b = factors[slot]
             whole_a[i, :, : a.shape[1]], whole_b[i, : len(b)], scale[i] = a, b, scales[slot]
     stack, d_in, d_out = model.dims(path)
-    return LowRank(
+    return LoRANode(
         a=jnp.asarray(whole_a.reshape(*stack, *d_in, widest)),
         b=jnp.asarray(whole_b.reshape(*stack, widest, *d_out)),
         scale=jnp.asarray(scale.reshape(stack)),
@@ -147,12 +147,12 @@ def _low_rank(path, slots, found, config, tensors, model: Model) -> LowRank:
     )
 
 
-def _decomposed(path, low: LowRank, slots, found, tensors, model: Model) -> DeltaNode:
+def _decomposed(path, low: LoRANode, slots, found, tensors, model: Model) -> DeltaNode:
     base = model.leaf(path)
     if isinstance(base, jax.ShapeDtypeStruct):
         raise ValueError(f"{path}: DoRA needs the base's weights, found their shape alone.")
     keys = jax.random.split(jax.random.key(0), model.dims(path)[0])
-    fresh: Any = DoRA(rank=1).fresh(base, layout=low.layout, key=keys)
+    fresh: Any = DoRA(rank=1).init_node(path, base, layout=low.layout, key=keys)
     magnitude = np.array(fresh.magnitude).reshape(len(slots), -1)
     for slot in found:
         given = dict(tensors[slot.module])
@@ -160,7 +160,8 @@ def _decomposed(path, low: LowRank, slots, found, tensors, model: Model) -> Delt
             model, slot, given, "lora_magnitude_vector", (slot.d_out,)
         )
     trained = jnp.asarray(magnitude.reshape(fresh.magnitude.shape))
-    return dataclasses.replace(fresh, low=low, magnitude=trained)
+    leaves = {field.name: getattr(low, field.name) for field in dataclasses.fields(low)}
+    return DoRANode(**leaves, magnitude=trained, base_square=fresh.base_square)
 
 
 def _check_same_table(path: str, slot: Slot, theirs: Any, model: Model) -> None:
@@ -191,8 +192,8 @@ def _names(slot: Slot) -> tuple[str, str]:
     return "lora_A.weight", "lora_B.weight"
 
 
-def _low(node: Any) -> LowRank:
-    return node.low if isinstance(node, DecomposedLowRank) else node
+def _low(node: Any) -> LoRANode:
+    return node
 
 
 def _tidy(alpha: float) -> float:

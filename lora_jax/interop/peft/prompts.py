@@ -7,24 +7,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.interop.peft.model import Tensors
-from lora_jax.methods import EncodedKeyValues, KeyValues, SoftPrompt
+from lora_jax.methods import EncodedPrefixNode, PrefixNode, PromptNode
 
 TABLE = "prompt_embeddings"
 
 
-def prompt_to_peft(nodes: Mapping[str, SoftPrompt]) -> tuple[dict[str, Any], Tensors]:
+def prompt_to_peft(nodes: Mapping[str, PromptNode]) -> tuple[dict[str, Any], Tensors]:
     (node,) = nodes.values()
     rows = np.asarray(node.rows)
     config = {"peft_type": "PROMPT_TUNING", "prompt_tuning_init": "RANDOM"}
     return config | {"num_virtual_tokens": len(rows), "token_dim": rows.shape[1]}, {TABLE: rows}
 
 
-def prompt_from_peft(table: np.ndarray) -> dict[str, SoftPrompt]:
-    return {"prompt": SoftPrompt(rows=jnp.asarray(table, jnp.float32))}
+def prompt_from_peft(table: np.ndarray) -> dict[str, PromptNode]:
+    return {"prompt": PromptNode(rows=jnp.asarray(table, jnp.float32))}
 
 
 def prefix_to_peft(
-    nodes: Mapping[str, KeyValues | EncodedKeyValues], heads: int | None
+    nodes: Mapping[str, PrefixNode | EncodedPrefixNode], heads: int | None
 ) -> tuple[dict[str, Any], Tensors]:
     """Keys and values of layer l are at 2l and 2l + 1 of each row; an MLP is written out."""
     if heads is None:
@@ -32,7 +32,7 @@ def prefix_to_peft(
     if len(nodes) != 1:
         raise ValueError(f"expected one stacked prefix, found {', '.join(nodes)}.")
     (node,) = nodes.values()
-    pair = node.bound() if isinstance(node, EncodedKeyValues) else node
+    pair = node.bound() if isinstance(node, EncodedPrefixNode) else node
     layers, length, width = pair.k.shape
     table = jnp.stack([pair.k, pair.v], axis=1)  # [L, 2, P, width]
     rows = np.asarray(jnp.transpose(table, (2, 0, 1, 3)).reshape(length, -1))
@@ -48,7 +48,9 @@ def prefix_to_peft(
     return config, {TABLE: rows}
 
 
-def prefix_from_peft(table: np.ndarray, path: str, layers: int, width: int) -> dict[str, KeyValues]:
+def prefix_from_peft(
+    table: np.ndarray, path: str, layers: int, width: int
+) -> dict[str, PrefixNode]:
     if table.ndim != 2 or table.shape[1] != 2 * layers * width:
         raise ValueError(
             f"{TABLE} has shape {table.shape}, expected (n, {2 * layers * width}): keys and values "
@@ -56,4 +58,4 @@ def prefix_from_peft(table: np.ndarray, path: str, layers: int, width: int) -> d
         )
     pair = jnp.asarray(table, jnp.float32).reshape(len(table), layers, 2, width)
     k, v = jnp.transpose(pair, (2, 1, 0, 3))
-    return {path: KeyValues(k=k, v=v)}
+    return {path: PrefixNode(k=k, v=v)}

@@ -8,7 +8,7 @@ import numpy as np
 
 from lora_jax.interop.peft.config import target_modules
 from lora_jax.interop.peft.model import Model, Tensors, layer_of, take
-from lora_jax.methods import DeltaNode, Projection, Rescaled, SharedLowRank, VeRA
+from lora_jax.methods import DeltaNode, IA3Node, VeRA, VeRANode, VeRAProjection
 
 PAIR = ("base_model.vera_A", "base_model.vera_B")
 
@@ -48,7 +48,7 @@ def ia3_from_peft(
             vectors[i], active[i] = take(model, slot, given, "ia3_l", shape).reshape(-1), 1
             model.refuse_rest(slot, given)
         stack, d_in, d_out = model.dims(path)
-        nodes[path] = Rescaled(
+        nodes[path] = IA3Node(
             l=jnp.asarray(vectors.reshape(*stack, *(d_in if scales_input else d_out))),
             active=jnp.asarray(active.reshape(stack)),
             input=scales_input,
@@ -58,7 +58,7 @@ def ia3_from_peft(
 
 
 def vera_to_peft(
-    nodes: Mapping[str, Any], pairs: Mapping[str, Projection], model: Model
+    nodes: Mapping[str, Any], pairs: Mapping[str, VeRAProjection], model: Model
 ) -> tuple[dict[str, Any], Tensors]:
     if len(pairs) != 1:
         raise ValueError(f"PEFT's VeRA shares one projection, the delta has {len(pairs)}.")
@@ -110,11 +110,11 @@ def vera_from_peft(
             lambda_b[i] = take(model, slot, given, "vera_lambda_b", (slot.d_out,))
             model.refuse_rest(slot, given)
         stack, _, d_out = model.dims(path)
-        nodes[path] = SharedLowRank(
+        nodes[path] = VeRANode(
             lambda_d=jnp.asarray(lambda_d.reshape(*stack, rank)),
             lambda_b=jnp.asarray(lambda_b.reshape(*stack, *d_out)),
             path=place,
             dropout=dropout,
             layout=model.layout(path),
         )
-    return nodes | {place: Projection(a=a, b=b)}
+    return nodes | {place: VeRAProjection(a=a, b=b)}

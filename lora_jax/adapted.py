@@ -1,0 +1,88 @@
+"""A frozen weight bound to its delta node: what a model multiplies with."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, cast
+
+import flax.struct
+import jax
+from jax.sharding import PartitionSpec
+
+from lora_jax.layouts import Layout
+from lora_jax.products import Lookup, Matmul
+from lora_jax.weights import Shared, Weight, as_matrix, transpose
+
+
+@flax.struct.dataclass
+class Adapted(Weight):
+    """What `bind` puts in an adapted leaf's place.
+
+    Attributes:
+      base: the frozen weight, an array or a quantised `Weight`.
+      node: the delta node that says what is done to a product with it.
+      dropout_key: None, or one typed key for each stacked layer `[stack...]`.
+      adapter_ids: None, or `Shared` ids `[batch]` that pick each batch row's adapter; the node's
+        leaves then carry the axis of adapters right behind their stack axes.
+    """
+
+    base: jax.Array | Weight
+    node: Any
+    dropout_key: jax.Array | None = None
+    adapter_ids: Shared | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.base.dtype
+
+    @property
+    def layout(self) -> Layout:
+        return self.node.layout
+
+    def partition(self, spec: PartitionSpec) -> "Adapted":
+        stack = PartitionSpec(*spec[:-2])
+        base = self.base.partition(spec) if isinstance(self.base, Weight) else spec
+        return dataclasses.replace(
+            self,
+            base=cast(Any, base),
+            node=self.node.partition(spec),
+            dropout_key=cast(Any, stack if self.dropout_key is not None else None),
+            adapter_ids=None if self.adapter_ids is None else Shared(PartitionSpec()),
+        )
+
+    def as_matrix(self, layout: Layout) -> "Adapted":
+        return dataclasses.replace(
+            self, base=as_matrix(self.base, layout), node=self.node.as_matrix()
+        )
+
+    @property
+    def T(self) -> "Adapted":  # noqa: N802
+        return dataclasses.replace(self, base=transpose(self.base), node=self.node.transposed())
+
+    def linear(self, x: jax.Array) -> jax.Array:
+        return self._each_row(lambda node, x, key: node.apply(Matmul(), x, self.base, key), x)
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        product = Lookup(self.dtype)
+        return self._each_row(
+            lambda node, ids, key: node.apply(product, ids, self.base, key), tokens
+        )
+
+    def dense(self) -> jax.Array:
+        if self.adapter_ids is not None:
+            raise ValueError(
+                "a weight whose batch rows use different adapters has no single dense form: "
+                "bind one adapter, without adapter_ids."
+            )
+        return self.node.merge(self.base)
+
+    def _each_row(self, apply: Callable, x: jax.Array) -> jax.Array:
+        if self.adapter_ids is None:
+            return apply(self.node, x, self.dropout_key)
+        ids, key = self.adapter_ids.value, self.dropout_key
+        rows = jax.tree.map(lambda leaf: leaf[ids], self.node)
+        keys = None if key is None else jax.random.split(key, ids.shape[0])
+        return jax.vmap(apply, in_axes=(0, 0, None if key is None else 0))(rows, x, keys)

@@ -1,0 +1,64 @@
+"""The protocol of a method: what `lora_transform` makes nodes with."""
+
+import abc
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import jax
+
+from lora_jax.layouts import Layout
+from lora_jax.methods.nodes import DeltaNode, Extra
+from lora_jax.products import AnyWeight
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method(abc.ABC):
+    """Hyperparameters of one way to adapt a weight.
+
+    A new method is one file: a frozen dataclass of hyperparameters whose `init_node` makes a node,
+    and the node. Nothing else in the library changes.
+    """
+
+    needs_matrix: ClassVar[bool] = True  # whether only leaves of two axes or more are adapted
+
+    def accepts(self, path: str, weight: AnyWeight, layout: Layout | None) -> bool:
+        """Whether the leaf at `path` is one that this method can adapt; `layout` is None for one
+        that is no matrix."""
+        del path, weight
+        return not self.needs_matrix or layout is not None
+
+    @abc.abstractmethod
+    def init_node(
+        self, path: str, weight: AnyWeight, *, layout: Layout, key: jax.Array
+    ) -> DeltaNode | None:
+        """The initial node for `weight`, which leaves the layer's output unchanged; None for a
+        method that leaves all weights alone and has `extras` only.
+
+        Args:
+          path: of the weight.
+          weight: the frozen weight, possibly abstract, `[stack..., contracted..., output...]`.
+          layout: its axes.
+          key: one typed key for each stacked layer, `[stack...]`.
+        """
+
+    def extras(
+        self, weights: Mapping[str, AnyWeight], *, layouts: Mapping[str, Layout], key: jax.Array
+    ) -> dict[str, Extra]:
+        """Further entries `{path: Extra}` of the delta: what the nodes of this method share, or
+        parameters that a model reads by itself.
+
+        Args:
+          weights: `{path: weight}` of all that this method was targeted at.
+          layouts: their axes, by path.
+          key: the key that `lora_transform` was given.
+        """
+        del weights, layouts, key
+        return {}
+
+
+def over_layers(init: Callable[..., Any], stack: tuple[int, ...]) -> Callable[..., Any]:
+    """`init(key, ...)` of one layer as a function of arguments with `stack` axes in front."""
+    for _ in stack:
+        init = jax.vmap(init)
+    return init

@@ -1,0 +1,245 @@
+"""Delta nodes: data with named axes, plus what they do to a product.
+
+    y = post(product(pre(x)) + branch(x))
+
+A node declares its leaves with `lora_jax.schema.leaf`. From the names of their axes follow its
+check against a base, its form as a matrix's, its sharding, its padding and absence in a stack, what
+trains, and its rank.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Self, cast
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
+
+from lora_jax import schema
+from lora_jax.adapted import Adapted
+from lora_jax.layouts import Layout
+from lora_jax.products import AnyWeight, Product, Rows
+from lora_jax.weights import UNSCALED, Shared, dense, is_shared
+
+
+class DeltaNode:
+    """The delta of one weight. Subclasses are `flax.struct.dataclass`es of `leaf`s.
+
+    Every leaf carries the stack axes of the weight first (but those inside `Shared`), so that a
+    scan over layers slices node and weight alike; a product sees one layer, of a weight that is a
+    matrix.
+
+    Attributes:
+      layout: the axes of the weight that the node was made for; a static field of nodes that take
+        other weights than matrices.
+      dropout: the rate of the branch's input; a static field of nodes that have it.
+      own_axes: the names of axes that are not the weight's.
+      padded_axes: those along which zeros change nothing, then or later: the gradient of each is a
+        product with the other's zeros.
+      split_axes: the sides of the matrix, "in" or "out", along which a block of weight and node
+        tells its own part of the output.
+      unmerged: why there is no merged form, where there is none.
+    """
+
+    layout: Layout = Layout()
+    dropout: float = 0.0
+    own_axes: ClassVar[tuple[str, ...]] = ()
+    padded_axes: ClassVar[tuple[str, ...]] = ()
+    split_axes: ClassVar[tuple[str, ...]] = ()
+    unmerged: ClassVar[str] = ""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        schema.check_class(cls, cls.own_axes)
+
+    # What the method does to a product.
+
+    def pre(self, x: Any, product: Product) -> Any:
+        """What the frozen weight is applied to."""
+        del product
+        return x
+
+    def branch(self, x: Any, product: Product) -> jax.Array | None:
+        """What is added to the frozen weight's output, or None."""
+        del x, product
+        return None
+
+    def post(self, y: jax.Array) -> jax.Array:
+        """The adapted output, of the sum."""
+        return y
+
+    def apply(
+        self, product: Product, x: Any, base: AnyWeight, dropout_key: jax.Array | None
+    ) -> jax.Array:
+        """The adapted product of one layer, `post(product(pre(x)) + branch(x))`."""
+        y = product(self.pre(x, product), base)
+        added = self.branch(product.dropped(x, self.dropout, dropout_key), product)
+        y = y if added is None else y + added
+        if type(self).post is DeltaNode.post:
+            return y
+        return self.post(checkpoint_name(y, UNSCALED))
+
+    # Beside a product.
+
+    def bind(
+        self, base: AnyWeight, dropout_key: jax.Array | None, adapter_ids: Shared | None
+    ) -> AnyWeight:
+        """What stands in the weight's place while the model runs."""
+        return Adapted(base, self, dropout_key, adapter_ids)
+
+    def resolve(self, base: AnyWeight, extras: Mapping[str, "Extra"]) -> Self:
+        """The node with what it shares with others, stored once at the delta's root, filled in."""
+        del base, extras
+        return self
+
+    def merge(self, base: AnyWeight) -> jax.Array:
+        """The one dense weight, stacked as `base` is, that does the same.
+
+        Raises:
+          ValueError: where the method has no merged form.
+        """
+        self._require_merged_form()
+        merged = self._each_matrix(lambda node, w: node.apply(Rows(), 1.0, w, None), dense(base))
+        return merged.astype(base.dtype)
+
+    def unmerge(self, merged: jax.Array) -> jax.Array:
+        """The base that `merge` made `merged` of, up to the rounding of its dtype.
+
+        Raises:
+          ValueError: where the merged form does not tell it.
+        """
+        self._require_merged_form()
+        raise ValueError(f"{type(self).__name__} cannot be unmerged: keep the base.")
+
+    # What follows from the declared axes.
+
+    def sizes(self) -> dict[str, tuple[int, ...]]:
+        """The dimensions of each axis, or group of axes, by name."""
+        return schema.sizes(self, self.layout)
+
+    @property
+    def stack_ndim(self) -> int:
+        """How many stack axes the leaves carry."""
+        return len(self.sizes().get("stack", ()))
+
+    @property
+    def rank(self) -> int | None:
+        """The rank, where the word has a meaning."""
+        return next(iter(self.sizes().get("rank", ())), None)
+
+    def check(self, path: str, base: AnyWeight) -> None:
+        """Raises ValueError if this node was not made for a weight of this shape."""
+        try:
+            ours = self.sizes()
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        groups = zip(schema.GROUPS, self.layout.split(base.shape), strict=True)
+        made_for = self.layout.joined(*(ours.get(name, theirs) for name, theirs in groups))
+        if made_for != tuple(base.shape):
+            raise ValueError(
+                f"{path}: the delta was made for a weight of shape {made_for}, the base has "
+                f"{tuple(base.shape)}. Bind the delta to the base that it was made for."
+            )
+
+    def trainable(self) -> Self:
+        """The same node with a bool for each leaf: True where an optimizer may move it."""
+        return schema.each(self, lambda leaf: leaf.trained)
+
+    def as_matrix(self) -> Self:
+        """The node of the weight `[stack..., d_in, d_out]` that `layout` makes of this one's."""
+        if self.layout == Layout():
+            return self
+        matrix: Any = schema.as_matrix(self, self.layout)
+        return dataclasses.replace(matrix, layout=Layout())
+
+    def transposed(self) -> Self:
+        """The node of the transposed weight, as a tied output head needs it."""
+        return schema.transposed(self)
+
+    def partition(self, spec: PartitionSpec) -> Self:
+        """The same tree with the spec of each leaf in a shard_map that splits the matrix
+        `[stack..., d_in, d_out]` by `spec`. Raises ValueError where a block does not tell its own
+        output."""
+        return schema.local_specs(self, spec, self.split_axes)
+
+    def placement(self, spec: PartitionSpec) -> Self:
+        """The same tree with the sharding spec of each leaf, where the weight has `spec`, with an
+        entry for each of its axes. What follows no axis of the weight is replicated."""
+        return schema.specs(self, *self.layout.split(tuple(spec)))
+
+    def padded(self, like: Self) -> Self:
+        """The same delta with every leaf grown to the shapes of `like`; exact. See `stack`."""
+        ours, theirs = self.sizes(), like.sizes()
+        if odd := [axis for axis in ours if ours[axis] != theirs[axis]]:
+            if not set(odd) <= set(self.padded_axes):
+                raise ValueError(
+                    f"{type(self).__name__} nodes of different {odd[0]} cannot be stacked."
+                )
+            return schema.padded(self, like, self.layout, self.padded_axes)
+        return self
+
+    def absent(self) -> Self:
+        """A node of these shapes that adapts nothing; `stack` puts it where a delta has none."""
+        found = schema.absent(self)
+        if found is None:
+            raise ValueError(
+                f"{type(self).__name__} has no neutral value: stack deltas that target the same "
+                "paths."
+            )
+        return found
+
+    def _require_merged_form(self) -> None:
+        if self.unmerged:
+            raise ValueError(self.unmerged)
+
+    def _each_matrix(self, change: Callable[[Any, jax.Array], jax.Array], weight: jax.Array):
+        """`change(node, matrix)` of each stacked layer in float32, laid out as `weight` is."""
+        node: Any = self.as_matrix()
+        axes = jax.tree.map(lambda leaf: None if is_shared(leaf) else 0, node, is_leaf=is_shared)
+        for _ in range(self.stack_ndim):
+            change = jax.vmap(change, in_axes=(axes, 0))
+        matrix = self.layout.to_matrix(weight).astype(jnp.float32)
+        return self.layout.from_matrix(change(node, matrix), weight.shape)
+
+
+class Additive(DeltaNode):
+    """A node that has a branch alone: its merged form is the base plus an update."""
+
+    def update(self, shape: tuple[int, ...]) -> jax.Array:
+        """What is added to the weight of this shape, float32."""
+        zeros = jnp.zeros(shape, jnp.float32)
+        return self._each_matrix(lambda node, _: node.branch(1.0, Rows()), zeros)
+
+    def unmerge(self, merged: jax.Array) -> jax.Array:
+        rest = merged.astype(jnp.float32) - self.update(merged.shape)
+        return rest.astype(merged.dtype)
+
+
+class Extra(DeltaNode):
+    """A node without a weight: a soft prompt that a model reads, a projection that nodes share.
+
+    `bind` puts those that are `in_weights` into the tree of weights at the node's own path, where
+    the base has nothing.
+    """
+
+    in_weights: ClassVar[bool] = True
+
+    def bound(self) -> "Extra":
+        """What the model reads in this entry's place."""
+        return self
+
+    def apply(self, product, x, base, dropout_key):
+        raise ValueError(f"{type(self).__name__} is not a weight: no activation is applied to it.")
+
+    def merge(self, base):
+        raise ValueError(f"{type(self).__name__} has no merged form: it belongs to no weight.")
+
+    def unmerge(self, merged):
+        raise ValueError(f"{type(self).__name__} has no merged form: it belongs to no weight.")
+
+    def absent(self) -> Self:
+        """What no leaf of trains is never missed: only nodes that a delta has read it."""
+        if any(jax.tree.leaves(self.trainable())):
+            return super().absent()
+        return cast(Self, self)

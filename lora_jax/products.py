@@ -1,0 +1,143 @@
+"""What a model does with a weight. A product knows no method, and a method knows no product.
+
+An adapter's branch is written with what a product lends: `narrow(x, a)`, its own kind with a
+narrow array in the weight's place, and `widen(h, b)`, a plain product over the narrow axis.
+
+    LoRA:  branch(x) = widen(narrow(x, a) * scale, b)
+
+| product | of x and W | narrow | widen |
+|---|---|---|---|
+| `Matmul` | `x @ W` | `x @ a` | `h @ b` |
+| `Lookup` | `W[ids]` | `a[ids]` | `h @ b` |
+| `Rows` | `diag(x) @ W` | `diag(x) @ a` | `h @ b` |
+"""
+
+import abc
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from lora_jax.weights import NARROW, Weight, dense, embed, linear, vary
+
+AnyWeight = jax.Array | Weight
+
+
+class Product(abc.ABC):
+    """One way to apply a weight."""
+
+    @abc.abstractmethod
+    def __call__(self, x: Any, w: AnyWeight) -> jax.Array:
+        """What the frozen weight gives, `[..., d_out]`."""
+
+    @abc.abstractmethod
+    def narrow(self, x: Any, a: jax.Array) -> jax.Array:
+        """The same of `a [d_in, r]`: `[..., r]`, in the dtype of the product's result."""
+
+    def widen(self, h: jax.Array, b: jax.Array) -> jax.Array:
+        """`h @ b` for `h [..., r]` and `b [r, d_out]`."""
+        return _widen(vary(h, like=b), vary(b.astype(h.dtype), like=h))
+
+    def left(self, a: jax.Array, w: AnyWeight) -> jax.Array:
+        """`a^T @ W`, `[r, d_out]`."""
+        return linear(a.T, w)
+
+    @abc.abstractmethod
+    def scale(self, x: Any, factor: jax.Array) -> Any:
+        """The input with each of its `d_in` entries multiplied by `factor [d_in]`."""
+
+    def dropped(self, x: Any, rate: float, key: jax.Array | None) -> Any:
+        """The input of a branch with entries zeroed at `rate`, if a key is bound and there are
+        entries to zero."""
+        return x if key is None else drop(x, rate, key)
+
+
+@dataclasses.dataclass(frozen=True)
+class Matmul(Product):
+    """`x @ W` for `x [..., d_in]`."""
+
+    def __call__(self, x: jax.Array, w: AnyWeight) -> jax.Array:
+        return linear(x, w)
+
+    def narrow(self, x: jax.Array, a: jax.Array) -> jax.Array:
+        return checkpoint_name(linear(x, a.astype(x.dtype)), NARROW)
+
+    def scale(self, x: jax.Array, factor: jax.Array) -> jax.Array:
+        return scaled(x, factor)
+
+
+@dataclasses.dataclass(frozen=True)
+class Lookup(Product):
+    """`W[ids]` for integers `ids [...]`, in `dtype`."""
+
+    dtype: Any
+
+    def __call__(self, x: jax.Array, w: AnyWeight) -> jax.Array:
+        return embed(x, w)
+
+    def narrow(self, x: jax.Array, a: jax.Array) -> jax.Array:
+        return embed(x, a).astype(self.dtype)
+
+    def scale(self, x: jax.Array, factor: jax.Array) -> jax.Array:
+        raise ValueError("an embedding is looked up by index: there is no input to scale.")
+
+    def dropped(self, x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+        return x
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows(Product):
+    """`diag(x) @ W` in float32, exactly: with `x = 1` the outputs of all unit inputs, which are the
+    rows of a merged weight."""
+
+    def __call__(self, x: Any, w: AnyWeight) -> jax.Array:
+        return x * dense(w).astype(jnp.float32)
+
+    def narrow(self, x: Any, a: jax.Array) -> jax.Array:
+        return x * a.astype(jnp.float32)
+
+    def widen(self, h: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.matmul(h, b, precision="highest")
+
+    def left(self, a: jax.Array, w: AnyWeight) -> jax.Array:
+        return jnp.matmul(a.T, self(1.0, w), precision="highest")
+
+    def scale(self, x: Any, factor: jax.Array) -> jax.Array:
+        return x * factor[:, None]
+
+
+def scaled(y: jax.Array, factor: jax.Array) -> jax.Array:
+    """`y * factor` over the last axis, in float32 and rounded once."""
+    product = y.astype(jnp.float32) * jnp.broadcast_to(factor, y.shape)
+    return product.astype(y.dtype)
+
+
+def drop(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
+    """`x` with entries zeroed at `rate` and the rest divided by `1 - rate`."""
+    if rate == 0:
+        return x
+    kept = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(kept, x / (1 - rate), jnp.zeros_like(x))
+
+
+# JAX's own gradient of b puts the cotangent `dy [..., d_out]` first in its product, and XLA's CPU
+# backend then copies it into its transpose: an eighth of a whole training step.
+@jax.custom_vjp
+def _widen(h: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(h, b)
+
+
+def _widen_forward(h, b):
+    return jnp.matmul(h, b), (h, b)
+
+
+def _widen_backward(saved, dy):
+    h, b = saved
+    rows = tuple(range(h.ndim - 1))
+    db = jax.lax.dot_general(h, dy, ((rows, rows), ((), ())))
+    return jax.lax.dot_general(dy, b, (((dy.ndim - 1,), (1,)), ((), ()))), db
+
+
+_widen.defvjp(_widen_forward, _widen_backward)
