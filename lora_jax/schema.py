@@ -131,7 +131,7 @@ def leaves_of(node: Any) -> Any:
 def _one_leaf(node: Any, value: Any, declared: _Declared) -> Any:
     trains = declared.trained
     trains = getattr(node, trains) if isinstance(trains, str) else trains
-    if not dataclasses.is_dataclass(value):
+    if jax.tree_util.all_leaves([value]):
         return dataclasses.replace(declared.leaf, trained=trains)
     outer = declared.leaf.axes if declared.nested else ("stack",)
 

@@ -17,6 +17,7 @@ LAYERS = [
     ["weights"],
     ["quant", "products"],
     ["adapted"],
+    ["nodes"],
     ["methods", "tracing"],
     ["transform", "adapt"],
     ["masks", "stacking", "arithmetic", "allocation", "starts", "fingerprint"],

@@ -1,4 +1,4 @@
-"""One file a method; the protocol is in `method` and `nodes`."""
+"""One file a method; the protocol is in `method` and `lora_jax.nodes`."""
 
 from lora_jax.methods.adalora import AdaLoRA as AdaLoRA
 from lora_jax.methods.adalora import AdaLoRANode as AdaLoRANode
@@ -19,9 +19,9 @@ from lora_jax.methods.lora import LoRA as LoRA
 from lora_jax.methods.lora import LoRANode as LoRANode
 from lora_jax.methods.lora import LowRank as LowRank
 from lora_jax.methods.method import Method as Method
-from lora_jax.methods.nodes import Additive as Additive
-from lora_jax.methods.nodes import DeltaNode as DeltaNode
-from lora_jax.methods.nodes import Extra as Extra
+from lora_jax.nodes import Additive as Additive
+from lora_jax.nodes import DeltaNode as DeltaNode
+from lora_jax.nodes import Extra as Extra
 from lora_jax.methods.prefix import EncodedPrefixNode as EncodedPrefixNode
 from lora_jax.methods.prefix import Prefix as Prefix
 from lora_jax.methods.prefix import PrefixNode as PrefixNode

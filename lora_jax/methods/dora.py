@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from lora_jax.layouts import Layout
 from lora_jax.methods.decompositions import each_layer
 from lora_jax.methods.lora import LoRA, LowRank
-from lora_jax.methods.nodes import DeltaNode
+from lora_jax.nodes import DeltaNode
 from lora_jax.products import AnyWeight, Product, Rows, scaled
 from lora_jax.schema import leaf
 from lora_jax.weights import UNSCALED, as_matrix

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from lora_jax.layouts import ENTRIES, Layout
 from lora_jax.methods.method import Method
-from lora_jax.methods.nodes import Additive
+from lora_jax.nodes import Additive
 from lora_jax.products import AnyWeight, Product
 from lora_jax.schema import leaf, static
 from lora_jax.weights import Shared

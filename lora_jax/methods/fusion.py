@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from lora_jax.layouts import Layout
 from lora_jax.methods.bottleneck import BottleneckNode
 from lora_jax.methods.method import Method, over_layers
-from lora_jax.methods.nodes import DeltaNode
+from lora_jax.nodes import DeltaNode
 from lora_jax.paths import flatten
 from lora_jax.products import AnyWeight, Matmul, Product
 from lora_jax.schema import leaf, nested, static

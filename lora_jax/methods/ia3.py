@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from lora_jax.layouts import Layout
 from lora_jax.methods.method import Method
-from lora_jax.methods.nodes import DeltaNode
+from lora_jax.nodes import DeltaNode
 from lora_jax.products import AnyWeight, Product, scaled
 from lora_jax.schema import leaf, static
 

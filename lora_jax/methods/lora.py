@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from lora_jax.layouts import Layout
 from lora_jax.methods.decompositions import INITS, factors_of
 from lora_jax.methods.method import Method, over_layers
-from lora_jax.methods.nodes import Additive, DeltaNode
+from lora_jax.nodes import Additive, DeltaNode
 from lora_jax.products import AnyWeight, Product
 from lora_jax.schema import leaf, static
 from lora_jax.weights import as_matrix

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import jax
 
 from lora_jax.layouts import Layout
-from lora_jax.methods.nodes import DeltaNode, Extra
+from lora_jax.nodes import DeltaNode, Extra
 from lora_jax.products import AnyWeight
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from lora_jax.layouts import Layout
 from lora_jax.methods.method import Method, over_layers
-from lora_jax.methods.nodes import Extra
+from lora_jax.nodes import Extra
 from lora_jax.paths import keys_for
 from lora_jax.products import AnyWeight
 from lora_jax.schema import leaf

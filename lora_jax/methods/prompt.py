@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from lora_jax.layouts import Layout
 from lora_jax.methods.method import Method
-from lora_jax.methods.nodes import Extra
+from lora_jax.nodes import Extra
 from lora_jax.paths import stable_hash
 from lora_jax.products import AnyWeight
 from lora_jax.schema import leaf

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from lora_jax.layouts import Layout
 from lora_jax.methods.method import Method
-from lora_jax.methods.nodes import Additive, Extra
+from lora_jax.nodes import Additive, Extra
 from lora_jax.paths import stable_hash
 from lora_jax.products import AnyWeight, Product
 from lora_jax.schema import leaf, nested, static

@@ -51,6 +51,8 @@ class Blockwise(Weight):
     layout: Layout = static(Layout())
     format: str = static("")
 
+    own_axes = ("nested",)
+    split_axes = ("in", "out")
     codebook: ClassVar[np.ndarray]
 
     @classmethod
@@ -161,10 +163,14 @@ class Blockwise(Weight):
             layout=Layout(),
         )
 
-    @property
-    def split_axes(self) -> tuple[str, ...]:  # type: ignore[override]
-        """None with double quantisation: blocks of absmax run through the whole matrix."""
-        return () if isinstance(self.absmax, DoubleQuantized) else ("in", "out")
+    def partition(self, spec: PartitionSpec) -> Self:
+        if isinstance(self.absmax, DoubleQuantized) and any(spec[-2:]):
+            raise ValueError(
+                f"{type(self).__name__} with double quantisation cannot be split by {spec}: blocks "
+                "of its absmax run through the whole matrix. Quantise with double_quant=False, or "
+                "split stacked layers alone."
+            )
+        return cast(Self, super().partition(spec))
 
     def placement(self, spec: PartitionSpec) -> Self:
         """Stored as a matrix, which is sharded along the first axis of each side."""

@@ -81,7 +81,7 @@ def test_a_leaf_of_many_axes_and_a_quantised_one():
         parallel.base_shardings(parallel.make_mesh({"fsdp": 2, "tensor": 4}), base, specs)
     )
     assert placed["kernel/codes"] == placed["kernel/absmax/codes"] == P("fsdp", "tensor")
-    assert placed["kernel/absmax/scale"] == P()
+    assert placed["kernel/absmax/scale"] == P(None)
     with pytest.raises(ValueError, match="kernel.*not the first on its side"):
         parallel.base_shardings(mesh, base, {"kernel": P(None, None, "tensor")})
 
