@@ -18,7 +18,7 @@ from experiments.harness.plan import abstract_params
 from experiments.harness.run import loss_of, optimizer, step_of
 from lora_jax import parallel, training
 from lora_jax.parallel import cost, hlo
-from lora_jax.parallel.chips import Machine
+from lora_jax.planning.chips import Machine
 from lora_jax.training.execution import AXIS, Execution
 from lora_jax.training.sweep import make_sweep, same_shapes
 from lora_jax.weights import PyTree

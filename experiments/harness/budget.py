@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from experiments.harness.ahead import WAITING, Compiled, abstract_step, compile_step, sizes
 from experiments.harness.progress import console
-from lora_jax.parallel.chips import Chip, Machine, chip_count, machine, shapes_of
+from lora_jax.planning.chips import Chip, Machine, chip_count, machine, shapes_of
 from lora_jax.tables import aligned
 
 GB = 1e9

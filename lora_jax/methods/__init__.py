@@ -19,9 +19,6 @@ from lora_jax.methods.lora import LoRA as LoRA
 from lora_jax.methods.lora import LoRANode as LoRANode
 from lora_jax.methods.lora import LowRank as LowRank
 from lora_jax.methods.method import Method as Method
-from lora_jax.nodes import Additive as Additive
-from lora_jax.nodes import DeltaNode as DeltaNode
-from lora_jax.nodes import Extra as Extra
 from lora_jax.methods.prefix import EncodedPrefixNode as EncodedPrefixNode
 from lora_jax.methods.prefix import Prefix as Prefix
 from lora_jax.methods.prefix import PrefixNode as PrefixNode
@@ -30,3 +27,6 @@ from lora_jax.methods.prompt import PromptNode as PromptNode
 from lora_jax.methods.vera import VeRA as VeRA
 from lora_jax.methods.vera import VeRANode as VeRANode
 from lora_jax.methods.vera import VeRAProjection as VeRAProjection
+from lora_jax.nodes import Additive as Additive
+from lora_jax.nodes import DeltaNode as DeltaNode
+from lora_jax.nodes import Extra as Extra

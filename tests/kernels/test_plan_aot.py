@@ -9,7 +9,7 @@ import pytest
 
 from configs import llama8b
 from experiments.harness import ahead, budget
-from lora_jax.parallel import chips
+from lora_jax.planning import chips
 
 pytestmark = [
     pytest.mark.usefixtures("real_compilation"),

@@ -3,16 +3,18 @@
 `reference.py` says what is right; `mosaic_gpu.py` (Hopper) and `mosaic_tpu.py` are the kernels.
 """
 
+import importlib
 import re
 from collections.abc import Callable
 from functools import partial
+from types import ModuleType
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
 from lora_jax import context_mesh
-from lora_jax.kernels.nf4_matmul import mosaic_gpu, mosaic_tpu, reference
+from lora_jax.kernels.nf4_matmul import reference
 
 Implementation = Literal["xla", "mosaic_gpu", "mosaic_tpu"]
 PLATFORM: dict[Implementation, str] = {"mosaic_gpu": "cuda", "mosaic_tpu": "tpu"}
@@ -100,12 +102,15 @@ _contract.defvjp(_forward, _backward)
 def _run(implementation, transpose, x, codes, absmax):
     if implementation == "xla":
         return reference.matmul(x, codes, absmax, transpose=transpose)
-    if implementation == "mosaic_gpu":
-        kernel = partial(mosaic_gpu.matmul, transpose=transpose)
-    else:
-        kind = context_mesh.device().device_kind
-        kernel = partial(mosaic_tpu.matmul, transpose=transpose, device_kind=kind)
+    kernel = partial(_backend(implementation).matmul, transpose=transpose)
+    if implementation == "mosaic_tpu":
+        kernel = partial(kernel, device_kind=context_mesh.device().device_kind)
     return over_rows(kernel, x, codes, absmax)
+
+
+def _backend(implementation: Implementation) -> ModuleType:
+    """The module of a kernel, imported where it is wanted: its compiler takes half a second."""
+    return importlib.import_module(f"{__name__}.{implementation}")
 
 
 def over_rows(
@@ -146,9 +151,9 @@ def _lack(implementation, x, codes, absmax) -> str | None:
     M, K, N = x.size // x.shape[-1], 2 * codes.shape[0], codes.shape[1]
     block = K // absmax.shape[0]
     fits = (
-        mosaic_gpu.fits(K, N, block)
+        _backend("mosaic_gpu").fits(K, N, block)
         if implementation == "mosaic_gpu"
-        else mosaic_tpu.tiles(M, K, N, block, device.device_kind)
+        else _backend("mosaic_tpu").tiles(M, K, N, block, device.device_kind)
     )
     if M and N and fits:
         return None

@@ -5,7 +5,7 @@ import importlib.util
 import jax
 import pytest
 
-from lora_jax.parallel import chips
+from lora_jax.planning import chips
 
 
 @pytest.mark.parametrize(

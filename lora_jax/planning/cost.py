@@ -6,7 +6,7 @@ import math
 import re
 from typing import Any
 
-from lora_jax.parallel.hlo import Instruction, Module
+from lora_jax.planning.hlo import Instruction, Module
 
 _KINDS = (
     "all-gather",

@@ -1,0 +1,1 @@
+"""What a compiled step costs on a device that need not be there: chips, bytes, exchanges."""
