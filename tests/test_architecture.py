@@ -4,6 +4,7 @@ import ast
 import inspect
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -117,3 +118,13 @@ def test_importing_loads_no_backend_and_nothing_that_training_alone_needs():
     assert not [name for name in loaded if "pallas" in name or "mosaic" in name]
     parts = {part(name) for name in run.stdout.split()} - {None}
     assert not parts & {"models", "data", "training", "interop", "parallel", "planning"}
+
+
+def test_requirements_are_the_core_and_every_extra():
+    project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"].values()
+    packaged = {name for names in (project["dependencies"], *extras) for name in names}
+    lines = (ROOT.parent / "requirements.txt").read_text().splitlines()
+    required = {line for line in lines if line and not line.startswith("#")}
+    own = {name for name in packaged if name.startswith("lora_jax[")}
+    assert packaged - own == required - {"chex>=0.1.91"}  # which the tests use

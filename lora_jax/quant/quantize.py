@@ -1,14 +1,11 @@
 """Trees of quantised weights, and back."""
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lora_jax import paths
 from lora_jax.layouts import Layout
@@ -63,13 +60,11 @@ def quantize(
             near = ", ".join(paths.nearest(path, flat))
             raise ValueError(f"layouts names {path!r}, which the tree lacks; near it are {near}.")
     chosen = [m.path for m in match_rules(flat, as_rules(_Matrices(), targets), layouts)]
-    with _progress(f"quantising to {format}", len(chosen)) as advance:
-        for path in chosen:
-            leaf = flat[path]
-            flat[path] = finish(path, leaf)
-            if donate and isinstance(leaf, jax.Array):
-                leaf.delete()
-            advance()
+    for path in chosen:
+        leaf = flat[path]
+        flat[path] = finish(path, leaf)
+        if donate and isinstance(leaf, jax.Array):
+            leaf.delete()
     return jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_weight), flat.values())
 
 
@@ -157,16 +152,3 @@ def _check(path: str, leaf: Any, layout: Layout, block_size: int) -> None:
             f"{path} has {rows} rows (d_in), no multiple of the block size {block_size}: {instead} "
             "it out of the targets."
         )
-
-
-@contextlib.contextmanager
-def _progress(title: str, total: int) -> Iterator[Callable[[], None]]:
-    """A bar on stderr while there is something to wait for, and only before a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn())
-    console = Console(stderr=True)
-    with Progress(
-        *columns, TimeRemainingColumn(), console=console, transient=True,
-        disable=not console.is_terminal,
-    ) as bar:  # fmt: skip
-        task = bar.add_task(title, total=total)
-        yield lambda: bar.advance(task)
