@@ -72,7 +72,9 @@ def get_config() -> ConfigDict:
             "eval_every": 16,
             "checkpoint_every": 8,
             "log_every": 1,
-            "patience": 0,  # validations without a new best before an arm stops; 0 never stops
+            # Validations without a new best before an arm stops; 0 never stops. With it every arm
+            # ends, and is saved and sampled from, as it was at its best validation.
+            "patience": 0,
         }
     )
     config.parallel = ConfigDict(

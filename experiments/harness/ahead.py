@@ -20,7 +20,7 @@ from lora_jax import parallel, training
 from lora_jax.parallel import cost, hlo
 from lora_jax.parallel.chips import Machine
 from lora_jax.training.execution import AXIS, Execution
-from lora_jax.training.sweep import alike, batched_step, same_shapes
+from lora_jax.training.sweep import alike, batched_step, resolve_mode, same_shapes
 from lora_jax.weights import PyTree
 
 BATCH = {
@@ -118,6 +118,7 @@ def abstract_step(config: ConfigDict, machine: Machine) -> Step:
     mode = config.sweep.mode
     if mode == "auto":
         mode = "in_turn" if machine.chip.platform == "cpu" else "batched"
+    mode = resolve_mode(mode)
     devices.require_even_arms(config, everyone, mode)
     stacked = mode == "batched"
     state = _states(base, arms, optimizer(config, arms[0]), stacked)

@@ -93,7 +93,8 @@ def launch(
         name = f"{experiment}-{config.name}-{_short_hash(config)}"
         try:
             _join()
-            work(config, Path(_WORKDIR.value or f"runs/{name}"))
+            with hosts.ending_together():
+                work(config, Path(_WORKDIR.value or f"runs/{name}"))
         except (ValueError, FileNotFoundError) as error:
             sys.exit(f"{experiment}: {error}")
         except KeyboardInterrupt:

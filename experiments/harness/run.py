@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
@@ -162,7 +163,13 @@ def _untuned_loss(
         sums = [
             jax.device_get(summed({}, model.params, execution.batch(batch))) for batch in validation
         ]
-    return float(sum(total for total, _ in sums) / sum(count for _, count in sums))
+    total, count = np.sum(sums, axis=0)
+    if not count:
+        raise ValueError(
+            "no token of the validation examples counts: give config.data examples with answers, "
+            "or raise config.data.validation_examples."
+        )
+    return float(total / count)
 
 
 def _compiled_once(shared: _Shared, arm: Arm) -> Sweep:
@@ -193,7 +200,10 @@ def _train(
             validation=shared.validation,
             schedule=_schedule(config),
             folder=shared.workdir / "checkpoints" / arms[0].folder,
-            identity={"base": shared.fingerprint},
+            identity={
+                "base": shared.fingerprint,
+                **setup.data_identity(config, shared.examples, arms[0].data_seed),
+            },
             log=shared.log,
             stop_requested=stop_requested,
         )

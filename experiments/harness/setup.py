@@ -15,6 +15,7 @@ from lora_jax.models import llama
 from lora_jax.models.config import LlamaConfig
 from lora_jax.models.shapes import SHAPES
 from lora_jax.quant import quantize
+from lora_jax.training.resuming import digest
 from lora_jax.weights import is_weight
 
 
@@ -94,6 +95,22 @@ def training_examples(config: ConfigDict, model: Pretrained) -> data.EncodedSour
             f"{model.config.context_length} tokens."
         )
     return data.encode_source(records(config, "train"), model.tokenizer, seq_len=settings.seq_len)
+
+
+def data_identity(
+    config: ConfigDict, examples: data.EncodedSource, data_seed: int = 0
+) -> dict[str, Any]:
+    """What tells the batches of a run from those of another, by name. The examples are known by
+    their tokens, which the files, the tokenizer and the chat template make."""
+    settings = config.data
+    return {
+        "data.source": settings.source,
+        "data.examples": digest(examples.examples),
+        "data.batch_size": settings.batch_size,
+        "data.seq_len": settings.seq_len,
+        "data.pack": settings.pack,
+        "data.seed": settings.seed + data_seed,
+    }
 
 
 def training_batches(

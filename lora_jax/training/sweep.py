@@ -218,6 +218,28 @@ def arms_of(tree: PyTree, count: int) -> list[Any]:
     return [jax.tree.map(lambda leaf: leaf[i], tree) for i in range(count)]  # noqa: B023
 
 
+def copied(deltas: PyTree) -> PyTree:
+    """The same in memory of their own, which no step consumes."""
+    return jax.tree.map(jnp.copy, deltas)
+
+
+def chosen(better: Sequence[bool], new: PyTree, old: PyTree) -> PyTree:
+    """Each arm's delta copied from `new` where it is better, else that of `old`; both are what
+    `deltas_of` gives."""
+    if isinstance(new, list):
+        pairs = zip(better, new, old, strict=True)
+        return [copied(ours) if wins else theirs for wins, ours, theirs in pairs]
+    return _chosen_arms(jnp.asarray(better), new, old)
+
+
+@jax.jit
+def _chosen_arms(better: jax.Array, new: PyTree, old: PyTree) -> PyTree:
+    def of_arm(wins, ours, theirs):
+        return jax.tree.map(functools.partial(_chosen, wins), ours, theirs)
+
+    return jax.vmap(of_arm)(better, new, old)
+
+
 def _cut(grads: Delta, like: Delta) -> Delta:
     [own] = unstack(jax.tree.map(lambda leaf: leaf[None], grads), like=[like])
     return own
