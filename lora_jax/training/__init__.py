@@ -2,6 +2,7 @@
 
 from lora_jax.training import optimizers as optimizers
 from lora_jax.training.loss import token_losses as token_losses
+from lora_jax.training.muon import muon as muon
 from lora_jax.training.optimizers import adamw as adamw
 from lora_jax.training.optimizers import optimizer as optimizer
 from lora_jax.training.optimizers import paged as paged
