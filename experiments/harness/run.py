@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 from ml_collections import ConfigDict
 
@@ -163,13 +162,7 @@ def _untuned_loss(
         sums = [
             jax.device_get(summed({}, model.params, execution.batch(batch))) for batch in validation
         ]
-    total, count = np.sum(sums, axis=0)
-    if not count:
-        raise ValueError(
-            "no token of the validation examples counts: give config.data examples with answers, "
-            "or raise config.data.validation_examples."
-        )
-    return float(total / count)
+    return setup.mean_loss(sums)
 
 
 def _compiled_once(shared: _Shared, arm: Arm) -> Sweep:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from experiments.harness import devices
@@ -141,6 +142,21 @@ def validation_batches(config: ConfigDict, model: Pretrained) -> list[data.Batch
         limit=settings.validation_examples,
         pack=settings.pack,
     )
+
+
+def mean_loss(sums: Sequence[tuple[Any, Any]]) -> float:
+    """The mean of the validation batches' `(total, count)`.
+
+    Raises:
+      ValueError: where nothing counts.
+    """
+    total, count = np.sum(np.asarray(sums, np.float64), axis=0)
+    if not count:
+        raise ValueError(
+            "no token of the validation examples counts: they have no answers. Give "
+            "config.data examples that have, or raise config.data.validation_examples."
+        )
+    return float(total / count)
 
 
 def quiet_logs() -> None:

@@ -63,7 +63,8 @@ def optimizer(
         "adamw": Loshchilov & Hutter 2019, arXiv:1711.05101;
         "muon": Jordan 2024, as in `optax.contrib.muon`; see `lora_jax.training.muon`;
         "adafactor": Shazeer & Stern 2018, arXiv:1804.04235. Its statistics are those of a leaf:
-          layers that are stacked share one clip and one parameter scale;
+          layers that are stacked share one clip and one parameter scale. Of ranks by layer,
+          `LoRA(rank=(1, 8))`, it and "muon" see the padded width;
         "sgd": the gradient, or its `momentum`;
         "lion": Chen et al. 2023, arXiv:2302.06675.
       steps, warmup_steps, schedule: as above.

@@ -76,7 +76,6 @@ def test_micro_batches_and_devices_weigh_as_they_count(method, counts):
 @pytest.mark.parametrize("mode", ["in_turn", "batched"])
 def test_validation_without_a_counted_unit(mode):
     tx = training.adamw(steps=9)
-    sweep = make_sweep(training.train_step(loss_sum, tx), lambda *args: loss_sum(*args), mode)
 
     def evaluate(delta, base, batch):
         total, count = loss_sum(delta, base, batch)

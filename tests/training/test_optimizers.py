@@ -91,13 +91,14 @@ def assert_as_alone(name, method, mode, execution):
 
 METHODS = {"LoRA": lora.LoRA, "DoRA": lora.DoRA}
 SLOW = pytest.mark.slow
+QUICK = [("adamw", "LoRA"), ("adafactor", "LoRA"), ("sgd", "LoRA"), ("muon", "DoRA")]
 
 
 @pytest.mark.parametrize("mode", ["in_turn", "batched"])
 @pytest.mark.parametrize(
     ("name", "method"),
     [
-        pytest.param(name, method, marks=[] if method == "LoRA" or name == "muon" else SLOW)
+        pytest.param(name, method, marks=[] if (name, method) in QUICK else SLOW)
         for name in NAMES
         for method in METHODS
     ],
@@ -220,7 +221,7 @@ def test_muon_orthogonalises_each_layer_and_leaves_vectors_to_adam():
     one = lora.mask_optimizer(training.muon(), layer)
     its = {"stack": jax.tree.map(lambda leaf: leaf[1], grads["stack"])}
     apart, _ = jax.jit(one.update)(its, one.init(layer), layer)
-    small.assert_close(jax.tree.map(lambda leaf: leaf[1], updates["stack"]), apart["stack"], 1e-6)
+    small.assert_close(jax.tree.map(lambda leaf: leaf[1], updates["stack"]), apart["stack"], 1e-4)
     magnitude = updates["stack"].magnitude  # Adam's first update is the gradient's sign
     np.testing.assert_allclose(jnp.abs(magnitude), 1, rtol=0.2)
 
