@@ -3,15 +3,12 @@
 Every process runs the same program on its own devices. An array over all of them is global: each
 process holds its slices. What is decided on the host (to stop, to go on, to fail) must be decided
 alike everywhere, so it goes through a collective; a process that left the others behind would make
-them wait until JAX's heartbeat timeout ends the job, but for `ending_together`.
+them wait until JAX's heartbeat timeout ends the job (but for `ending.together`).
 """
 
 import contextlib
 import json
-import os
 import signal
-import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -127,7 +124,7 @@ def on_first(work: Callable[[], None]) -> None:
             work()
         except BaseException as raised:  # the others wait, whatever it is
             error = raised
-    message = exchange(None if error is None else _told(error))[0]
+    message = exchange(None if error is None else told(error))[0]
     if isinstance(error, OSError):
         raise ValueError(message) from error
     if error is not None:
@@ -136,56 +133,7 @@ def on_first(work: Callable[[], None]) -> None:
         raise ValueError(message)
 
 
-@contextlib.contextmanager
-def ending_together(grace_seconds: float = 5.0) -> Iterator[None]:
-    """Within it an exception on one process ends all of them, whatever they wait for.
-
-    Each of the others is given `grace_seconds` to end by itself, as it does where it raises the
-    same error or is told of it by a collective; it then prints what the first one raised, and exits
-    with 1. Without this they would wait for JAX's heartbeat. Of one process this does nothing.
-    """
-    if jax.process_count() == 1:
-        yield
-        return
-    store, over = _store(), threading.Event()
-    threading.Thread(target=_watch, args=(store, over, grace_seconds), daemon=True).start()
-    try:
-        yield
-    except BaseException as error:
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was first, or the store is
-            store.key_value_set(_FAILED, f"process {jax.process_index()}: {_told(error)}")  # gone
-        raise
-    finally:
-        over.set()
-
-
-_FAILED = "lora_jax/failed"
-_POLL_SECONDS = 0.5
-
-
-def _store() -> Any:
-    """The job's key-value store; JAX has no public name for it."""
-    from jax._src import distributed
-
-    return distributed.global_state.client
-
-
-def _watch(store: Any, over: threading.Event, grace_seconds: float) -> None:
-    while not over.wait(_POLL_SECONDS):
-        try:
-            message = store.key_value_try_get(_FAILED)
-        except jax.errors.JaxRuntimeError:  # nobody has failed
-            continue
-        if not over.wait(grace_seconds):
-            print(f"ended by {message}", file=sys.stderr, flush=True)
-            # The one that failed waits for this; where it is gone, so do we go.
-            leaving = threading.Thread(target=jax.distributed.shutdown, daemon=True)
-            leaving.start()
-            leaving.join(grace_seconds)
-            os._exit(1)  # the main thread waits for a device, which nothing interrupts
-
-
-def _told(error: BaseException) -> str:
+def told(error: BaseException) -> str:
     """The error's message, with its type where that is not for users."""
     clear = isinstance(error, ValueError | OSError) and str(error)
     return str(error) if clear else f"{type(error).__name__}: {error}"

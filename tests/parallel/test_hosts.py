@@ -71,10 +71,10 @@ def test_whatever_the_first_process_raises_the_others_are_told(monkeypatch, erro
 
 TWO = """
 import sys, jax
-from lora_jax.parallel import hosts
+from lora_jax.parallel import ending, hosts
 address, me, fails = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 hosts.start(coordinator_address=address, num_processes=2, process_id=me, timeout_seconds=300)
-with hosts.ending_together(grace_seconds=0.5):
+with ending.together(grace_seconds=0.5):
     hosts.exchange("all are there")
     if me == fails:
         raise KeyError("the disk is full")
