@@ -158,7 +158,7 @@ def test_what_a_caller_changed_holds_or_is_refused(tmp_path, mode):
     [
         ("in_turn", False),
         ("batched", True),
-        *(pytest.param(*c, marks=pytest.mark.slow) for c in MORE),
+        *MORE,
     ],
 )
 def test_early_stopping_keeps_the_best(tmp_path, mode, same):
