@@ -11,7 +11,8 @@ from jax.typing import DTypeLike
 
 from lora_jax.interop.fetch import fetch, model_cache, unpack
 from lora_jax.interop.gguf import load_gguf
-from lora_jax.interop.huggingface import CONVERT_PICKLES, PICKLES, load_huggingface
+from lora_jax.interop.huggingface import load_huggingface
+from lora_jax.interop.huggingface_files import CONVERT_PICKLES, PICKLES
 from lora_jax.interop.model import Pretrained
 from lora_jax.interop.placing import Place, on_device
 
