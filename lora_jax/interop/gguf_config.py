@@ -35,7 +35,7 @@ def config_from_gguf(path: Path, header: Header) -> LlamaConfig:
     original_context = count("rope.scaling.original_context_length", 8192)
     check_keys(path, metadata, family, head_dim)
     context = count("context_length")
-    window = _window(metadata.get(f"{family}.attention.sliding_window"), path, context)
+    window = _window(metadata.get(f"{family}.attention.sliding_window"), path)
     fields = {
         "vocab_size": _vocab_size(path, header),
         "hidden_size": hidden_size,
@@ -44,7 +44,7 @@ def config_from_gguf(path: Path, header: Header) -> LlamaConfig:
         "num_heads": num_heads,
         "num_kv_heads": count("attention.head_count_kv", num_heads),
         "head_dim": head_dim,
-        "context_length": window or context,
+        "context_length": min(context, window or context),
         "attention_window": window,
         "rope_theta": rope_theta,
         "rope_scaling": _rope_scaling(path, header, rope_theta, head_dim, original_context),
@@ -77,13 +77,13 @@ def _vocab_size(path: Path, header: Header) -> int:
     return header.tensors["token_embd.weight"].shape[0]
 
 
-def _window(stated: Any, path: Path, context: int) -> int | None:
+def _window(stated: Any, path: Path) -> int | None:
     """As in a Hugging Face config: a shorter window becomes the context."""
     if stated in (None, 0):
         return None
     if type(stated) is not int or stated < 0:
         raise ValueError(f"{path}: attention.sliding_window is {stated!r}, expected a count.")
-    return stated if stated < context else None
+    return stated
 
 
 def _rope_scaling(

@@ -42,7 +42,7 @@ def config_from_huggingface(folder: Path) -> LlamaConfig:
     family = stated.get("model_type")
     hidden_size, num_heads = stated.count("hidden_size"), stated.count("num_attention_heads")
     num_layers, context = stated.count("num_hidden_layers"), stated.count("max_position_embeddings")
-    window = _window(stated, num_layers, context)
+    window = _window(stated, num_layers)
     rope_theta, rope_scaling = rope_of(stated)
     fields: dict[str, Any] = {
         "vocab_size": stated.count("vocab_size"),
@@ -52,7 +52,7 @@ def config_from_huggingface(folder: Path) -> LlamaConfig:
         "num_heads": num_heads,
         "num_kv_heads": stated.count("num_key_value_heads", num_heads),
         "head_dim": stated.count("head_dim", hidden_size // num_heads),
-        "context_length": window or context,
+        "context_length": min(context, window or context),
         "attention_window": window,
         "rope_theta": rope_theta,
         "rope_scaling": rope_scaling,
@@ -127,8 +127,8 @@ def config_to_huggingface(config: LlamaConfig) -> dict[str, Any]:
     }
 
 
-def _window(stated: Stated, num_layers: int, context: int) -> int | None:
-    """The window that some layer has, if it hides anything of the context.
+def _window(stated: Stated, num_layers: int) -> int | None:
+    """The window that some layer slides.
 
     Qwen has a switch and a first layer for it. Mistral looks at neither, nor at layer_types; a
     Llama's window shortens the cache that it generates with.
@@ -163,4 +163,4 @@ def _window(stated: Stated, num_layers: int, context: int) -> int | None:
             f"{stated.path}: layer_types names {_SLIDING!r} without a sliding_window in use."
         )
     slides |= family == "mistral" and window is not None
-    return window if slides and window is not None and window < context else None
+    return window if slides else None

@@ -5,6 +5,7 @@ import importlib
 import types
 from pathlib import Path
 
+import config_cases
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -52,6 +53,34 @@ def test_folders_saved_by_transformers(tmp_path, name):
         ours.params, jnp.asarray(prompt), lengths, ours.config, max_new_tokens=count, eos_id=-1
     )
     np.testing.assert_array_equal(generated, continued[:, prompt.shape[1] :])
+
+
+def both_logits(folder: Path, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(tokens)).logits.numpy()
+    ours = load_huggingface(folder)
+    return np.asarray(llama.forward(ours.params, jnp.asarray(tokens), ours.config)), theirs
+
+
+@pytest.mark.parametrize(("name", "changes"), config_cases.HARMLESS + config_cases.WINDOWED)
+def test_keys_of_a_config(tmp_path, name, changes):
+    """What loads is computed as transformers does; of a window, the texts that fit it."""
+    config, weights = small_checkpoints.small(name)
+    folder = small_checkpoints.write_huggingface(tmp_path / "m", config | changes, weights)
+    has_window = (name, changes) in config_cases.WINDOWED
+    ours, theirs = both_logits(folder, small_llamas.TOKENS[:, : 12 if has_window else None])
+    assert relative_error(ours, theirs) <= 1e-4
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_a_tie_that_the_tensors_deny(tmp_path, bare):
+    config, weights = small_checkpoints.small("llama2")
+    if bare:
+        weights = {key.removeprefix("model."): x for key, x in weights.items()}
+    tied = config | {"tie_word_embeddings": True}
+    folder = small_checkpoints.write_huggingface(tmp_path / "m", tied, weights)
+    assert relative_error(*both_logits(folder, small_llamas.TOKENS)) <= 1e-4
 
 
 def test_four_bits_saved_by_bitsandbytes(tmp_path):
