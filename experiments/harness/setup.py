@@ -49,8 +49,11 @@ def load_model(config: ConfigDict) -> Pretrained:
     dtype = jnp.dtype(config.model.dtype)
     if config.model.source != "random":
         format = None if config.base.quantize == "none" else _format(config)
-        with devices.while_loading(config):
-            return load(config.model.source, dtype=dtype, place=devices.placed(config, format))
+        try:
+            with devices.while_loading(config):
+                return load(config.model.source, dtype=dtype, place=devices.placed(config, format))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error} The option is --config.model.source=PATH.") from None
     shape = shape_of(config)
     return Pretrained(
         params=as_configured(config, llama.init(shape, key=jax.random.key(0), dtype=dtype)),
