@@ -61,17 +61,20 @@ def get_config() -> ConfigDict:
     config.train = ConfigDict(
         {
             "steps": 16,
+            "optimizer": "adamw",  # adamw, muon, adafactor, sgd, lion
             "warmup_steps": 2,
             "schedule": "cosine",  # cosine, linear, constant
             "learning_rate": 3e-3,  # its peak
             "weight_decay": 0.0,
             "clip_norm": 1.0,  # of the trained part's gradient
-            "optimizer_memory": "device",  # or pinned_host: Adam's moments stream from the host
+            "optimizer_memory": "device",  # or pinned_host: moments stream from the host
             "accumulate": 1,  # micro-batches a step
             "eval_every": 16,
             "checkpoint_every": 8,
             "log_every": 1,
-            "patience": 0,  # validations without a new best before an arm stops; 0 never stops
+            # Validations without a new best before an arm stops; 0 never stops. With it every arm
+            # ends, and is saved and sampled from, as it was at its best validation.
+            "patience": 0,
         }
     )
     config.parallel = ConfigDict(

@@ -16,7 +16,17 @@ def stack(deltas: Sequence[Delta]) -> Delta:
     """One delta whose leaves carry a leading axis, a member for each of `deltas`.
 
     Sizes are padded with zeros to the largest, and a path that a member does not adapt gets a node
-    that changes nothing: both are exact, in value and throughout training. Members may differ
+    that changes nothing. Both are exact in value, and the gradient of all padding is zero (not that
+    of an absent `Full` delta, which a step of your own must leave alone). Throughout training they
+    are exact
+      - in `training.make_sweep`, whatever the optimizer: it moves each member in its own shapes;
+      - in a step of your own under `vmap`, with an optimizer that moves each entry by itself, or
+        scales by norms, to which zeros add nothing: SGD, Adam(W) and its kin, AdaBelief, Adan,
+        Adagrad, RMSProp, Lion, sign SGD, LARS, LAMB, Prodigy, a clip by value or by global norm;
+      - not so with one that reads a leaf's shape: Adafactor (a mean over the leaf) and
+        `clip_by_block_rms`, Muon (its scale by fan-in); nor with Yogi, whose first moments are not
+        zero, or with noise. Update `unstack(gradients, like=deltas)` one by one instead.
+    Members may differ
       - in size: LoRA, DoRA and Bottleneck;
       - in targets: these, IA3 and Full, and VeRA where the largest target is of one size;
       - in what arrays hold: alpha, the kind of scaling, a random init.

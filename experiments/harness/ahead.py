@@ -20,7 +20,7 @@ from lora_jax import parallel, training
 from lora_jax.parallel import cost, hlo
 from lora_jax.planning.chips import Machine
 from lora_jax.training.execution import AXIS, Execution
-from lora_jax.training.sweep import make_sweep, same_shapes
+from lora_jax.training.sweep import alike, batched_step, resolve_mode, same_shapes
 from lora_jax.weights import PyTree
 
 BATCH = {
@@ -118,6 +118,7 @@ def abstract_step(config: ConfigDict, machine: Machine) -> Step:
     mode = config.sweep.mode
     if mode == "auto":
         mode = "in_turn" if machine.chip.platform == "cpu" else "batched"
+    mode = resolve_mode(mode)
     devices.require_even_arms(config, everyone, mode)
     stacked = mode == "batched"
     state = _states(base, arms, optimizer(config, arms[0]), stacked)
@@ -127,7 +128,9 @@ def abstract_step(config: ConfigDict, machine: Machine) -> Step:
     else:
         specs = parallel.match_specs(base, parallel.LLAMA_RULES)
         lying = (
-            parallel.state_shardings(mesh, state, specs, arms=stacked),
+            tuple(parallel.state_shardings(mesh, arm, specs) for arm in state)
+            if isinstance(state, tuple)
+            else parallel.state_shardings(mesh, state, specs, arms=stacked),
             parallel.base_shardings(mesh, base, specs),
         )
     arguments = (
@@ -156,34 +159,33 @@ def _mesh(config: ConfigDict, machine: Machine) -> Mesh:
 
 
 def _function(config: ConfigDict, base: PyTree, execution: Execution, arm: Arm, mode: str) -> Any:
-    """What a sweep compiles; it is handed over before it would be called."""
+    """What a sweep compiles. Of arms in turn that differ in shape it is the gradients' program and
+    the update's as one."""
     loss = loss_of(config, setup.shape_of(config), base)
     step = step_of(config, arm, loss, execution.axis_name)
-    made: list[Any] = []
-
-    def keep(function, stacked):
-        made.append(execution.step(function, stacked))
-
-    make_sweep(step, lambda *_: None, mode, execution._replace(step=keep))  # type: ignore
-    return made[0]
+    return batched_step(step, execution) if mode == "batched" else execution.step(step, False)
 
 
 def _states(base: PyTree, arms: Sequence[Arm], tx: Any, stacked: bool) -> Any:
-    """The state of one arm, or of all on a leading axis; each leaf with the memory it lies in."""
+    """What a batched sweep carries, or the state of one arm in the shapes of all; each leaf with
+    the memory it lies in."""
 
     def fresh(params, key):
         deltas = [
             lora.lora_transform(params, arm.method, targets=arm.targets, key=key)[1] for arm in arms
         ]
-        return training.init_state(same_shapes(deltas)[0], tx, learning_rate=0.0, seed=0)
+        if not stacked or alike(deltas):
+            deltas = same_shapes(deltas)[:1]
+        return tuple(training.init_state(d, tx, learning_rate=0.0, seed=0) for d in deltas)
 
     key = jax.eval_shape(lambda: jax.random.key(0))
-    traced, state = jax.make_jaxpr(fresh, return_shape=True)(base, key)
-    leading = (len(arms),) * stacked
+    traced, states = jax.make_jaxpr(fresh, return_shape=True)(base, key)
+    leading = (len(arms),) * (stacked and len(states) == 1)
     leaves = [
         _Leaf((*leading, *aval.shape), aval.dtype, aval.memory_space) for aval in traced.out_avals
     ]
-    return jax.tree.unflatten(jax.tree.structure(state), leaves)
+    states = jax.tree.unflatten(jax.tree.structure(states), leaves)
+    return states[0] if len(states) == 1 else states
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +231,10 @@ def lowered(step: Step, platform: str) -> tuple[Any, Any]:
 def sizes(step: Step) -> tuple[dict[str, int], int]:
     """Bytes on one device by name, and those in its host's memory."""
     state, base, *rest = step.arguments
-    delta, optimizer = _bytes(state.delta), _bytes(state.opt_state)
+    arms = state if isinstance(state, tuple) else (state,)
+    delta, optimizer = (
+        _bytes([getattr(arm, part) for arm in arms]) for part in ("delta", "opt_state")
+    )
     found = {
         "weights": _bytes(base)[0],
         "delta": delta[0],

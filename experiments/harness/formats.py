@@ -109,4 +109,4 @@ def row(record: dict[str, Any]) -> tuple[str, ...]:
 
 def _mean_loss(loss: Any, params: llama.Params, validation: Sequence[data.Batch]) -> float:
     sums = [jax.device_get(loss(params, batch)) for batch in validation]
-    return float(sum(total for total, _ in sums) / sum(count for _, count in sums))
+    return setup.mean_loss(sums)

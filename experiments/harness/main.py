@@ -20,7 +20,7 @@ from experiments.harness.outcome import Outcome
 from experiments.harness.progress import console, reporting
 from experiments.harness.run import no_more, run
 from lora_jax.data import default_cache_dir
-from lora_jax.parallel import hosts
+from lora_jax.parallel import ending, hosts
 from lora_jax.training import records
 from lora_jax.training.fit import Preempted
 
@@ -93,7 +93,8 @@ def launch(
         name = f"{experiment}-{config.name}-{_short_hash(config)}"
         try:
             _join()
-            work(config, Path(_WORKDIR.value or f"runs/{name}"))
+            with ending.together():
+                work(config, Path(_WORKDIR.value or f"runs/{name}"))
         except (ValueError, FileNotFoundError) as error:
             sys.exit(f"{experiment}: {error}")
         except KeyboardInterrupt:

@@ -13,7 +13,8 @@ from lora_jax.transform import Delta
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of an arm: its delta, its own shapes restored, and its progress.
+    """What became of an arm: its delta and its progress, at the end of training or, where
+    `config.train.patience` is set, at its best validation.
 
     The delta is one of the model as loaded, also where training began by correcting that.
     """
@@ -29,7 +30,7 @@ class Outcome:
 
     @property
     def val_loss(self) -> float | None:
-        """The last; None where the arm diverged since."""
+        """The delta's; None where the arm diverged since."""
         return None if self.diverged else self.progress.val_loss
 
     @property

@@ -23,7 +23,7 @@ from lora_jax.parallel import hosts
 from lora_jax.training import checkpoints
 from lora_jax.training.execution import Execution
 from lora_jax.training.fit import ArmProgress, Diverged, Schedule, fit
-from lora_jax.training.sweep import Step, Sweep, make_sweep, same_shapes
+from lora_jax.training.sweep import Sweep, make_sweep
 from lora_jax.transform import Delta
 from lora_jax.weights import PyTree, is_weight
 
@@ -78,6 +78,7 @@ def run(
     """
     started = time.time()
     devices.require_even_arms(config, arms)
+    optimizer(config, arms[0])  # whose settings are refused before the model is loaded
     shared = _prepared(config, workdir, log)
     if sized:
         setup.require_shape(config, shared.model)
@@ -131,7 +132,7 @@ def _prepared(config: ConfigDict, workdir: Path, log: Log) -> _Shared:
 
 def step_of(
     config: ConfigDict, arm: Arm, loss: training.LossSum, axis_name: str | None = None
-) -> Step:
+) -> training.TrainStep:
     """One step of an arm's training."""
     return training.train_step(
         loss,
@@ -161,7 +162,7 @@ def _untuned_loss(
         sums = [
             jax.device_get(summed({}, model.params, execution.batch(batch))) for batch in validation
         ]
-    return float(sum(total for total, _ in sums) / sum(count for _, count in sums))
+    return setup.mean_loss(sums)
 
 
 def _compiled_once(shared: _Shared, arm: Arm) -> Sweep:
@@ -192,14 +193,17 @@ def _train(
             validation=shared.validation,
             schedule=_schedule(config),
             folder=shared.workdir / "checkpoints" / arms[0].folder,
-            identity={"base": shared.fingerprint},
+            identity={
+                "base": shared.fingerprint,
+                **setup.data_identity(config, shared.examples, arms[0].data_seed),
+            },
             log=shared.log,
             stop_requested=stop_requested,
         )
     except Diverged:
         lost = [ArmProgress(stopped="diverged") for _ in arms]
         return [Outcome(*parts) for parts in zip(arms, fresh, lost, counts, strict=True)]
-    trained = lora.unstack(lora.stack([state.delta for state in states]), like=fresh)
+    trained = [state.delta for state in states]
     if arms[0].base is not None:
         trained = [lora.as_plain_lora(*pair) for pair in zip(trained, fresh, strict=True)]
     return [Outcome(*parts) for parts in zip(arms, trained, progress, counts, strict=True)]
@@ -211,7 +215,7 @@ def _first_states(
     tx = optimizer(config, arms[0])
     return [
         training.init_state(delta, tx, learning_rate=arm.learning_rate, seed=arm.seed)
-        for arm, delta in zip(arms, same_shapes(fresh), strict=True)
+        for arm, delta in zip(arms, fresh, strict=True)
     ]
 
 
@@ -235,9 +239,10 @@ def _without_dropout(loss: training.LossSum, delta: Delta, base: Any, batch: Any
 
 
 def optimizer(config: ConfigDict, arm: Arm) -> optax.GradientTransformationExtraArgs:
-    """AdamW as configured, with what the arm's method does to it."""
+    """The optimizer as configured, with what the arm's method does to it."""
     settings = config.train
-    tx = training.adamw(
+    tx = training.optimizer(
+        settings.optimizer,
         steps=settings.steps,
         warmup_steps=settings.warmup_steps,
         schedule=settings.schedule,

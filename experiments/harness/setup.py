@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from experiments.harness import devices
@@ -15,6 +16,7 @@ from lora_jax.models import llama
 from lora_jax.models.config import LlamaConfig
 from lora_jax.models.shapes import SHAPES
 from lora_jax.quant import quantize
+from lora_jax.training.resuming import digest
 from lora_jax.weights import is_weight
 
 
@@ -47,8 +49,11 @@ def load_model(config: ConfigDict) -> Pretrained:
     dtype = jnp.dtype(config.model.dtype)
     if config.model.source != "random":
         format = None if config.base.quantize == "none" else _format(config)
-        with devices.while_loading(config):
-            return load(config.model.source, dtype=dtype, place=devices.placed(config, format))
+        try:
+            with devices.while_loading(config):
+                return load(config.model.source, dtype=dtype, place=devices.placed(config, format))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error} The option is --config.model.source=PATH.") from None
     shape = shape_of(config)
     return Pretrained(
         params=as_configured(config, llama.init(shape, key=jax.random.key(0), dtype=dtype)),
@@ -96,6 +101,22 @@ def training_examples(config: ConfigDict, model: Pretrained) -> data.EncodedSour
     return data.encode_source(records(config, "train"), model.tokenizer, seq_len=settings.seq_len)
 
 
+def data_identity(
+    config: ConfigDict, examples: data.EncodedSource, data_seed: int = 0
+) -> dict[str, Any]:
+    """What tells the batches of a run from those of another, by name. The examples are known by
+    their tokens, which the files, the tokenizer and the chat template make."""
+    settings = config.data
+    return {
+        "data.source": settings.source,
+        "data.examples": digest(examples.examples),
+        "data.batch_size": settings.batch_size,
+        "data.seq_len": settings.seq_len,
+        "data.pack": settings.pack,
+        "data.seed": settings.seed + data_seed,
+    }
+
+
 def training_batches(
     config: ConfigDict, model: Pretrained, examples: data.EncodedSource, data_seed: int = 0
 ) -> Any:
@@ -124,6 +145,21 @@ def validation_batches(config: ConfigDict, model: Pretrained) -> list[data.Batch
         limit=settings.validation_examples,
         pack=settings.pack,
     )
+
+
+def mean_loss(sums: Sequence[tuple[Any, Any]]) -> float:
+    """The mean of the validation batches' `(total, count)`.
+
+    Raises:
+      ValueError: where nothing counts.
+    """
+    total, count = np.sum(np.asarray(sums, np.float64), axis=0)
+    if not count:
+        raise ValueError(
+            "no token of the validation examples counts: they have no answers. Give "
+            "config.data examples that have, or raise config.data.validation_examples."
+        )
+    return float(total / count)
 
 
 def quiet_logs() -> None:

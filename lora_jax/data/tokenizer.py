@@ -20,7 +20,8 @@ class Tokenizer:
     """A `tokenizers` core, the model's chat template and its special tokens.
 
     Encoding adds no special tokens, since a chat template writes them out, and recognises those
-    that stand in the text.
+    that stand in the text. `num_rows`, where given, is the size of an embedding that lacks rows for
+    some added tokens: a text that holds one of these is an error.
     """
 
     core: tokenizers.Tokenizer
@@ -28,11 +29,13 @@ class Tokenizer:
     bos_id: int | None
     eos_id: int
     pad_id: int | None
+    num_rows: int | None = None
 
     @property
     def vocab_size(self) -> int:
         """One more than the largest id that encoding may yield."""
-        return max(self.core.get_vocab(with_added_tokens=True).values()) + 1
+        size = max(self.core.get_vocab(with_added_tokens=True).values()) + 1
+        return size if self.num_rows is None else min(size, self.num_rows)
 
     @property
     def bos_token(self) -> str | None:
@@ -44,16 +47,27 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`."""
-        return self.core.encode(text, add_special_tokens=False).ids
+        return self._checked(self.core.encode(text, add_special_tokens=False)).ids
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], Offsets]:
         """The ids of `text`, and for each the half-open range of characters it stands for."""
-        encoding = self.core.encode(text, add_special_tokens=False)
+        encoding = self._checked(self.core.encode(text, add_special_tokens=False))
         return encoding.ids, encoding.offsets
 
     def decode(self, ids: list[int], *, skip_special_tokens: bool = False) -> str:
         """The text of `ids`, special tokens spelled out unless they are skipped."""
         return self.core.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def _checked(self, encoding: tokenizers.Encoding) -> tokenizers.Encoding:
+        if self.num_rows is not None:
+            for token_id, token in zip(encoding.ids, encoding.tokens, strict=True):
+                if token_id >= self.num_rows:
+                    raise ValueError(
+                        f"the text holds the token {token!r}, id {token_id}, and the model's "
+                        f"embedding has {self.num_rows} rows: the token was added without resizing "
+                        "it. Leave the token out of the text and of the chat template."
+                    )
+        return encoding
 
 
 def byte_tokenizer() -> Tokenizer:

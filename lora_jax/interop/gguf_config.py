@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.interop.gguf_header import Header
+from lora_jax.interop.gguf_keys import check_keys
 from lora_jax.interop.gguf_tensors import StoredTensor
 from lora_jax.models.config import LlamaConfig, RopeScaling
 
@@ -31,8 +32,10 @@ def config_from_gguf(path: Path, header: Header) -> LlamaConfig:
     hidden_size, num_heads = count("embedding_length"), count("attention.head_count")
     head_dim = count("attention.key_length", hidden_size // num_heads)
     rope_theta = _positive(path, metadata, f"{family}.rope.freq_base", 10_000.0, float)
-    context = count("rope.scaling.original_context_length", 8192)
-    _check_rope(path, metadata, family, head_dim)
+    original_context = count("rope.scaling.original_context_length", 8192)
+    check_keys(path, metadata, family, head_dim)
+    context = count("context_length")
+    window = _window(metadata.get(f"{family}.attention.sliding_window"), path)
     fields = {
         "vocab_size": _vocab_size(path, header),
         "hidden_size": hidden_size,
@@ -41,9 +44,10 @@ def config_from_gguf(path: Path, header: Header) -> LlamaConfig:
         "num_heads": num_heads,
         "num_kv_heads": count("attention.head_count_kv", num_heads),
         "head_dim": head_dim,
-        "context_length": count("context_length"),
+        "context_length": min(context, window or context),
+        "attention_window": window,
         "rope_theta": rope_theta,
-        "rope_scaling": _rope_scaling(path, header, rope_theta, head_dim, context),
+        "rope_scaling": _rope_scaling(path, header, rope_theta, head_dim, original_context),
         "norm_eps": _positive(
             path, metadata, f"{family}.attention.layer_norm_rms_epsilon", None, float
         ),
@@ -73,18 +77,13 @@ def _vocab_size(path: Path, header: Header) -> int:
     return header.tensors["token_embd.weight"].shape[0]
 
 
-def _check_rope(path: Path, metadata: Mapping[str, Any], family: str, head_dim: int) -> None:
-    kind = metadata.get(f"{family}.rope.scaling.type", "none")
-    if kind != "none":
-        raise ValueError(
-            f"{path}: RoPE scaling {kind!r} is not supported; supported: none, and Llama 3.1's "
-            f"(the tensor {ROPE_FACTORS})."
-        )
-    rotated = metadata.get(f"{family}.rope.dimension_count", head_dim)
-    if rotated != head_dim:
-        raise ValueError(
-            f"{path}: RoPE turns {rotated} of {head_dim} dimensions of a head; supported: all."
-        )
+def _window(stated: Any, path: Path) -> int | None:
+    """As in a Hugging Face config: a shorter window becomes the context."""
+    if stated in (None, 0):
+        return None
+    if type(stated) is not int or stated < 0:
+        raise ValueError(f"{path}: attention.sliding_window is {stated!r}, expected a count.")
+    return stated
 
 
 def _rope_scaling(
@@ -97,6 +96,8 @@ def _rope_scaling(
     """
     if ROPE_FACTORS not in header.tensors:
         return None
+    if (family := header.metadata["general.architecture"]) != "llama":
+        raise ValueError(f"{path} holds {ROPE_FACTORS}, which llama.cpp does not read in {family}.")
     info = header.tensors[ROPE_FACTORS]
     if info.shape != (head_dim // 2,):
         raise ValueError(f"{path}: {ROPE_FACTORS} is {info.shape}, expected ({head_dim // 2},).")

@@ -1,7 +1,7 @@
 """Tokenizers in the metadata of GGUF files."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,18 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Core
 
 from lora_jax.data.tokenizer import Tokenizer
+from lora_jax.interop.gguf_sentencepiece import (
+    CONTROL,
+    HUGGINGFACE_JSON,
+    NORMAL,
+    UNUSED,
+    USER_DEFINED,
+    is_sentencepiece,
+    sentencepiece_core,
+    sentencepiece_entries,
+    with_defaults,
+)
 
-_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -20,7 +30,8 @@ _PRE_TOKENIZERS = ("smollm", "gpt-2", "llama-bpe", "qwen2")
 
 
 def tokenizer_from_gguf(path: Path, metadata: Mapping[str, Any]) -> Tokenizer:
-    """Builds a byte-level BPE tokenizer from the `tokenizer.*` metadata of the GGUF at `path`.
+    """Builds the tokenizer, byte-level BPE or SentencePiece, out of the `tokenizer.*` metadata of
+    the GGUF at `path`.
 
     Raises:
       ValueError: the metadata is incomplete, or describes another kind of tokenizer.
@@ -30,41 +41,74 @@ def tokenizer_from_gguf(path: Path, metadata: Mapping[str, Any]) -> Tokenizer:
         for key, value in metadata.items()
         if key.startswith("tokenizer.ggml.")
     }
-    _check(path, entries)
-    pre, tokens, kinds = entries["pre"], entries["tokens"], entries["token_type"]
-    core = _byte_level_bpe(path, pre, tokens, entries["merges"])
-    core.add_special_tokens(_added(tokens, kinds, _CONTROL))
-    core.add_tokens(_added(tokens, kinds, _USER_DEFINED))
-    bos_id = entries.get("bos_token_id")
-    # llama.cpp adds it for `llama-bpe` unless the file says otherwise.
-    if bos_id is not None and entries.get("add_bos_token", pre == "llama-bpe"):
-        core.post_processor = _prepend(tokens[bos_id], bos_id)
+    if entries.get("model") == "llama":
+        entries = with_defaults(entries)
+        _check(path, entries, ("tokens", "token_type", "scores"))
+        core = sentencepiece_core(path, entries, metadata.get(HUGGINGFACE_JSON))
+    else:
+        _check(path, entries, ("model", "pre", "tokens", "token_type", "merges", "eos_token_id"))
+        # llama.cpp adds the beginning for `llama-bpe` unless the file says otherwise.
+        entries.setdefault("add_bos_token", entries["pre"] == "llama-bpe")
+        core = _byte_level_core(path, entries)
+    core.post_processor = _around(entries)
     return Tokenizer(
         core=core,
         chat_template=metadata.get("tokenizer.chat_template"),
-        bos_id=bos_id,
+        bos_id=entries.get("bos_token_id"),
         eos_id=entries["eos_token_id"],
         pad_id=entries.get("padding_token_id"),
     )
 
 
-def _check(path: Path, entries: Mapping[str, Any]) -> None:
-    for key in ("model", "pre", "tokens", "token_type", "merges", "eos_token_id"):
+def _check(path: Path, entries: Mapping[str, Any], needed: Sequence[str]) -> None:
+    for key in needed:
         if key not in entries:
             raise ValueError(f"{path} lacks tokenizer.ggml.{key}: it holds no whole tokenizer.")
-    if entries["model"] != "gpt2" or entries["pre"] not in _PRE_TOKENIZERS:
+    model = entries["model"]
+    if model not in ("gpt2", "llama") or (
+        model == "gpt2" and entries["pre"] not in _PRE_TOKENIZERS
+    ):
         raise ValueError(
-            f"{path}: the tokenizer {entries['model']!r} with the pre-tokenizer {entries['pre']!r} "
-            f"is not supported; supported: 'gpt2' with one of {', '.join(_PRE_TOKENIZERS)}. "
+            f"{path}: the tokenizer {model!r} with the pre-tokenizer {entries['pre']!r} is not "
+            f"supported; supported: 'llama', and 'gpt2' with one of {', '.join(_PRE_TOKENIZERS)}. "
             "Load the model's Hugging Face folder instead: its tokenizer.json says all."
         )
+    for key in ("add_sep_token", "remove_extra_whitespaces"):
+        if entries.get(key):
+            raise ValueError(f"{path}: tokenizer.ggml.{key} is not supported in {model!r}.")
     tokens, kinds = entries["tokens"], entries["token_type"]
     if len(tokens) != len(kinds):
         raise ValueError(f"{path} is corrupt: {len(tokens)} tokens but {len(kinds)} token types.")
-    for key in ("bos_token_id", "eos_token_id", "padding_token_id"):
+    for key in ("bos_token_id", "eos_token_id", "padding_token_id", "unknown_token_id"):
         token_id = entries.get(key, 0)
         if not isinstance(token_id, int) or not 0 <= token_id < len(tokens):
             raise ValueError(f"{path} is corrupt: {key} is {token_id!r} of {len(tokens)} tokens.")
+
+
+def _byte_level_core(path: Path, entries: Mapping[str, Any]) -> Core:
+    tokens, kinds = entries["tokens"], entries["token_type"]
+    core = _byte_level_bpe(path, entries["pre"], tokens, entries["merges"])
+    core.add_special_tokens(_added(tokens, kinds, CONTROL))
+    core.add_tokens(_added(tokens, kinds, USER_DEFINED))
+    return core
+
+
+def _around(entries: Mapping[str, Any]) -> processors.TemplateProcessing | None:
+    """What is put in front of a text, and behind it, where special tokens are asked for."""
+    ends = [
+        (entries["tokens"][entries[f"{end}_token_id"]], entries[f"{end}_token_id"])
+        if entries.get(f"add_{end}_token") and entries.get(f"{end}_token_id") is not None
+        else None
+        for end in ("bos", "eos")
+    ]
+    if ends == [None, None]:
+        return None
+    first, last = ([end[0]] if end else [] for end in ends)
+    return processors.TemplateProcessing(
+        single=[*first, "$A", *last],
+        pair=[*first, "$A", *last, *first, "$B", *last],
+        special_tokens=list(dict.fromkeys(end for end in ends if end)),
+    )
 
 
 def _byte_level_bpe(path: Path, pre: str, tokens: list[str], merges: list[str]) -> Core:
@@ -101,55 +145,65 @@ def _pre_tokenizer(pre: str) -> pre_tokenizers.PreTokenizer:
 
 def _added(tokens: list[str], kinds: list[int], kind: int) -> list[AddedToken]:
     return [
-        AddedToken(token, special=kind == _CONTROL, normalized=False)
+        AddedToken(token, special=kind == CONTROL, normalized=False)
         for token, its_kind in zip(tokens, kinds, strict=True)
         if its_kind == kind
     ]
 
 
-def _prepend(token: str, token_id: int) -> processors.TemplateProcessing:
-    return processors.TemplateProcessing(
-        single=f"{token} $A", pair=f"{token} $A {token} $B", special_tokens=[(token, token_id)]
-    )
-
-
 def tokenizer_to_gguf(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
     """The `tokenizer.*` metadata of a GGUF: what `tokenizer_from_gguf` reads.
 
-    Rows of the embedding that no token names get the type that says so.
+    Rows of the embedding that no token names get the type that says so; tokens without a row are
+    left out.
 
     Raises:
-      ValueError: the tokenizer is not byte-level BPE, or splits words as no supported one does.
+      ValueError: the tokenizer is neither byte-level BPE nor SentencePiece's, or splits words as no
+        supported one does.
     """
     core = json.loads(tokenizer.core.to_str())
-    if core["model"]["type"] != "BPE" or core["model"].get("byte_fallback"):
+    whole = None
+    if is_sentencepiece(core):
+        entries, whole = sentencepiece_entries(tokenizer.core, vocab_size)
+    elif core["model"]["type"] == "BPE":
+        entries = _byte_level_entries(tokenizer.core, core, vocab_size)
+    else:
         raise ValueError(
-            "GGUF export takes byte-level BPE tokenizers (GPT-2's kind: SmolLM2, Llama 3, Qwen), "
-            f"but this one is {core['model']['type']} with byte_fallback="
-            f"{core['model'].get('byte_fallback')}. Export a Hugging Face folder instead."
+            "GGUF export takes BPE tokenizers, byte-level (GPT-2's kind: SmolLM2, Llama 3, Qwen) "
+            f"or SentencePiece's (Llama 2, Mistral), but this one is {core['model']['type']}. "
+            "Export a Hugging Face folder instead."
         )
-    tokens = [f"[PAD{i}]" for i in range(vocab_size)]
-    kinds = [_UNUSED] * vocab_size
-    for token, token_id in tokenizer.core.get_vocab(with_added_tokens=True).items():
-        tokens[token_id], kinds[token_id] = token, _NORMAL
-    for token_id, added in tokenizer.core.get_added_tokens_decoder().items():
-        kinds[token_id] = _CONTROL if added.special else _USER_DEFINED
-    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in core["model"]["merges"]]
-    first = tokenizer.core.encode("a").ids[:1]
-    entries = {
-        "model": "gpt2",
-        "pre": _pre_of(core),
-        "tokens": tokens,
-        "token_type": kinds,
-        "merges": merges,
+    ids = tokenizer.core.encode("a").ids
+    entries |= {
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,
         "padding_token_id": tokenizer.pad_id,
-        "add_bos_token": tokenizer.bos_id is not None and first == [tokenizer.bos_id],
+        "add_bos_token": tokenizer.bos_id is not None and ids[:1] == [tokenizer.bos_id],
+        "add_eos_token": ids[-1:] == [tokenizer.eos_id],
     }
     metadata = {f"tokenizer.ggml.{key}": value for key, value in entries.items()}
     metadata["tokenizer.chat_template"] = tokenizer.chat_template
+    metadata[HUGGINGFACE_JSON] = whole
     return {key: value for key, value in metadata.items() if value is not None}
+
+
+def _byte_level_entries(core: Core, parsed: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
+    tokens = [f"[PAD{i}]" for i in range(vocab_size)]
+    kinds = [UNUSED] * vocab_size
+    for token, token_id in core.get_vocab(with_added_tokens=True).items():
+        if token_id < vocab_size:
+            tokens[token_id], kinds[token_id] = token, NORMAL
+    for token_id, added in core.get_added_tokens_decoder().items():
+        if token_id < vocab_size:
+            kinds[token_id] = CONTROL if added.special else USER_DEFINED
+    merges = parsed["model"]["merges"]
+    return {
+        "model": "gpt2",
+        "pre": _pre_of(parsed),
+        "tokens": tokens,
+        "token_type": kinds,
+        "merges": [pair if isinstance(pair, str) else " ".join(pair) for pair in merges],
+    }
 
 
 def _pre_of(core: Mapping[str, Any]) -> str:

@@ -1,51 +1,34 @@
 """The model's shape, from and to a Hugging Face config.json."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_jax.interop.huggingface_keys import Stated, stated_values
+from lora_jax.interop.huggingface_rope import rope_of
 from lora_jax.interop.llama_leaves import family_of
 from lora_jax.interop.read_json import read_json
-from lora_jax.models.config import LlamaConfig, RopeScaling
+from lora_jax.models.config import LlamaConfig
 
-_QWEN = {
-    "max_position_embeddings": 32_768,
-    "num_key_value_heads": 32,
-    "use_sliding_window": False,
-}
-# What transformers takes where a family's config.json leaves a key out.
-_FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {"max_position_embeddings": 2048},
-    "mistral": {
-        "max_position_embeddings": 131_072,
-        "num_key_value_heads": 8,
-        "sliding_window": 4096,
-    },
-    "qwen2": _QWEN,
-    "qwen3": _QWEN | {"head_dim": 128},
-}
 _CLASSES = {
     "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
-_SUPPORTED = {
-    "hidden_act": "silu",
-    "attention_bias": False,  # Qwen2's biases have no switch
-    "mlp_bias": False,
-    "pretraining_tp": 1,
-}
-_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+_IN_FOUR_BITS = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 _FULL, _SLIDING = "full_attention", "sliding_attention"
-_LARGEST = 1 << 31  # no count in a config is larger; a flipped digit is
 
 
 def config_from_huggingface(folder: Path) -> LlamaConfig:
-    """The model's shape, from config.json; refuses options that our Llama has not.
+    """The model's shape, from config.json; refuses what our Llama has not, and what is not known.
+
+    A sliding window below `max_position_embeddings` becomes the context: texts within it see what
+    they would see without a window, and longer ones are refused by the model.
 
     Raises:
       FileNotFoundError: there is no config.json.
-      ValueError: another architecture, an unsupported option, or a value of the wrong kind.
+      ValueError: another architecture, an unsupported or unknown option, or a value of the wrong
+        type.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -53,36 +36,28 @@ def config_from_huggingface(folder: Path) -> LlamaConfig:
             f"{folder} has no config.json; expected a Hugging Face model folder (config.json, "
             "*.safetensors, tokenizer.json)."
         )
-    stated = read_json(path)
-    _refuse_other_models(path, stated)
-    family = stated["model_type"]
-    values = {**_FAMILIES[family], **stated}
-    _refuse_window(path, values)
-
-    def number(key: str, default: float | None = None) -> float:
-        return _positive(path, values, key, default)
-
-    def count(key: str, default: int | None = None) -> int:
-        value = number(key, default)
-        if value != int(value) or value > _LARGEST:
-            raise ValueError(f"{path}: {key} is {value!r}, expected a count below {_LARGEST}.")
-        return int(value)
-
-    hidden_size, num_heads = count("hidden_size"), count("num_attention_heads")
-    rope_theta, rope_scaling = _rope(path, values)
+    values = read_json(path)
+    stated = stated_values(path, values)
+    is_in_four_bits(path, values)
+    family = stated.get("model_type")
+    hidden_size, num_heads = stated.count("hidden_size"), stated.count("num_attention_heads")
+    num_layers, context = stated.count("num_hidden_layers"), stated.count("max_position_embeddings")
+    window = _window(stated, num_layers)
+    rope_theta, rope_scaling = rope_of(stated)
     fields: dict[str, Any] = {
-        "vocab_size": count("vocab_size"),
+        "vocab_size": stated.count("vocab_size"),
         "hidden_size": hidden_size,
-        "intermediate_size": count("intermediate_size"),
-        "num_layers": count("num_hidden_layers"),
+        "intermediate_size": stated.count("intermediate_size"),
+        "num_layers": num_layers,
         "num_heads": num_heads,
-        "num_kv_heads": count("num_key_value_heads", num_heads),
-        "head_dim": count("head_dim", hidden_size // num_heads),
-        "context_length": count("max_position_embeddings"),
+        "num_kv_heads": stated.count("num_key_value_heads", num_heads),
+        "head_dim": stated.count("head_dim", hidden_size // num_heads),
+        "context_length": min(context, window or context),
+        "attention_window": window,
         "rope_theta": rope_theta,
         "rope_scaling": rope_scaling,
-        "norm_eps": number("rms_norm_eps", 1e-6),
-        "tie_embeddings": bool(values.get("tie_word_embeddings", False)),
+        "norm_eps": stated.number("rms_norm_eps"),
+        "tie_embeddings": stated.flag("tie_word_embeddings"),
         "qkv_bias": family == "qwen2",
         "qk_norm": family == "qwen3",
     }
@@ -92,13 +67,37 @@ def config_from_huggingface(folder: Path) -> LlamaConfig:
         raise ValueError(f"{path}: {error}") from None
 
 
+def is_in_four_bits(path: Path, values: dict[str, Any]) -> bool:
+    """Whether a config.json says that bitsandbytes quantised the weights.
+
+    Raises:
+      ValueError: they are quantised otherwise.
+    """
+    quantization = values.get("quantization_config")
+    if quantization is None:
+        return False
+    if not isinstance(quantization, dict) or not _IN_FOUR_BITS.items() <= quantization.items():
+        raise ValueError(
+            f"{path}: unsupported quantization_config={quantization!r} (supported: "
+            f"{_IN_FOUR_BITS!r}, and none). Load the unquantised model, and quantise it here."
+        )
+    return True
+
+
 def config_to_huggingface(config: LlamaConfig) -> dict[str, Any]:
-    """The values of a config.json that transformers 4 and 5 read; Mistral's is a Llama's.
+    """The values of a config.json that transformers 4 and 5 read; Mistral's is a Llama's, unless
+    it has a window.
 
     Raises:
       ValueError: no family has both biases and query/key norms.
     """
     family = family_of(config)
+    windowed: dict[str, Any] = {}
+    if config.attention_window is not None:
+        family = "mistral" if family == "llama" else family
+        windowed = {"sliding_window": config.attention_window}
+        if family != "mistral":
+            windowed |= {"use_sliding_window": True, "max_window_layers": 0}
     rope = config.rope_scaling
     return {
         "architectures": [_CLASSES[family]],
@@ -111,6 +110,7 @@ def config_to_huggingface(config: LlamaConfig) -> dict[str, Any]:
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "max_position_embeddings": config.context_length,
+        **windowed,
         "rope_theta": config.rope_theta,
         "rope_scaling": rope
         and {
@@ -127,77 +127,40 @@ def config_to_huggingface(config: LlamaConfig) -> dict[str, Any]:
     }
 
 
-def _refuse_other_models(path: Path, values: Mapping[str, Any]) -> None:
-    family = values.get("model_type")
-    if not isinstance(family, str) or family not in _FAMILIES:
-        raise ValueError(
-            f"{path}: unsupported model_type={family!r} (supported: "
-            f"{', '.join(map(repr, _FAMILIES))}): Llama 2, Llama 3.x, SmolLM2, Mistral, Qwen2, "
-            "Qwen2.5 and Qwen3 checkpoints can be loaded."
-        )
-    quantization = values.get("quantization_config")
-    in_four_bits = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    if quantization is not None and not (
-        isinstance(quantization, dict) and in_four_bits.items() <= quantization.items()
-    ):
-        raise ValueError(
-            f"{path}: unsupported quantization_config={quantization!r} (supported: "
-            f"{in_four_bits!r}, and none). Load the unquantised model, and quantise it here."
-        )
-    wrong = [
-        f"{key}={values[key]!r} (supported: {supported!r})"
-        for key, supported in _SUPPORTED.items()
-        if values.get(key, supported) != supported
-    ]
-    if wrong:
-        raise ValueError(f"{path}: unsupported {', '.join(wrong)} in a model of type {family!r}.")
+def _window(stated: Stated, num_layers: int) -> int | None:
+    """The window that some layer slides.
 
-
-def _refuse_window(path: Path, values: Mapping[str, Any]) -> None:
-    """A sliding window as long as the context hides nothing; our Llama has no shorter one."""
-    window = values.get("sliding_window") if values.get("use_sliding_window", True) else None
-    layers = values.get("layer_types") or [_FULL if window is None else _SLIDING]
-    if not isinstance(layers, list) or not all(kind in (_FULL, _SLIDING) for kind in layers):
-        raise ValueError(f"{path}: layer_types is {layers!r}; supported: a list of {_FULL!r}.")
-    context = _positive(path, values, "max_position_embeddings")
-    is_whole = window is not None and _positive(path, values, "sliding_window") >= context
-    if _SLIDING in layers and not is_whole:
-        raise ValueError(
-            f"{path}: sliding_window={window!r} is not supported below the context, "
-            f"max_position_embeddings={context}. For texts of at most that window, set "
-            "max_position_embeddings to it, or sliding_window to null."
-        )
-
-
-def _positive(
-    path: Path, values: Mapping[str, Any], key: str, default: float | None = None
-) -> float:
-    value = default if values.get(key) is None else values[key]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
-        raise ValueError(f"{path}: {key} is {value!r}, expected a positive number.")
-    return value
-
-
-def _rope(path: Path, values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Theta and scaling; transformers 5 keeps both in rope_parameters, before it they lay apart."""
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise ValueError(f"{path}: the RoPE scaling is {rope!r}, expected an object.")
-    holder = values if rope.get("rope_theta") is None else rope
-    theta = _positive(path, holder, "rope_theta", 10_000.0)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return float(theta), None
-    if kind != "llama3":
-        raise ValueError(
-            f"{path}: RoPE scaling {kind!r} is not supported; supported: 'default' and 'llama3'."
-        )
-    if missing := [name for name in _LLAMA3 if name not in rope]:
-        raise ValueError(f"{path}: the RoPE scaling 'llama3' lacks {', '.join(missing)}.")
-    factor, low, high, original = (_positive(path, rope, name) for name in _LLAMA3)
-    return float(theta), RopeScaling(
-        factor=float(factor),
-        low_freq_factor=float(low),
-        high_freq_factor=float(high),
-        original_context=int(original),
+    Qwen has a switch and a first layer for it. Mistral looks at neither, nor at layer_types; a
+    Llama's window shortens the cache that it generates with.
+    """
+    family = stated.get("model_type")
+    is_qwen = family in ("qwen2", "qwen3")
+    given = (
+        None if is_qwen and not stated.flag("use_sliding_window") else stated.get("sliding_window")
     )
+    window = None if given is None else stated.count("sliding_window")
+    layers = stated.get("layer_types")
+    if layers is None:
+        first = num_layers if window is None else 0
+        if is_qwen and window is not None:
+            first = stated.get("max_window_layers")
+            if type(first) is not int:
+                raise ValueError(f"{stated.path}: max_window_layers is {first!r}, not a count.")
+        layers = [_SLIDING if i >= first else _FULL for i in range(min(num_layers, 1 << 16))]
+    elif not isinstance(layers, list) or not all(kind in (_FULL, _SLIDING) for kind in layers):
+        raise ValueError(
+            f"{stated.path}: layer_types is {layers!r}; supported: a list of {_FULL!r} and, with "
+            f"a sliding_window, {_SLIDING!r}."
+        )
+    elif len(layers) != num_layers:
+        raise ValueError(
+            f"{stated.path}: layer_types lists {len(layers)} layers, and num_hidden_layers is "
+            f"{num_layers}."
+        )
+    slides = _SLIDING in layers
+    if slides and window is None:
+        raise ValueError(
+            f"{stated.path}: layer_types names {_SLIDING!r} without a sliding_window in use."
+        )
+    slides |= family == "mistral" and window is not None
+    return window if slides else None

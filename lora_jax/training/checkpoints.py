@@ -13,6 +13,7 @@ from lora_jax.fingerprint import fingerprint as fingerprint
 from lora_jax.weights import PyTree
 
 Save = Callable[[int, PyTree, Any], None]
+LAYOUT = 2  # of what is saved; raised when it changes. Version 0.1.0 wrote none.
 
 
 @contextlib.contextmanager
@@ -33,7 +34,12 @@ def saving(folder: Path, *, identity: Mapping[str, Any]) -> Iterator[Save]:
     with _checkpointer(folder) as checkpointer:
 
         def save(step: int, states: PyTree, position: Any) -> None:
-            record = {"identity": dict(identity), "leaves": _leaves(states), "position": position}
+            record = {
+                "layout": LAYOUT,
+                "identity": dict(identity),
+                "leaves": _leaves(states),
+                "position": position,
+            }
             checkpointer.wait()  # or a save in progress would have this one skipped
             checkpointer.save_async(step, states, custom_metadata=record, overwrite=True)
 
@@ -57,7 +63,9 @@ def restore(
     wrote them; each process reads its slices.
 
     Raises:
-      ValueError: if it was made over another base, for other arms or another method, or is damaged.
+      ValueError: if it was made over another base or other data, for other arms or another method,
+        or by version 0.1.0; or if its files cannot be read. Whatever else goes wrong, as for want
+        of memory, is raised as it is.
     """
     with _checkpointer(folder) as checkpointer:
         latest = checkpointer.latest
@@ -65,22 +73,65 @@ def restore(
             return None
         try:
             record = checkpointer.metadata(latest.step).custom_metadata
-            ours = {**identity, **_leaves(like)}
             theirs = {**record["identity"], **record["leaves"]}
-        except Exception as error:
+        except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
             raise _damaged(folder, latest.step, error) from error
-        for name in sorted({*ours, *theirs}, key=lambda name: (name not in identity, name)):
-            if ours.get(name) != theirs.get(name):
-                raise ValueError(
-                    f"the checkpoint in {folder} is of another run: {name} is {theirs.get(name)} "
-                    f"there and {ours.get(name)} here. Choose another --workdir, or go back to the "
-                    "base, arms and method that it was made with."
-                )
+        _require_layout(folder, record)
+        _require_same(folder, {**identity, **_leaves(like)}, theirs, first=identity)
         try:
             states = checkpointer.load(latest.step, jax.tree.map(_abstract, like))
         except Exception as error:
+            _raise_as_it_is_unless_damaged(folder, latest.step, like, error)
             raise _damaged(folder, latest.step, error) from error
     return latest.step, states, record["position"]
+
+
+def _require_layout(folder: Path, record: Mapping[str, Any]) -> None:
+    if record.get("layout") != LAYOUT:
+        raise ValueError(
+            f"the checkpoint in {folder} was written by another version of lora_jax (0.1.0, unless "
+            "it names one), whose training states are laid out differently. End that run with the "
+            "version that began it, or choose another --workdir. Adapters that it left do load."
+        )
+
+
+def _require_same(
+    folder: Path, ours: Mapping[str, Any], theirs: Mapping[str, Any], first: Mapping[str, Any]
+) -> None:
+    names = sorted({*ours, *theirs}, key=lambda name: (name not in first, name))
+    differing = [name for name in names if ours.get(name) != theirs.get(name)]
+    if differing:
+        shown = ", ".join(
+            f"{name} is {theirs.get(name)} there and {ours.get(name)} here"
+            for name in differing[:5]
+        )
+        raise ValueError(
+            f"the checkpoint in {folder} is of another run: {shown}. Choose another --workdir, or "
+            "go back to the base, data, arms and method that it was made with."
+        )
+
+
+def _raise_as_it_is_unless_damaged(folder: Path, step: int, like: PyTree, error: Exception) -> None:
+    """Raises what lies behind an error of Orbax's, if that is no fault of the files: if it is one
+    of memory, rights or devices, or if the files can be read into the host's memory."""
+    cause: BaseException = error
+    while (deeper := cause.__cause__ or cause.__context__) is not None:
+        cause = deeper
+    for_want = isinstance(cause, MemoryError | jax.errors.JaxRuntimeError | OSError)
+    if for_want and not isinstance(cause, FileNotFoundError):
+        raise cause
+    if jax.process_count() == 1 and _readable(folder / str(step), like):
+        raise cause
+
+
+def _readable(checkpoint: Path, like: PyTree) -> bool:
+    host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host), like)
+    try:
+        ocp.load(checkpoint, wanted)
+    except Exception:
+        return False
+    return True
 
 
 def _checkpointer(folder: Path) -> ocp.training.Checkpointer:

@@ -20,8 +20,12 @@ class Execution(NamedTuple):
         which), into buffers of its own, which the first step may consume.
       batch: puts a batch of host arrays on the devices.
       step: compiles `(state, base, batch, *rest) -> (state, metrics)`; it consumes the state. Its
-        second argument says whether arms are stacked.
+        second argument says whether the state is that of several arms: stacked, or a tuple.
       evaluate: compiles `(delta, base, batch) -> (sum, count)`.
+      gradients: compiles `(state, base, batch) -> (gradients of the delta, loss, count)`.
+      change: compiles `(state, *rest) -> (state, number)`, which reads neither base nor batch. Its
+        keywords are `consumes`, whether the state is, and those of `jax.jit`.
+      spread: inside of a compiled function, divides a delta stacked over arms among devices.
       context: in which compiled functions are traced and called.
       axis_name: the axis over which the step sums gradients by itself, under `pmap`.
       arms_axis: the axis of the mesh that stacked arms lie over.
@@ -32,6 +36,9 @@ class Execution(NamedTuple):
     batch: Callable[[PyTree], PyTree]
     step: Callable[[Callable, bool], Callable]
     evaluate: Callable[[Callable], Callable]
+    gradients: Callable[[Callable], Callable]
+    change: Callable[..., Callable]
+    spread: Callable[[PyTree], PyTree]
     context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     axis_name: str | None = None
     arms_axis: str | None = None
@@ -45,7 +52,15 @@ def single() -> Execution:
         batch=_unchanged,
         step=lambda step, stacked: jax.jit(step, donate_argnums=0),
         evaluate=jax.jit,
+        gradients=jax.jit,
+        change=change,
+        spread=_unchanged,
     )
+
+
+def change(fn: Callable, *, consumes: bool, **options: Any) -> Callable:
+    """`Execution.change` where arrays stay on the devices that they are on."""
+    return jax.jit(fn, donate_argnums=0 if consumes else (), **options)
 
 
 def _unchanged(tree: PyTree) -> PyTree:

@@ -11,8 +11,9 @@ import jax
 import numpy as np
 
 from lora_jax.training import checkpoints
+from lora_jax.training.resuming import digest, peek, require_same_start, with_hyperparams_of
 from lora_jax.training.step import Batch, TrainState
-from lora_jax.training.sweep import Sweep
+from lora_jax.training.sweep import Sweep, arms_of, chosen, copied, deltas_of
 from lora_jax.weights import PyTree
 
 RECENT = 10  # steps whose mean is an arm's training loss
@@ -36,7 +37,8 @@ class Schedule:
       eval_every: validates after so many steps, and after the last.
       checkpoint_every: saves after so many steps, and after the last.
       log_every: waits for the device and logs after so many steps.
-      patience: stops an arm after so many validations without a new best; None never does.
+      patience: stops an arm after so many validations without a new best; None never does. With
+        it every arm, stopped or not, ends with the delta of its best validation.
     """
 
     steps: int
@@ -48,11 +50,22 @@ class Schedule:
 
 @dataclasses.dataclass
 class ArmProgress:
-    """What is known of an arm beside its state; travels in the checkpoint as JSON."""
+    """What is known of an arm beside its state; travels in the checkpoint as JSON.
+
+    Attributes:
+      recent: the losses of the last steps in which anything counted.
+      val_loss: of the last validation; of what `fit` returns, that of the returned delta.
+      best: the lowest of them.
+      best_step: when that was.
+      waited: validations since.
+      tokens, seconds: what training took.
+      stopped: "early", "diverged", or None.
+    """
 
     recent: list[float] = dataclasses.field(default_factory=list)
     val_loss: float | None = None
     best: float | None = None
+    best_step: int | None = None
     waited: int = 0
     tokens: int = 0
     seconds: float = 0.0
@@ -85,33 +98,47 @@ def fit(
 
     Args:
       sweep: how arms move, from `make_sweep`.
-      states: their first states, of equal shapes. The memory of those that the caller does not
-        hold is freed.
+      states: their first states, each in its own shapes. The memory of those that the caller does
+        not hold is freed. Of a run that goes on, hyperparameters of the optimizer, such as the
+        learning rate, are those given here; a seed or a frozen leaf, such as LoRA's scale, must be
+        that of the checkpoint.
       base: the frozen tree.
       arms: their names.
       batches: an endless iterator of batches with `get_state` and `set_state`.
       validation: the batches of a validation.
       schedule: when what happens.
       folder: where checkpoints lie.
-      identity: what a checkpoint must agree with.
+      identity: what a checkpoint must agree with, by name, such as the fingerprints of the base
+        and the data. The arms, the first batch and those of the validation belong to it anyway.
       log: is given a JSON-like record of every logged step and validation of every arm, and of
         every event: `{"event": "resumed" | "stopped" | ...}`.
       stop_requested: is asked after every step that waits for the device whether to end early.
 
     Returns:
-      Each arm's last state and its progress.
+      Each arm's last state and its progress; with `schedule.patience`, the state's delta is that
+      of the best validation.
 
     Raises:
+      ValueError: for a checkpoint of another run or a damaged one; see `checkpoints.restore`.
       Diverged: a ValueError, when the loss of every arm has stopped being a number: the step.
       Preempted: when it was asked to end early, after saving a checkpoint.
     """
     packed, progress = sweep.pack(states), [ArmProgress() for _ in arms]
     del states  # whose copies train
-    identity = {**identity, "arms": list(arms)}
+    best = copied(deltas_of(packed)) if schedule.patience is not None else None
+    identity = {
+        **identity,
+        "arms": list(arms),
+        "early stopping": best is not None,
+        "first batch": digest(peek(batches)),
+        "validation batches": digest(list(validation)),
+    }
     step = 0
-    restored = checkpoints.restore(folder, packed, identity=identity)
+    restored = checkpoints.restore(folder, (packed, best), identity=identity)
     if restored is not None:
-        step, packed, position = restored
+        step, (there, best), position = restored
+        require_same_start(folder, arms, sweep.unpack(packed), sweep.unpack(there))
+        packed = with_hyperparams_of(packed, there)
         batches.set_state(position["data"])
         progress = [ArmProgress(**arm) for arm in position["arms"]]
     log({"event": "started", "step": step, "arms": list(arms), "steps": schedule.steps})
@@ -134,42 +161,60 @@ def fit(
                 stops = stop_requested()
             if evaluates:
                 losses = mean_losses(sweep, packed, base, validation)
-                _judge(losses, arms, progress, step, schedule.patience, log)
+                better = _judge(losses, arms, progress, step, schedule.patience, log)
+                best = None if best is None else chosen(better, deltas_of(packed), best)
             if saves or stops or not _any_running(progress):
                 arm_records = [dataclasses.asdict(arm) for arm in progress]
-                save(step, packed, {"data": batches.get_state(), "arms": arm_records})
+                save(step, (packed, best), {"data": batches.get_state(), "arms": arm_records})
             if stops:
                 raise Preempted(
                     f"asked to end after step {step} of {schedule.steps}, which is saved"
                 )
-    return sweep.unpack(packed), progress
+    states = sweep.unpack(packed)
+    return (states, progress) if best is None else _at_their_best(states, best, progress)
 
 
 def mean_losses(
     sweep: Sweep, packed: PyTree, base: PyTree, validation: Sequence[Batch]
 ) -> list[float]:
-    """Each arm's validation loss: nats a counted token, over all batches."""
+    """Each arm's validation loss: nats a counted token, over all batches; 0 where none counts."""
     sums = [jax.device_get(sweep.evaluate(packed, base, batch)) for batch in validation]
     totals, counts = np.sum(np.asarray(sums, np.float64), axis=0)
-    return (totals / counts).tolist()
+    counted = counts > 0
+    return np.where(counted, totals / np.where(counted, counts, 1), 0.0).tolist()
 
 
 def _any_running(progress: Sequence[ArmProgress]) -> bool:
     return any(arm.stopped is None for arm in progress)
 
 
-def _judge(losses, arms, progress, step: int, patience: int | None, log: Log) -> None:
-    """Notes each running arm's validation loss, and stops those that improve no more."""
-    for name, arm, loss in zip(arms, progress, losses, strict=True):
+def _judge(losses, arms, progress, step: int, patience: int | None, log: Log) -> list[bool]:
+    """Notes each running arm's validation loss, stops those that improve no more, and returns
+    which have a new best."""
+    better = [_improves(arm, loss) for arm, loss in zip(progress, losses, strict=True)]
+    for name, arm, loss, improves in zip(arms, progress, losses, better, strict=True):
         if arm.stopped:
             continue
         arm.val_loss = loss
-        arm.waited = 0 if arm.best is None or loss < arm.best else arm.waited + 1
-        arm.best = loss if arm.waited == 0 else arm.best
+        arm.waited = 0 if improves else arm.waited + 1
+        if improves:
+            arm.best, arm.best_step = loss, step
         log({"step": step, "arm": name, "val_loss": loss})
         if patience is not None and arm.waited >= patience:
             arm.stopped = "early"
             log({"event": "stopped early", "arm": name, "step": step})
+    return better
+
+
+def _improves(arm: ArmProgress, loss: float) -> bool:
+    runs = arm.stopped is None
+    return runs and math.isfinite(loss) and (arm.best is None or loss < arm.best)
+
+
+def _at_their_best(states, best: PyTree, progress: Sequence[ArmProgress]):
+    deltas = arms_of(best, len(states))
+    states = [dataclasses.replace(s, delta=d) for s, d in zip(states, deltas, strict=True)]
+    return states, [dataclasses.replace(arm, val_loss=arm.best) for arm in progress]
 
 
 def _raise_if_all_diverged(arms, progress, step: int) -> None:
@@ -216,6 +261,7 @@ class _Window:
                 arm.stopped = "diverged"
                 self._log({"event": "diverged", "arm": name, "step": step})
                 return
-            arm.recent = [*arm.recent, loss][-RECENT:]
+            if metrics.count is None or metrics.count[index] > 0:
+                arm.recent = [*arm.recent, loss][-RECENT:]
             record = {"step": step, "arm": name, "loss": loss, "grad_norm": norm}
             self._log({**record, "tokens_per_second": tokens / seconds})

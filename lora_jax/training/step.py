@@ -15,6 +15,7 @@ from lora_jax.methods import allocate_budget, orthogonality
 from lora_jax.models import llama
 from lora_jax.models.config import LlamaConfig
 from lora_jax.training.loss import token_losses
+from lora_jax.training.optimizers import with_learning_rate
 from lora_jax.transform import Delta, bind
 from lora_jax.weights import PyTree
 
@@ -28,38 +29,54 @@ class TrainState:
 
     Attributes:
       delta: the adapter.
-      opt_state: the optimizer's state of its trained leaves.
+      opt_state: the optimizer's state of its trained leaves, its learning rate included.
       step: int32, updates made.
-      learning_rate: float32, the peak of the schedule.
       seed: uint32, from which each step derives its dropout key.
     """
 
     delta: Delta
     opt_state: PyTree
     step: jax.Array
-    learning_rate: jax.Array
     seed: jax.Array
 
 
 @flax.struct.dataclass
 class StepMetrics:
-    """Of one step: the mean loss before the update, in nats a token, and the gradient's norm."""
+    """Of one step, before its update.
+
+    Attributes:
+      loss: the mean over counted units, in nats a token; 0 where none counted.
+      grad_norm: of the gradient of that.
+      count: the units; None of a step that does not say.
+    """
 
     loss: jax.Array
     grad_norm: jax.Array
+    count: jax.Array | None = None
 
 
 def init_state(
-    delta: Delta, tx: optax.GradientTransformation, *, learning_rate: float, seed: int
+    delta: Delta,
+    tx: optax.GradientTransformation,
+    *,
+    learning_rate: float | None = None,
+    seed: int,
 ) -> TrainState:
-    """The state before the first step. `tx` moves what `trainable_mask(delta)` allows."""
-    return TrainState(
-        delta=delta,
-        opt_state=mask_optimizer(tx, delta).init(delta),
-        step=jnp.int32(0),
-        learning_rate=jnp.float32(learning_rate),
-        seed=jnp.uint32(seed),
-    )
+    """The state before the first step. `tx` moves what `trainable_mask(delta)` allows.
+
+    Args:
+      delta: the adapter.
+      tx: the optimizer, such as `training.optimizer("adamw", steps=100)`.
+      learning_rate: set in the optimizer's state; None leaves the optimizer's own.
+      seed: of dropout.
+
+    Raises:
+      ValueError: for a rate, where the optimizer keeps none in its state.
+    """
+    opt_state = mask_optimizer(tx, delta).init(delta)
+    if learning_rate is not None:
+        opt_state = with_learning_rate(opt_state, learning_rate)
+    return TrainState(delta=delta, opt_state=opt_state, step=jnp.int32(0), seed=jnp.uint32(seed))
 
 
 def llama_loss(
@@ -94,6 +111,28 @@ def llama_loss(
     return loss_sum
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """A pure function `(state, base, batch) -> (state, metrics)` and the two that it is made of.
+
+    Attributes:
+      gradients: `(state, base, batch) -> (gradients, loss, count)`; reads no optimizer state.
+      update: `(state, gradients) -> (state, gradients' norm)`; reads no base.
+    """
+
+    gradients: Callable[[TrainState, PyTree, Batch], tuple[Delta, jax.Array, jax.Array]]
+    update: Callable[[TrainState, Delta], tuple[TrainState, jax.Array]]
+
+    __name__ = "step"  # of the compiled program
+
+    def __call__(
+        self, state: TrainState, base: PyTree, batch: Batch
+    ) -> tuple[TrainState, StepMetrics]:
+        gradients, loss, count = self.gradients(state, base, batch)
+        moved, norm = self.update(state, gradients)
+        return moved, StepMetrics(loss, norm, count)
+
+
 def train_step(
     loss_sum: LossSum,
     tx: optax.GradientTransformation,
@@ -101,14 +140,18 @@ def train_step(
     accumulate: int = 1,
     correct: optax.GradientTransformation | None = None,
     axis_name: str | None = None,
-) -> Callable[[TrainState, PyTree, Batch], tuple[TrainState, StepMetrics]]:
+) -> TrainStep:
     """A pure function `(state, base, batch) -> (state, metrics)`, to be jitted, vmapped or pmapped.
+
+    The loss is a mean over counted units. A batch in which none counts has the loss 0 and gradients
+    of zero; a part of it (a micro-batch, a device's rows) in which none counts adds nothing,
+    whatever `loss_sum` and its gradient are there.
 
     AdaLoRA's term of the loss and its allocation are part of it; its term is not in the metrics.
 
     Args:
       loss_sum: gives a batch's summed loss and its count, such as `llama_loss(config)`.
-      tx: the optimizer; if its update takes `learning_rate`, it gets the state's.
+      tx: the optimizer.
       accumulate: into how many micro-batches the batch is cut. Their losses are summed before
         they are divided, so that the result is the whole batch's, however tokens fall.
       correct: a transformation without state that reads frozen leaves too, and so stands in front
@@ -117,20 +160,21 @@ def train_step(
         before they are divided. Each device draws dropout of its own.
     """
 
-    def step(state: TrainState, base: PyTree, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    def gradients(state: TrainState, base: PyTree, batch: Batch):
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
         if axis_name is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
         sums = _summed_gradients(loss_sum, state.delta, base, batch, key, accumulate)
         total, count, grads = sums if axis_name is None else jax.lax.psum(sums, axis_name)
-        grads = jax.tree.map(lambda g: g / count, grads)
+        divisor = jnp.where(count > 0, count, 1)
+        return jax.tree.map(lambda g: g / divisor, grads), total / divisor, count
+
+    def update(state: TrainState, grads: Delta):
         corrected = grads
         if correct is not None:
             corrected, _ = correct.update(grads, correct.init(state.delta), state.delta)
-        masked = optax.with_extra_args_support(mask_optimizer(tx, state.delta))
-        updates, opt_state = masked.update(
-            corrected, state.opt_state, state.delta, learning_rate=state.learning_rate
-        )
+        masked = mask_optimizer(tx, state.delta)
+        updates, opt_state = masked.update(corrected, state.opt_state, state.delta)
         delta = optax.apply_updates(state.delta, updates)
         moved = dataclasses.replace(
             state,
@@ -138,9 +182,9 @@ def train_step(
             opt_state=opt_state,
             step=state.step + 1,
         )
-        return moved, StepMetrics(total / count, optax.tree.norm(grads))
+        return moved, optax.tree.norm(grads)
 
-    return step
+    return TrainStep(gradients, update)
 
 
 def _summed_gradients(loss_sum, delta, base, batch, key, accumulate):
@@ -148,19 +192,20 @@ def _summed_gradients(loss_sum, delta, base, batch, key, accumulate):
         total, count = loss_sum(delta, base, micro, key)
         return total + count * orthogonality(delta), (total, count)
 
-    gradient = jax.grad(objective, has_aux=True)
+    def gradient(micro, key):
+        grads, (total, count) = jax.grad(objective, has_aux=True)(delta, micro, key)
+        counted = lambda x: jnp.where(count > 0, x, jnp.zeros_like(x))  # noqa: E731
+        return counted(total), count, jax.tree.map(counted, grads)
+
     if accumulate == 1:
-        grads, (total, count) = gradient(delta, batch, key)
-        return total, count, grads
+        return gradient(batch, key)
     rows = jax.tree.leaves(batch)[0].shape[0]
     if rows % accumulate:
         raise ValueError(f"accumulate={accumulate} does not divide the batch of {rows} rows.")
     micros = jax.tree.map(lambda x: x.reshape(accumulate, rows // accumulate, *x.shape[1:]), batch)
 
     def add(sums, inputs):
-        micro, micro_key = inputs
-        grads, (total, count) = gradient(delta, micro, micro_key)
-        return jax.tree.map(jnp.add, sums, (total, count, grads)), None
+        return jax.tree.map(jnp.add, sums, gradient(*inputs)), None
 
     zeros = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, delta))
     sums, _ = jax.lax.scan(add, zeros, (micros, jax.random.split(key, accumulate)))

@@ -1,25 +1,26 @@
 """Many arms through one compiled step, over one copy of the base.
 
-Arms that differ in rank, alpha, targets, learning rate and seed have states of one shape once
-their deltas are padded (see `stack`), so that one executable serves them all: each in turn, or all
-at once by `vmap`.
+Arms that differ in rank, alpha, targets, learning rate and seed have deltas of one shape once they
+are padded (see `stack`), so that one executable gives the gradients of them all: of each in turn,
+or of all at once by `vmap`. Their optimizers move each arm in its own shapes, since for some
+(Adafactor, Muon) padding is not neutral; where all arms have the same shapes, that is one program.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lora_jax.stacking import stack, unstack
 from lora_jax.training.execution import Execution, single
-from lora_jax.training.step import Batch, StepMetrics, TrainState
+from lora_jax.training.step import Batch, StepMetrics, TrainState, TrainStep
 from lora_jax.transform import Delta
 from lora_jax.weights import PyTree
 
 Mode = Literal["auto", "batched", "in_turn"]
-Step = Callable[[TrainState, PyTree, Batch], tuple[TrainState, StepMetrics]]
 Evaluate = Callable[[Delta, PyTree, Batch], tuple[jax.Array, jax.Array]]
 
 
@@ -27,7 +28,7 @@ class Sweep(NamedTuple):
     """How a list of arms is held and moved; both ways give every arm its solo run's numbers.
 
     Attributes:
-      pack: a list of equally shaped states to what `step` carries.
+      pack: a list of states, each in its own shapes, to what `step` carries.
       unpack: the inverse.
       step: `(packed, base, batch, running) -> (packed, metrics)`. `running` is a bool for each arm;
         one that has stopped keeps its state. Metrics carry a leading axis of arms.
@@ -45,6 +46,12 @@ def same_shapes(deltas: Sequence[Delta]) -> list[Delta]:
     return unstack(stack(deltas))
 
 
+def alike(states: Sequence[PyTree]) -> bool:
+    """Whether all are of one structure and the same shapes."""
+    first, *others = [(jax.tree.structure(s), jax.tree.map(jnp.shape, s)) for s in states]
+    return all(other == first for other in others)
+
+
 def resolve_mode(mode: Mode) -> Literal["batched", "in_turn"]:
     """What "auto" means here: on a CPU arms go in turn, since its cores are busy with one and
     batched products gain nothing; elsewhere they go in one batch, which fills the machine.
@@ -60,7 +67,7 @@ def resolve_mode(mode: Mode) -> Literal["batched", "in_turn"]:
 
 
 def make_sweep(
-    step: Step, evaluate: Evaluate, mode: Mode = "auto", execution: Execution | None = None
+    step: TrainStep, evaluate: Evaluate, mode: Mode = "auto", execution: Execution | None = None
 ) -> Sweep:
     """Compiles `step` and `evaluate` once for all arms, in the given mode, to run as `execution`
     says: on one device unless it is given."""
@@ -70,18 +77,58 @@ def make_sweep(
     return held(step, evaluate, execution)
 
 
-def _batched(step: Step, evaluate: Evaluate, execution: Execution) -> Sweep:
+def batched_step(step: TrainStep, execution: Execution) -> Callable:
+    """The compiled `(packed, base, batch, running) -> (packed, metrics)` of all arms at once, where
+    packed is one state with a leading axis of arms, or a tuple of states in shapes of their own."""
+    each_arm = functools.partial(jax.vmap, spmd_axis_name=execution.arms_axis)
+
     def step_or_stay(state, base, batch, running):
         moved, metrics = step(state, base, batch)
         return jax.tree.map(functools.partial(_chosen, running), moved, state), metrics
 
-    each_arm = functools.partial(jax.vmap, spmd_axis_name=execution.arms_axis)
-    step_all = execution.step(each_arm(step_or_stay, in_axes=(0, None, None, 0)), True)
-    evaluate_all = execution.evaluate(each_arm(evaluate, in_axes=(0, None, None)))
+    def step_alike(states, base, batch, running):
+        return each_arm(step_or_stay, in_axes=(0, None, None, 0))(states, base, batch, running)
 
-    def unpack(states: PyTree) -> list[TrainState]:
-        arms = states.seed.shape[0]
-        return [jax.tree.map(lambda leaf: leaf[i], states) for i in range(arms)]  # noqa: B023
+    def step_apart(states, base, batch, running):
+        deltas = [state.delta for state in states]
+        together = TrainState(
+            delta=execution.spread(stack(deltas)),
+            opt_state=(),
+            step=jnp.stack([state.step for state in states]),
+            seed=jnp.stack([state.seed for state in states]),
+        )
+        gradients = each_arm(step.gradients, in_axes=(0, None, None))
+        grads, losses, counts = gradients(together, base, batch)
+        own = unstack(grads, like=deltas)
+        moved, norms = zip(*map(step.update, states, own), strict=True)
+        kept = [
+            jax.tree.map(functools.partial(_chosen, runs), new, old)
+            for runs, new, old in zip(running, moved, states, strict=True)
+        ]
+        return tuple(kept), StepMetrics(losses, jnp.stack(norms), counts)
+
+    def step_all(states, base, batch, running):
+        form = step_apart if isinstance(states, tuple) else step_alike
+        return form(states, base, batch, running)
+
+    return execution.step(step_all, True)
+
+
+def _batched(step: TrainStep, evaluate: Evaluate, execution: Execution) -> Sweep:
+    step_all = batched_step(step, execution)
+    each_arm = functools.partial(jax.vmap, spmd_axis_name=execution.arms_axis)
+
+    def evaluate_deltas(deltas, base, batch):
+        if isinstance(deltas, list):
+            deltas = execution.spread(stack(deltas))
+        return each_arm(evaluate, in_axes=(0, None, None))(deltas, base, batch)
+
+    evaluate_all = execution.evaluate(evaluate_deltas)
+
+    def pack(states: Sequence[TrainState]) -> PyTree:
+        if alike(states):
+            return execution.states(_stacked(states), True)
+        return tuple(execution.states(state, False) for state in states)
 
     def step_batch(states, base, batch, running):
         with execution.context():
@@ -89,37 +136,39 @@ def _batched(step: Step, evaluate: Evaluate, execution: Execution) -> Sweep:
 
     def evaluate_batch(states, base, batch):
         with execution.context():
-            return evaluate_all(states.delta, base, execution.batch(batch))
+            return evaluate_all(deltas_of(states), base, execution.batch(batch))
 
-    return Sweep(
-        pack=lambda states: execution.states(_stacked(states), True),
-        unpack=unpack,
-        step=step_batch,
-        evaluate=evaluate_batch,
-    )
+    def unpack(states: PyTree) -> list[TrainState]:
+        return list(states) if isinstance(states, tuple) else arms_of(states, states.seed.shape[0])
+
+    return Sweep(pack=pack, unpack=unpack, step=step_batch, evaluate=evaluate_batch)
 
 
-def _in_turn(step: Step, evaluate: Evaluate, execution: Execution) -> Sweep:
+def _in_turn(step: TrainStep, evaluate: Evaluate, execution: Execution) -> Sweep:
     step_one = execution.step(step, False)
     evaluate_one = execution.evaluate(evaluate)
-    stopped = StepMetrics(jnp.float32(jnp.nan), jnp.float32(jnp.nan))
+    apart = _Apart(step, execution)
+    stopped = StepMetrics(jnp.float32(jnp.nan), jnp.float32(jnp.nan), jnp.float32(0))
 
     def step_each(states, base, batch, running):
-        placed = execution.batch(batch)
+        placed, same = execution.batch(batch), alike(states)
+        moved, metrics = list(states), [stopped] * len(states)
         with execution.context():
-            moved, metrics = zip(
-                *(
-                    step_one(state, base, placed) if runs else (state, stopped)
-                    for state, runs in zip(states, running, strict=True)
-                ),
-                strict=True,
-            )
-        return list(moved), _stacked(metrics)
+            for i in (i for i, runs in enumerate(running) if runs):
+                if same:
+                    moved[i], metrics[i] = step_one(states[i], base, placed)
+                else:
+                    moved[i], metrics[i] = apart.step(moved, i, base, placed)
+        return moved, _stacked(metrics)
 
     def evaluate_each(states, base, batch):
-        placed = execution.batch(batch)
+        placed, same = execution.batch(batch), alike(states)
         with execution.context():
-            return _stacked([evaluate_one(state.delta, base, placed) for state in states])
+            deltas = [
+                state.delta if same else apart.padded(states, i).delta
+                for i, state in enumerate(states)
+            ]
+            return _stacked([evaluate_one(delta, base, placed) for delta in deltas])
 
     return Sweep(
         pack=lambda states: [execution.states(state, False) for state in states],
@@ -127,6 +176,73 @@ def _in_turn(step: Step, evaluate: Evaluate, execution: Execution) -> Sweep:
         step=step_each,
         evaluate=evaluate_each,
     )
+
+
+class _Apart:
+    """A step of one of several arms of different shapes: gradients by the one program of all, over
+    the padded delta, and an update by a small program of its own."""
+
+    def __init__(self, step: TrainStep, execution: Execution):
+        def pad(states, index):
+            delta = same_shapes([state.delta for state in states])[index]
+            return dataclasses.replace(states[index], delta=delta, opt_state=()), None
+
+        def update(state, grads):
+            return step.update(state, _cut(grads, state.delta))
+
+        self._pad = execution.change(pad, consumes=False, static_argnums=1)
+        self._gradients = execution.gradients(step.gradients)
+        self._update = execution.change(update, consumes=True)
+
+    def padded(self, states: Sequence[TrainState], index: int) -> TrainState:
+        """The state at `index`, without its optimizer's, in the shapes that all arms can share."""
+        return self._pad([dataclasses.replace(s, opt_state=()) for s in states], index)[0]
+
+    def step(self, states: Sequence[TrainState], index: int, base: PyTree, batch: Batch):
+        grads, loss, count = self._gradients(self.padded(states, index), base, batch)
+        moved, norm = self._update(states[index], grads)
+        return moved, StepMetrics(loss, norm, count)
+
+
+def deltas_of(packed: PyTree) -> PyTree:
+    """The deltas of what a sweep carries: a list of them, or one with a leading axis of arms."""
+    if isinstance(packed, list | tuple):
+        return [state.delta for state in packed]
+    return packed.delta
+
+
+def arms_of(tree: PyTree, count: int) -> list[Any]:
+    """The trees of each arm, of a list of them or of one with a leading axis."""
+    if isinstance(tree, list):
+        return tree
+    return [jax.tree.map(lambda leaf: leaf[i], tree) for i in range(count)]  # noqa: B023
+
+
+def copied(deltas: PyTree) -> PyTree:
+    """The same in memory of their own, which no step consumes."""
+    return jax.tree.map(jnp.copy, deltas)
+
+
+def chosen(better: Sequence[bool], new: PyTree, old: PyTree) -> PyTree:
+    """Each arm's delta copied from `new` where it is better, else that of `old`; both are what
+    `deltas_of` gives."""
+    if isinstance(new, list):
+        pairs = zip(better, new, old, strict=True)
+        return [copied(ours) if wins else theirs for wins, ours, theirs in pairs]
+    return _chosen_arms(jnp.asarray(better), new, old)
+
+
+@jax.jit
+def _chosen_arms(better: jax.Array, new: PyTree, old: PyTree) -> PyTree:
+    def of_arm(wins, ours, theirs):
+        return jax.tree.map(functools.partial(_chosen, wins), ours, theirs)
+
+    return jax.vmap(of_arm)(better, new, old)
+
+
+def _cut(grads: Delta, like: Delta) -> Delta:
+    [own] = unstack(jax.tree.map(lambda leaf: leaf[None], grads), like=[like])
+    return own
 
 
 def _chosen(running: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ import pytest
 import lora_jax as lora
 from configs import tiny
 from experiments.harness import arms, progress, report, run
-from lora_jax.interop import save_huggingface
+from lora_jax.interop import peft, save_huggingface
 
 
 def configured(**train):
@@ -62,6 +62,64 @@ def test_a_run_that_is_nothing_but_diverged_arms_says_so(tmp_path):
     wild = an_arm("wild", method=lora.Full(), learning_rate=float("nan"), in_peft=False)
     with pytest.raises(ValueError, match="the loss of every arm stopped being a number"):
         ran(configured(), [wild], tmp_path / "run")
+
+
+def test_other_data_in_the_same_workdir_are_refused_by_what_differs(tmp_path):
+    """The same path with other contents, and settings that a caller changed."""
+    config = configured(steps=1)
+    ran(config, [an_arm("one")], tmp_path / "run")
+    text = (tmp_path / "talk.jsonl").read_text()
+    (tmp_path / "talk.jsonl").write_text(text.replace("a b a", "b a b"))
+    with pytest.raises(
+        ValueError, match=r"data\.examples is \w+ there and \w+ here.*another --workd"
+    ):
+        again(config, [an_arm("one")], tmp_path / "run")
+    (tmp_path / "talk.jsonl").write_text(text)
+    for key, value in {"seq_len": 120, "seed": 1, "pack": False}.items():
+        other = configured(steps=1)
+        other.data[key] = value
+        with pytest.raises(ValueError, match=rf"data\.{key} is .* there and {value} here"):
+            again(other, [an_arm("one")], tmp_path / "run")
+
+
+def again(config, several, folder):
+    return run.run(config, several, folder, lambda record: None)
+
+
+def test_the_best_is_reported_saved_and_sampled_from(tmp_path):
+    """At a rate at which the loss rises again after its first steps."""
+    config = configured(
+        steps=8, patience=2, eval_every=1, schedule="constant", optimizer="lion", clip_norm=1.0
+    )
+    results = ran(config, [an_arm("one", learning_rate=0.05)], tmp_path / "run")
+    losses = [
+        record["val_loss"] for record in command.metrics(tmp_path / "run") if "val_loss" in record
+    ]
+    [arm] = results["arms"]
+    assert arm["val_loss"] == min(losses) < losses[-1] and arm["stopped"] == "early"
+    model = run.setup.load_model(config)
+    [saved] = (tmp_path / "run/adapters").iterdir()
+    delta = peft.load_adapter(saved, model.params, peft.llama_names(model.config))
+    loss = run.loss_of(config, model.config, model.params)
+    sums = [
+        loss(delta, model.params, batch, None)
+        for batch in run.setup.validation_batches(config, model)
+    ]
+    assert run.setup.mean_loss(sums) == pytest.approx(min(losses), rel=1e-5)
+
+
+def test_validation_without_an_answer_is_refused():
+    with pytest.raises(ValueError, match="no token of the validation examples counts"):
+        run.setup.mean_loss([(0.0, 0.0), (0.0, 0.0)])
+
+
+def test_an_unknown_optimizer_is_refused_before_the_model_is_loaded(tmp_path):
+    config = configured(optimizer="adamx")
+    config.model.source = "no such model"
+    with pytest.raises(
+        ValueError, match="optimizer 'adamx': expected one of adamw, muon, adafactor"
+    ):
+        again(config, [an_arm("one")], tmp_path)
 
 
 def test_arms_whose_names_differ_have_folders_that_differ():

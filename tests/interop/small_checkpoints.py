@@ -75,12 +75,18 @@ def write_gguf(
     architecture: str | None = None,
     pre: str = "gpt-2",
     q8: tuple[str, ...] = (),
+    tokenizer: Mapping | None = None,
+    more: Mapping | None = None,
 ) -> Path:
+    """`tokenizer` takes the small one's place; `more` metadata is added as it is."""
     is_llama = config["model_type"] in ("llama", "mistral")
     writer = gguf.GGUFWriter(path, architecture or ("llama" if is_llama else config["model_type"]))
     rope = config["rope_scaling"]
     _add_metadata(writer, config)
-    _add_tokenizer(writer, pre)
+    if tokenizer is None:
+        _add_tokenizer(writer, pre)
+    for key, value in {**(tokenizer or {}), **(more or {})}.items():
+        _add_entry(writer, key, value)
     if rope:
         head_dim = config["hidden_size"] // config["num_attention_heads"]
         divisors = rope_divisors(rope, config["rope_theta"], head_dim)
@@ -147,6 +153,11 @@ def _add_tokenizer(writer: gguf.GGUFWriter, pre: str) -> None:
     writer.add_bos_token_id(77)
     writer.add_eos_token_id(78)
     writer.add_pad_token_id(79)
+
+
+def _add_entry(writer: gguf.GGUFWriter, key: str, value: object) -> None:
+    kinds = {bool: "bool", int: "uint32", float: "float32", str: "string", list: "array"}
+    getattr(writer, f"add_{kinds[type(value)]}")(key, value)
 
 
 def _interleave(weight: np.ndarray, heads: int) -> np.ndarray:

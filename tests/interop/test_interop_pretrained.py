@@ -61,7 +61,7 @@ def test_hub_name_in_the_cache(hub):
 
 def test_hub_name_with_its_weights_not_cached(hub):
     (cache_on_hub(hub, "someone/small-llama") / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"`hf download someone/small-llama`, or point"):
+    with pytest.raises(FileNotFoundError, match=r"`hf download someone/small-llama`, or give"):
         load("someone/small-llama")
 
 
@@ -69,7 +69,7 @@ def test_gated_hub_name_not_cached(hub):
     with pytest.raises(
         FileNotFoundError,
         match=r"not in the local .* cache.*hf download meta-llama/Llama-3\.1-8B`.*licence.*"
-        r"hf auth login.*--config\.model\.source= at a local folder",
+        r"hf auth login.*give the path of a local folder",
     ):
         load("meta-llama/Llama-3.1-8B")
 

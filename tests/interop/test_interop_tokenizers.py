@@ -10,7 +10,7 @@ import tokenizers
 
 from lora_jax.data.tokenizer import byte_tokenizer
 from lora_jax.interop.gguf_tokenizer import tokenizer_from_gguf, tokenizer_to_gguf
-from lora_jax.interop.tokenizers import tokenizer_from_huggingface
+from lora_jax.interop.tokenizers import fit_vocabulary, tokenizer_from_huggingface
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "smollm2_tokens.json").read_text())
 ALPHABET = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
@@ -74,7 +74,12 @@ def test_beginning_token_where_the_file_or_its_kind_says_so(pre, added):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "llama"}, r"x\.gguf: the tokenizer 'llama' .* supported: 'gpt2'"),
+        (
+            {"model": "bert"},
+            r"x\.gguf: the tokenizer 'bert' .* 'llama', and 'gpt2' with",
+        ),
+        ({"model": "llama"}, r"x\.gguf lacks tokenizer\.ggml\.scores"),
+        ({"add_sep_token": True}, r"tokenizer\.ggml\.add_sep_token is not supported in 'gpt2'"),
         ({"pre": "tekken"}, r"pre-tokenizer 'tekken' is not supported"),
         ({"merges": ["1 zzz"]}, r"x\.gguf is corrupt: its tokenizer's merges fail"),
         ({"merges": ["12"]}, r"x\.gguf is corrupt"),
@@ -156,7 +161,33 @@ def test_metadata_of_a_tokenizer_is_what_it_was_read_from(pre):
 def test_tokenizers_that_gguf_cannot_name():
     with pytest.raises(ValueError, match=r"is none of smollm, gpt-2, llama-bpe, qwen2"):
         tokenizer_to_gguf(byte_tokenizer(), 259)
-    core = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True))
-    spelt = dataclasses.replace(byte_tokenizer(), core=core)
-    with pytest.raises(ValueError, match=r"takes byte-level BPE .* byte_fallback=True"):
-        tokenizer_to_gguf(spelt, 259)
+    for model, message in [
+        (tokenizers.models.BPE(byte_fallback=True), "None and pre-tokenizer None are not Llama's"),
+        (tokenizers.models.Unigram(), "takes BPE tokenizers, .* this one is Unigram"),
+    ]:
+        spelt = dataclasses.replace(byte_tokenizer(), core=tokenizers.Tokenizer(model))
+        with pytest.raises(ValueError, match=message):
+            tokenizer_to_gguf(spelt, 259)
+
+
+def test_end_token_where_the_file_says_so():
+    core = tokenizer_from_gguf(Path("x.gguf"), metadata("gpt-2", add_eos_token=True)).core
+    assert core.encode("12").ids == [256, 258]
+
+
+def test_added_tokens_without_a_row():
+    """One or more of them are known, and refused in a text; a padding token is nobody's."""
+    tokenizer = byte_tokenizer()
+    tokenizer.core.add_tokens(["<more>"])
+    fitted = fit_vocabulary(tokenizer, 258, "here")
+    assert (fitted.vocab_size, fitted.pad_id, fitted.eos_id) == (258, None, 257)
+    assert fitted.encode("ab<|im_end|>") == tokenizer.encode("ab<|im_end|>")
+    for text, token_id in {"a<|pad|>": 258, "<more>": 259}.items():
+        for encode in (fitted.encode, fitted.encode_with_offsets):
+            with pytest.raises(ValueError, match=rf"id {token_id}, .* embedding has 258 rows"):
+                encode(text)
+    same = fit_vocabulary(tokenizer, 400, "here")
+    assert same == tokenizer and same.encode("<more>") == [259]
+    for rows, message in {257: "eos_id is 257, outside", 200: "belong to different models"}.items():
+        with pytest.raises(ValueError, match=rf"here: .*{message}"):
+            fit_vocabulary(tokenizer, rows, "here")

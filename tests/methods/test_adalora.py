@@ -142,7 +142,7 @@ def test_a_training_step_penalises_and_allocates():
         return (lora.linear(batch, weights["out"]) ** 2).sum(), jnp.float32(batch.size)
 
     step = jax.jit(training.train_step(loss_sum, tx))
-    state = training.init_state(moved(delta), tx, learning_rate=1.0, seed=0)
+    state = training.init_state(moved(delta), tx, seed=0)
     before = lora.orthogonality({"layers": state.delta["layers"]})
     for _ in range(12):
         state, _ = step(state, base, cases.normal(5, 2, 6))

@@ -53,7 +53,7 @@ def lowered(
         params = llama.init(config, key=jax.random.key(0))
         params = quantize(params) if quantized else params
         base, delta = lora.lora_transform(params, method, targets=targets, key=jax.random.key(0))
-        return init_state(delta, tx, learning_rate=1e-3, seed=0), base
+        return init_state(delta, tx, seed=0), base
 
     state, base = jax.eval_shape(make)
     tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
@@ -151,7 +151,7 @@ def test_logits_of_the_8b_never_stand_whole():
     def make():
         params = llama.init(config, key=jax.random.key(0), dtype=jnp.bfloat16)
         base, delta = lora.lora_transform(params, LORA, key=jax.random.key(0))
-        return init_state(delta, tx, learning_rate=1e-3, seed=0), base
+        return init_state(delta, tx, seed=0), base
 
     names = ("tokens", "targets", "segment_ids", "positions")
     batch = dict.fromkeys(names, jax.ShapeDtypeStruct((rows, length), jnp.int32))

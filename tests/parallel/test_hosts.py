@@ -2,6 +2,10 @@
 
 import os
 import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -45,6 +49,64 @@ def test_an_error_of_the_first_process_is_everybodys(monkeypatch):
     monkeypatch.setattr(hosts, "exchange", lambda ours: ["no such thing", ours])
     with pytest.raises(ValueError, match="no such thing"):
         hosts.on_first(pytest.fail)
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("k"), MemoryError("m"), KeyboardInterrupt(), TypeError("t")]
+)
+def test_whatever_the_first_process_raises_the_others_are_told(monkeypatch, error):
+    def fail():
+        raise error
+
+    told = []
+    monkeypatch.setattr(hosts, "exchange", lambda ours: told.append(ours) or [ours])
+    with pytest.raises(type(error)) as raised:
+        hosts.on_first(fail)
+    assert raised.value is error and type(error).__name__ in told[0]
+    monkeypatch.setattr(hosts, "is_first", lambda: False)
+    monkeypatch.setattr(hosts, "exchange", lambda ours: [*told, ours])
+    with pytest.raises(ValueError, match=type(error).__name__):
+        hosts.on_first(pytest.fail)
+
+
+TWO = """
+import sys, jax
+from lora_jax.parallel import ending, hosts
+address, me, fails = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+hosts.start(coordinator_address=address, num_processes=2, process_id=me, timeout_seconds=300)
+with ending.together(grace_seconds=0.5):
+    hosts.exchange("all are there")
+    if me == fails:
+        raise KeyError("the disk is full")
+    hosts.exchange("the other never comes")
+"""
+
+
+@pytest.mark.parametrize("fails", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_an_error_of_one_process_ends_the_other(fails):
+    """It waits for a collective, which nothing interrupts, and JAX's heartbeat for 300 s."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    root = Path(hosts.__file__).parents[2]
+    job = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO, address, str(me), str(fails)],
+            cwd=root,
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for me in range(2)
+    ]
+    try:
+        told = [process.communicate(timeout=120)[1] for process in job]
+    finally:
+        for process in job:
+            process.kill()
+    assert [process.returncode for process in job] == [1, 1]
+    assert f"ended by process {fails}: KeyError: 'the disk is full'" in told[1 - fails]
+    assert "Traceback" in told[fails] and "ended by" not in told[fails]
 
 
 def test_a_notice_of_preemption_is_kept_until_it_is_asked_for():

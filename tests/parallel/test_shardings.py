@@ -38,7 +38,7 @@ def test_a_delta_lies_as_its_weight_does():
     assert specs["layers/q_proj"] == P(None, None, "tensor") and specs["norm"] == P(None)
     key = jax.random.key(0)
     _, delta = lora.lora_transform(PARAMS, lora.LoRA(rank=3), key=key)
-    state = training.init_state(delta, optax.adam(1.0), learning_rate=1.0, seed=0)
+    state = training.init_state(delta, optax.adam(1.0), seed=0)
     lying = specs_of(parallel.state_shardings(mesh, state, specs))
     factors = {
         "q_proj/a": P(None, None, None),
@@ -168,7 +168,7 @@ def test_bad_batches_and_arms():
     ):
         training.token_losses(np.zeros((2, 8, 4)), np.zeros((4, 6)), tokens, tokens == 0)
     _, delta = lora.lora_transform(PARAMS, lora.LoRA(rank=2), key=jax.random.key(0))
-    state = training.init_state(delta, optax.adam(1.0), learning_rate=1.0, seed=0)
+    state = training.init_state(delta, optax.adam(1.0), seed=0)
     three = jax.tree.map(lambda *x: jnp.stack(x), state, state, state)
     arms = parallel.on_mesh(parallel.make_mesh({"arms": 8}), parallel.match_specs(PARAMS, RULES))
     with pytest.raises(ValueError, match="3 arms cannot be split over arms=8"):

@@ -1,6 +1,8 @@
 """Fingerprints, and the folder that a run claims."""
 
 import json
+import shutil
+import traceback
 
 import cases
 import jax
@@ -73,3 +75,65 @@ def test_states_may_be_donated_while_they_are_written(tmp_path):
     number, back, position = checkpoints.restore(tmp_path, state, identity={})
     assert (number, position) == (2, {"data": 2})
     cases.assert_equal(back, jax.tree.map(lambda x: -x, before))
+
+
+STATE = {"delta": jnp.arange(3000.0)}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's threads
+def test_files_that_cannot_be_read_are_named_as_damaged(tmp_path):
+    checkpoints.save(tmp_path / "whole", 6, STATE, identity={}, position=None)
+    for name in ("manifest.ocdbt", "_METADATA", "d", "_CHECKPOINT_METADATA"):
+        for damage in ("cut", "removed"):
+            folder = tmp_path / f"{name} {damage}"
+            shutil.copytree(tmp_path / "whole", folder)
+            place = next(p for p in sorted((folder / "6").rglob(name)) if "process_0" not in str(p))
+            for file in [place] if place.is_file() else list(place.iterdir()):
+                cut = file.read_bytes()[:40]
+                file.unlink()
+                if damage == "cut":
+                    file.write_bytes(cut)
+            with pytest.raises(ValueError, match=r"/6 is damaged .*Delete that folder"):
+                checkpoints.restore(folder, STATE, identity={})
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("on the host"),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes"),
+        PermissionError("not yours"),
+        ZeroDivisionError("a mistake of ours"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_whatever_else_goes_wrong_is_raised_as_it_is(tmp_path, error, monkeypatch):
+    """Where Orbax puts what it has read on the device; it wraps what is raised there."""
+    checkpoints.save(tmp_path, 6, STATE, identity={}, position=None)
+    put, raised = jax.device_put, []
+
+    def fail(*args, **options):
+        read = any(
+            "async_deserialize" in f.name or "_read_" in f.name for f in traceback.extract_stack()
+        )
+        if read and not raised:  # once: the files are sound
+            raised.append(error)
+            raise error
+        return put(*args, **options)
+
+    monkeypatch.setattr(jax, "device_put", fail)
+    with pytest.raises(type(error), match=str(error)):
+        checkpoints.restore(tmp_path, STATE, identity={})
+    assert raised
+    _, back, _ = checkpoints.restore(tmp_path, STATE, identity={})
+    cases.assert_equal(back, STATE)
+
+
+def test_a_checkpoint_of_version_0_1_0_says_that_it_is(tmp_path):
+    record = {"identity": {"base": "b"}, "leaves": {}, "position": None}
+    with checkpoints._checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, STATE, custom_metadata=record)
+    with pytest.raises(
+        ValueError, match=r"another version of lora_jax \(0\.1\.0.*Adapters that it"
+    ):
+        checkpoints.restore(tmp_path, STATE, identity={"base": "b"})

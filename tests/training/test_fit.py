@@ -11,8 +11,9 @@ import lora_jax as lora
 from lora_jax import training
 from lora_jax.training.fit import Preempted, Schedule, fit
 from lora_jax.training.step import StepMetrics
-from lora_jax.training.sweep import Sweep, make_sweep, same_shapes
+from lora_jax.training.sweep import Sweep, make_sweep
 
+MORE = [pytest.param(*c, marks=pytest.mark.slow) for c in (("in_turn", True), ("batched", False))]
 SCHEDULE = Schedule(steps=6, eval_every=2, checkpoint_every=2)
 ARMS = {"small": (lora.LoRA(rank=1), "qv", 1e-2, 0), "large": (lora.LoRA(rank=4), "qv", 1e-2, 1)}
 
@@ -31,15 +32,15 @@ def run(
     identity=None,
     log=None,
     stop_requested=lambda: False,
+    mode="in_turn",
+    batches=None,
+    validation=None,
+    steps=None,
+    learn="cosine",
 ):
     base = small.params() if base is None else base
-    tx = training.adamw(steps=schedule.steps)
-    specs = list(arms.values())
-    padded = same_shapes([state.delta for state in small.states(base, specs, tx)])
-    states = [
-        training.init_state(delta, tx, learning_rate=rate, seed=seed)
-        for delta, (_, _, rate, seed) in zip(padded, specs, strict=True)
-    ]
+    tx = training.adamw(steps=steps or schedule.steps, schedule=learn)
+    states = small.states(base, list(arms.values()), tx)
     records = []
 
     def keep(record):
@@ -49,14 +50,14 @@ def run(
         if log:
             log(record)
 
-    sweep = make_sweep(training.train_step(small.LOSS, tx), small.without_dropout, "in_turn")
+    sweep = make_sweep(training.train_step(small.LOSS, tx), small.without_dropout, mode)
     states, progress = fit(
         sweep,
         states,
         base,
         arms=list(arms),
-        batches=small.Batches(),
-        validation=[small.batch(100)],
+        batches=batches or small.Batches(),
+        validation=[validation or small.batch(100)],
         schedule=schedule,
         folder=folder,
         identity=identity or {"base": "b"},
@@ -108,13 +109,93 @@ def test_checkpoints_of_others_are_refused(tmp_path):
         run(tmp_path, arms=other_method)
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path):
+@dataclasses.dataclass
+class OtherBatches(small.Batches):
+    """The same iterator over other data."""
+
+    def __next__(self):
+        self.next_seed += 1
+        return small.batch(1000 + self.next_seed)
+
+
+def test_other_data_are_refused(tmp_path):
     run(tmp_path)
-    for file in (tmp_path / "6").rglob("*"):
-        if file.is_file():
-            file.write_bytes(file.read_bytes()[:40])
-    with pytest.raises(ValueError, match=r"/6 is damaged .*Delete that folder"):
-        run(tmp_path)
+    with pytest.raises(ValueError, match="first batch is .* there and .* here, validation batches"):
+        run(tmp_path, batches=OtherBatches(), validation=small.batch(101))
+    with pytest.raises(ValueError, match="data.seed is None there and 3 here"):
+        run(tmp_path, identity={"base": "b", "data.seed": 3})
+
+
+def changed(**settings):
+    """The arms with another method, rate or seed of the first."""
+    method, targets, rate, seed = ARMS["small"]
+    new = {"method": method, "rate": rate, "seed": seed, **settings}
+    return {**ARMS, "small": (new["method"], targets, new["rate"], new["seed"])}
+
+
+@pytest.mark.parametrize("mode", ["in_turn", pytest.param("batched", marks=pytest.mark.slow)])
+def test_what_a_caller_changed_holds_or_is_refused(tmp_path, mode):
+    """A learning rate holds; what the restored delta or its dropout would ignore is refused."""
+    short = dataclasses.replace(SCHEDULE, steps=2)
+    run(tmp_path, schedule=short, mode=mode, steps=6)
+    for arms in (
+        changed(seed=7),
+        changed(method=lora.LoRA(rank=1, alpha=4)),
+    ):
+        with pytest.raises(
+            ValueError, match=r"arm 'small' was begun with other settings there, as"
+        ):
+            run(tmp_path, arms=arms, mode=mode)
+    frozen, _, _ = run(tmp_path, arms=changed(rate=0.0), mode=mode)
+    kept, _, _ = run(tmp_path / "alone", schedule=short, mode=mode, steps=6)
+    small.assert_equal(frozen[0].delta, kept[0].delta)
+    assert np.any(frozen[1].delta["layers"]["attn"]["q_proj"].b != kept[1].delta["layers"]["attn"][
+        "q_proj"].b)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("mode", "same"),
+    [
+        ("in_turn", False),
+        ("batched", True),
+        *MORE,
+    ],
+)
+def test_early_stopping_keeps_the_best(tmp_path, mode, same):
+    """At a rate at which the loss first falls and then rises; resumed bit for bit."""
+    rank = 4 if same else 1
+    arms = {
+        "wild": (lora.LoRA(rank=4), "qv", 0.5, 0),
+        "tame": (lora.LoRA(rank=rank), "qv", 1e-3, 1),
+    }
+    schedule = Schedule(steps=8, eval_every=1, checkpoint_every=1, patience=3)
+    states, progress, records = run(
+        tmp_path / "whole", arms=arms, schedule=schedule, mode=mode, learn="constant"
+    )
+    for name, state, arm in zip(arms, states, progress, strict=True):
+        losses = {
+            r["step"]: r["val_loss"] for r in records if r.get("arm") == name and "val_loss" in r
+        }
+        assert arm.best_step == min(losses, key=losses.get)
+        assert arm.val_loss == arm.best == min(losses.values())
+        total, count = small.without_dropout(state.delta, small.params(), small.batch(100))
+        assert arm.best == pytest.approx(float(total / count), rel=1e-5)
+    assert progress[0].stopped == "early" and progress[0].best_step == int(states[0].step) - 3
+    with pytest.raises(Killed):
+        run(
+            tmp_path / "killed",
+            arms=arms,
+            schedule=schedule,
+            mode=mode,
+            learn="constant",
+            kill_at=5,
+        )
+    again, reached, _ = run(
+        tmp_path / "killed", arms=arms, schedule=schedule, mode=mode, learn="constant"
+    )
+    small.assert_equal(again, states)
+    for ours, theirs in zip(reached, progress, strict=True):
+        assert dataclasses.replace(ours, seconds=0) == dataclasses.replace(theirs, seconds=0)
 
 
 def test_an_arm_that_stops_improving_stops(tmp_path):

@@ -61,7 +61,9 @@ def test_the_clip_sees_the_trained_part_alone():
 
 def test_adamw_is_optax_adamw():
     schedule = training.optimizers.unit_schedule("cosine", 10, 3)
-    ours = training.adamw(steps=10, warmup_steps=3, clip_norm=0.5, weight_decay=0.1)
+    ours = training.adamw(
+        steps=10, warmup_steps=3, clip_norm=0.5, weight_decay=0.1, learning_rate=0.02
+    )
     theirs = optax.chain(
         optax.clip_by_global_norm(0.5),
         optax.adamw(lambda count: 0.02 * schedule(count), weight_decay=0.1),
@@ -70,7 +72,7 @@ def test_adamw_is_optax_adamw():
     ours_state, theirs_state, mine, other = ours.init(params), theirs.init(params), params, params
     for i in range(10):
         grads = {"w": jnp.sin(jnp.arange(6.0) + i).reshape(2, 3)}
-        updates, ours_state = ours.update(grads, ours_state, mine, learning_rate=0.02)
+        updates, ours_state = ours.update(grads, ours_state, mine)
         mine = optax.apply_updates(mine, updates)
         updates, theirs_state = theirs.update(grads, theirs_state, other)
         other = optax.apply_updates(other, updates)
