@@ -14,7 +14,7 @@ from lora_jax.methods import LoRA, LowRank, Method
 from lora_jax.methods.decompositions import each_layer, truncated_svd
 from lora_jax.targets import Targets
 from lora_jax.transform import Delta, delta_nodes, lora_transform
-from lora_jax.weights import PyTree, as_matrix, dense, is_weight
+from lora_jax.weights import PyTree, as_matrix, dense_float32, is_weight
 
 How = Literal["cat", "svd", "ties", "dare", "dare_ties"]
 
@@ -95,8 +95,9 @@ def extract(
             raise ValueError(f"{path}: only LoRA can be extracted, not {type(node).__name__}.")
         if path not in after or after[path].shape != before[path].shape:
             raise ValueError(f"{path}: the tuned tree has no weight of shape {before[path].shape}.")
-        change = [dense(as_matrix(w, node.layout)).astype(jnp.float32) for w in
-                  (after[path], before[path])]  # fmt: skip
+        change = [
+            dense_float32(as_matrix(weight, node.layout)) for weight in (after[path], before[path])
+        ]
         a, b = _factors((change[0] - change[1]) / node.scale[..., None, None], node.rank)
         found[path] = dataclasses.replace(
             node, a=a.reshape(node.a.shape), b=b.reshape(node.b.shape)

@@ -10,7 +10,7 @@ from lora_jax import paths
 from lora_jax.layouts import Layout
 from lora_jax.methods import DeltaNode, Extra, Method
 from lora_jax.targets import Targets, as_rules, match_rules
-from lora_jax.weights import PyTree, Shared, Weight, is_shared, is_weight
+from lora_jax.weights import PyTree, Shared, Weight, dense_float32, is_shared, is_weight
 
 Delta = dict[str, Any]
 
@@ -139,16 +139,17 @@ def merge(base: PyTree, delta: Delta, *, requantize: bool = False) -> PyTree:
     """Plain arrays again: each adapted weight as one dense matrix of its base's dtype.
 
     `W + scale * a @ b`, summed in float32 and rounded once. Merging into a quantised base
-    dequantises the adapted weights; with `requantize` they return to their base's format, which
-    rounds the sum to its codes.
+    dequantises the adapted weights; with `requantize` they return to their base's format, whose
+    codes are chosen for the float32 sum.
 
     Raises:
       ValueError: for a method without a merged form, or a delta that does not fit the base.
     """
 
     def merged(node, weight):
-        whole = node.merge(weight)
-        return weight.requantized(whole) if requantize and is_weight(weight) else whole
+        if requantize and is_weight(weight):
+            return weight.requantized(node.merge(dense_float32(weight)))
+        return node.merge(weight)
 
     return _map_adapted(base, delta, merged)
 

@@ -51,8 +51,13 @@ class Weight(abc.ABC):
     def dense(self) -> jax.Array:
         """The plain array; builds it."""
 
+    def dense_float32(self) -> jax.Array:
+        """The same in float32. A format that decodes in float32 returns what it decodes, which its
+        dtype may not hold: sums and norms are taken of that, and rounded once."""
+        return self.dense().astype(jnp.float32)
+
     def requantized(self, dense: jax.Array) -> "Weight":
-        """Another dense weight of this shape in this one's format."""
+        """Another dense weight of this shape, of this dtype or in float32, in this one's format."""
         del dense
         raise ValueError(f"{type(self).__name__} has no way to quantise a dense weight again.")
 
@@ -111,6 +116,11 @@ def dense(w: jax.Array | Weight) -> jax.Array:
     return w.dense() if isinstance(w, Weight) else w
 
 
+def dense_float32(w: jax.Array | Weight) -> jax.Array:
+    """The plain array in float32, before a quantised format rounds it to its dtype."""
+    return w.dense_float32() if isinstance(w, Weight) else w.astype(jnp.float32)
+
+
 def as_matrix(w: jax.Array | Weight, layout: Layout) -> jax.Array | Weight:
     """A weight of any axes as the matrix `[stack..., d_in, d_out]` that `linear` takes."""
     return w.as_matrix(layout) if isinstance(w, Weight) else layout.to_matrix(w)
@@ -149,6 +159,9 @@ class Transposed(Weight):
 
     def dense(self) -> jax.Array:
         return jnp.swapaxes(dense(self.table), -1, -2)
+
+    def dense_float32(self) -> jax.Array:
+        return jnp.swapaxes(dense_float32(self.table), -1, -2)
 
 
 def vary(x: jax.Array, *, like: jax.Array) -> jax.Array:
@@ -225,12 +238,15 @@ class Adapted(Weight):
         return self._each_row(lambda node, ids: node.embed(ids, self.base), tokens)
 
     def dense(self) -> jax.Array:
+        return self.dense_float32().astype(self.dtype)
+
+    def dense_float32(self) -> jax.Array:
         if self.adapter_ids is not None:
             raise ValueError(
                 "a weight whose batch rows use different adapters has no single dense form: "
                 "bind one adapter, without adapter_ids."
             )
-        return self.node.merge(self.base)
+        return self.node.merge(dense_float32(self.base))
 
     def _each_row(self, apply: Callable, x: jax.Array) -> jax.Array:
         if self.adapter_ids is None:

@@ -13,7 +13,7 @@ from lora_jax.layouts import Layout
 from lora_jax.methods.base import AnyWeight, DeltaNode
 from lora_jax.methods.decompositions import each_layer
 from lora_jax.methods.lora import LoRA, LowRank, drop
-from lora_jax.weights import UNSCALED, as_matrix, dense, linear
+from lora_jax.weights import UNSCALED, as_matrix, dense_float32, linear
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,7 +135,7 @@ class DecomposedLowRank(DeltaNode):
         )
 
     def _dense_matrix(self, weight: AnyWeight) -> jax.Array:
-        return self.low.layout.to_matrix(dense(weight)).astype(jnp.float32)
+        return self.low.layout.to_matrix(dense_float32(weight))
 
     def _inner(self, matrix: jax.Array) -> jax.Array:
         with jax.default_matmul_precision("highest"):

@@ -8,7 +8,16 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from lora_jax.weights import Adapted, Weight, dense, embed, is_shared, linear, transpose
+from lora_jax.weights import (
+    Adapted,
+    Weight,
+    dense,
+    dense_float32,
+    embed,
+    is_shared,
+    linear,
+    transpose,
+)
 
 
 @flax.struct.dataclass
@@ -61,6 +70,9 @@ class AsTraced(Weight):
 
     def dense(self) -> jax.Array:
         return dense(self._oriented())
+
+    def dense_float32(self) -> jax.Array:
+        return dense_float32(self._oriented())
 
 
 def as_traced(weight: Weight, operand_dtype: Any, precision: Any, result_dtype: Any) -> Weight:
