@@ -124,8 +124,10 @@ def _cut(node: LowRank, rank: int) -> LowRank:
         return node
     q_in, r_in = each_layer(jnp.linalg.qr, matrix.a)
     q_out, r_out = each_layer(jnp.linalg.qr, jnp.swapaxes(matrix.b, -1, -2))
-    a, b = _factors(r_in @ jnp.swapaxes(r_out, -1, -2), rank)
-    return _with_factors(node, q_in @ a, b @ jnp.swapaxes(q_out, -1, -2))
+    with jax.default_matmul_precision("highest"):
+        a, b = _factors(jnp.matmul(r_in, jnp.swapaxes(r_out, -1, -2)), rank)
+        a, b = jnp.matmul(q_in, a), jnp.matmul(b, jnp.swapaxes(q_out, -1, -2))
+    return _with_factors(node, a, b)
 
 
 def _sparse(nodes, weights, how, rank, density, key, path) -> LowRank:
@@ -133,7 +135,7 @@ def _sparse(nodes, weights, how, rank, density, key, path) -> LowRank:
     updates = []
     for i, node in enumerate(nodes):
         matrix = node.as_matrix()
-        update = matrix.a @ matrix.b * matrix.scale[..., None, None]
+        update = matrix.update((*stack, matrix.a.shape[-2], matrix.b.shape[-1]))
         if how == "ties":
             updates.append(_largest(update, density))
         else:
