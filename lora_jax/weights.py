@@ -8,7 +8,7 @@ a model written with `linear` and `embed` takes them all without knowing any.
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import flax.struct
 import jax
@@ -121,6 +121,15 @@ def dense_float32(w: jax.Array | Weight) -> jax.Array:
     return w.dense_float32() if isinstance(w, Weight) else w.astype(jnp.float32)
 
 
+def cast(w: Any, dtype: Any) -> Any:
+    """The weight with a frozen array in `dtype`; what is quantised or adapts follows its input."""
+    if isinstance(w, Adapted):
+        return dataclasses.replace(w, base=cast(w.base, dtype))
+    if isinstance(w, Transposed):
+        return Transposed(cast(w.table, dtype))
+    return w if isinstance(w, Weight) else w.astype(dtype)
+
+
 def as_matrix(w: jax.Array | Weight, layout: Layout) -> jax.Array | Weight:
     """A weight of any axes as the matrix `[stack..., d_in, d_out]` that `linear` takes."""
     return w.as_matrix(layout) if isinstance(w, Weight) else layout.to_matrix(w)
@@ -212,13 +221,13 @@ class Adapted(Weight):
         return self.node.layout
 
     def partition(self, spec: PartitionSpec) -> "Adapted":
-        stack = PartitionSpec(*spec[:-2])
-        base = self.base.partition(spec) if isinstance(self.base, Weight) else spec
+        stack: Any = PartitionSpec(*spec[:-2])
+        base: Any = self.base.partition(spec) if isinstance(self.base, Weight) else spec
         return dataclasses.replace(
             self,
-            base=cast(Any, base),
+            base=base,
             node=self.node.partition(spec),
-            dropout_key=cast(Any, stack if self.dropout_key is not None else None),
+            dropout_key=stack if self.dropout_key is not None else None,
             adapter_ids=None if self.adapter_ids is None else Shared(PartitionSpec()),
         )
 

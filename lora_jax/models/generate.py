@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from lora_jax.models import llama
 from lora_jax.models.config import LlamaConfig
-from lora_jax.weights import linear
+from lora_jax.models.mixed_dtypes import read_out
 
 
 def generate(
@@ -57,7 +57,7 @@ def generate(
     head = llama.output_head(params)
 
     def pick(hidden_BD: jax.Array, key: jax.Array) -> jax.Array:
-        logits_BV = linear(hidden_BD, head).astype(jnp.float32)
+        logits_BV = read_out(hidden_BD, head).astype(jnp.float32)
         return choose(logits_BV, key, temperature=temperature, top_p=top_p)
 
     cache = llama.start_cache(params, config, batch, width + max_new_tokens)

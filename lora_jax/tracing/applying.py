@@ -86,13 +86,6 @@ def as_traced(weight: Weight, operand_dtype: Any, precision: Any, result_dtype: 
     return wrap(weight)
 
 
-def cast(weight: Any, dtype: Any) -> Any:
-    """The weight with a frozen array in `dtype`; other parts follow their input's."""
-    if isinstance(weight, Adapted):
-        return dataclasses.replace(weight, base=cast(weight.base, dtype))
-    return weight if isinstance(weight, Weight) else weight.astype(dtype)
-
-
 def over_stack(apply: Callable, weight: Weight, x: jax.Array, along: Sequence[bool]) -> jax.Array:
     """`apply(layer, x)` for every layer of a stacked weight, stacked in front.
 
