@@ -48,6 +48,7 @@ def combine(
       ValueError: for arguments that `how` needs or does not take, deltas of other methods.
     """
     _check(deltas, weights, how, rank, density, key)
+    key = None if key is None else paths.one_key(key)
     members = [delta_nodes(delta) for delta in deltas]
     combined = {}
     for path in dict.fromkeys(path for member in members for path in member):

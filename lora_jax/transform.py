@@ -46,11 +46,12 @@ def lora_transform(
 
     Raises:
       ValueError: for a rule that matches nothing, a target that holds integers, a layout of a path
-        that does not exist, a rank larger than a matrix.
+        that does not exist, a rank larger than a matrix, a key that is none.
 
     Source: Hu et al. 2021, arXiv:2106.09685, section 4.
     """
     layouts = dict(layouts or {})
+    key = paths.one_key(key)
     flat = paths.flatten(params, is_leaf=is_weight)
     for path in layouts:
         _known(path, flat, "layouts names")
@@ -107,6 +108,8 @@ def bind(
     """
     nodes = {path: _only_trainable(node) for path, node in delta_nodes(delta).items()}
     extras = _extras(nodes)
+    if dropout_key is not None:
+        dropout_key = paths.one_key(dropout_key, "dropout_key")
     flat = {
         path: jax.lax.stop_gradient(leaf)
         for path, leaf in paths.flatten(base, is_leaf=is_weight).items()

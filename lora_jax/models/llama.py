@@ -24,41 +24,30 @@ theirs and the head's.
 import math
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.context_mesh import FSDP, SEQUENCE, constrain
 from lora_jax.kernels.attention import Implementation, attend, masked_attention
+from lora_jax.models.cache import Cache as Cache
+from lora_jax.models.cache import init_cache as init_cache
+from lora_jax.models.cache import require_room
 from lora_jax.models.config import LlamaConfig
 from lora_jax.models.mixed_dtypes import along, product, read_out
 from lora_jax.models.remat import LAYER_INPUT, Remat, checkpointed
 from lora_jax.models.rope import rotate
+from lora_jax.paths import one_key
 from lora_jax.weights import embed, scan_layers, transpose
 
 Params = dict[str, Any]
-
-
-@flax.struct.dataclass
-class Cache:
-    """Keys and values of what was read so far.
-
-    Attributes:
-      k, v: `[L, B, S, K, H]`, for S positions at most, of any float dtype.
-      lengths: `[B]` int32, how many positions of each row are filled.
-    """
-
-    k: jax.Array
-    v: jax.Array
-    lengths: jax.Array
 
 
 def init(config: LlamaConfig, *, key: jax.Array, dtype: Any = jnp.float32) -> Params:
     """Random params: normal weights of deviation `1 / sqrt(d_in)`, unit norm scales."""
     D, F, L = config.hidden_size, config.intermediate_size, config.num_layers
     q_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    keys = iter(jax.random.split(key, 9))
+    keys = iter(jax.random.split(one_key(key), 9))
 
     def normal(*shape: int, fan_in: int) -> jax.Array:
         draw = jax.random.normal(next(keys), shape, jnp.float32) / math.sqrt(fan_in)
@@ -169,7 +158,12 @@ def extend(
 
     Returns:
       What the output head reads, `[B, T, D]`, and the cache with T more positions in every row.
+      Under a transformation, positions that exceed the cache give NaN.
+
+    Raises:
+      ValueError: if the cache has no room for T more positions.
     """
+    require_room(cache, tokens.shape[1])
     return _read(params, embed(tokens, params["embed"]), cache, config)
 
 
@@ -190,13 +184,9 @@ def _read(params: Params, x_BTD: jax.Array, cache: Cache, config: LlamaConfig):
         return x_BTD, (k_cache, v_cache)
 
     x_BTD, (k, v) = scan_layers(layer, x_BTD, (params["layers"], cache.k, cache.v))
-    return rms_norm(x_BTD, params["norm"], config.norm_eps), Cache(k, v, cache.lengths + T)
-
-
-def init_cache(config: LlamaConfig, batch: int, length: int, dtype: Any) -> Cache:
-    """An empty cache for `batch` rows of up to `length` positions."""
-    shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
+    fits_BT1 = (positions < cache.k.shape[2])[..., None]
+    x_BTD = rms_norm(jnp.where(fits_BT1, x_BTD, jnp.nan), params["norm"], config.norm_eps)
+    return x_BTD, Cache(k, v, cache.lengths + T)
 
 
 def start_cache(params: Params, config: LlamaConfig, batch: int, length: int) -> Cache:

@@ -14,6 +14,7 @@ from lora_jax.masks import mask_optimizer
 from lora_jax.methods import allocate_budget, orthogonality
 from lora_jax.models import llama
 from lora_jax.models.config import LlamaConfig
+from lora_jax.paths import described, is_known
 from lora_jax.training.loss import token_losses
 from lora_jax.transform import Delta, bind
 from lora_jax.weights import PyTree
@@ -52,14 +53,28 @@ class StepMetrics:
 def init_state(
     delta: Delta, tx: optax.GradientTransformation, *, learning_rate: float, seed: int
 ) -> TrainState:
-    """The state before the first step. `tx` moves what `trainable_mask(delta)` allows."""
+    """The state before the first step. `tx` moves what `trainable_mask(delta)` allows.
+
+    Raises:
+      ValueError: for a seed that is no integer of 32 bits.
+    """
     return TrainState(
         delta=delta,
         opt_state=mask_optimizer(tx, delta).init(delta),
         step=jnp.int32(0),
         learning_rate=jnp.float32(learning_rate),
-        seed=jnp.uint32(seed),
+        seed=_seed(seed),
     )
+
+
+def _seed(seed: Any) -> jax.Array:
+    whole = jnp.issubdtype(jnp.result_type(seed), jnp.integer) and jnp.ndim(seed) == 0
+    if not whole or (is_known(seed) and not 0 <= int(seed) < 2**32):
+        raise ValueError(
+            f"seed={described(seed)}: expected an integer from 0 to 2**32 - 1, not a key: each step makes "
+            "its own, jax.random.key(seed) and the step folded in."
+        )
+    return jnp.asarray(seed, jnp.uint32)
 
 
 def llama_loss(
