@@ -71,8 +71,8 @@ def _seed(seed: Any) -> jax.Array:
     whole = jnp.issubdtype(jnp.result_type(seed), jnp.integer) and jnp.ndim(seed) == 0
     if not whole or (is_known(seed) and not 0 <= int(seed) < 2**32):
         raise ValueError(
-            f"seed={described(seed)}: expected an integer from 0 to 2**32 - 1, not a key: each step makes "
-            "its own, jax.random.key(seed) and the step folded in."
+            f"seed={described(seed)}: expected an integer from 0 to 2**32 - 1, not a key: each "
+            "step makes its own, jax.random.key(seed) and the step folded in."
         )
     return jnp.asarray(seed, jnp.uint32)
 
