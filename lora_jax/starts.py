@@ -79,7 +79,7 @@ def loftq_start(
         for turn in range(iterations):
             if turn:
                 rest = original[path].astype(jnp.float32) - node.update(weight.shape)
-                weight = weight.requantized(rest.astype(weight.dtype))
+                weight = weight.requantized(rest)
             node = _fitted(node, target, as_matrix(weight, node.layout))
         nodes[path], flat[path] = node, weight
     tree = jax.tree.unflatten(jax.tree.structure(base, is_leaf=is_weight), flat.values())

@@ -10,7 +10,7 @@ from lora_jax import paths
 from lora_jax.layouts import Layout
 from lora_jax.methods import DeltaNode, Extra, Method
 from lora_jax.targets import Targets, as_rules, match_rules
-from lora_jax.weights import PyTree, Shared, Weight, is_shared, is_weight
+from lora_jax.weights import PyTree, Shared, Weight, dense_float32, is_shared, is_weight
 
 Delta = dict[str, Any]
 
@@ -46,11 +46,12 @@ def lora_transform(
 
     Raises:
       ValueError: for a rule that matches nothing, a target that holds integers, a layout of a path
-        that does not exist, a rank larger than a matrix.
+        that does not exist, a rank larger than a matrix, a key that is none.
 
     Source: Hu et al. 2021, arXiv:2106.09685, section 4.
     """
     layouts = dict(layouts or {})
+    key = paths.one_key(key)
     flat = paths.flatten(params, is_leaf=is_weight)
     for path in layouts:
         _known(path, flat, "layouts names")
@@ -107,6 +108,8 @@ def bind(
     """
     nodes = {path: _only_trainable(node) for path, node in delta_nodes(delta).items()}
     extras = _extras(nodes)
+    if dropout_key is not None:
+        dropout_key = paths.one_key(dropout_key, "dropout_key")
     flat = {
         path: jax.lax.stop_gradient(leaf)
         for path, leaf in paths.flatten(base, is_leaf=is_weight).items()
@@ -139,16 +142,17 @@ def merge(base: PyTree, delta: Delta, *, requantize: bool = False) -> PyTree:
     """Plain arrays again: each adapted weight as one dense matrix of its base's dtype.
 
     `W + scale * a @ b`, summed in float32 and rounded once. Merging into a quantised base
-    dequantises the adapted weights; with `requantize` they return to their base's format, which
-    rounds the sum to its codes.
+    dequantises the adapted weights; with `requantize` they return to their base's format, whose
+    codes are chosen for the float32 sum.
 
     Raises:
       ValueError: for a method without a merged form, or a delta that does not fit the base.
     """
 
     def merged(node, weight):
-        whole = node.merge(weight)
-        return weight.requantized(whole) if requantize and is_weight(weight) else whole
+        if requantize and is_weight(weight):
+            return weight.requantized(node.merge(dense_float32(weight)))
+        return node.merge(weight)
 
     return _map_adapted(base, delta, merged)
 

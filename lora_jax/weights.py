@@ -8,7 +8,7 @@ a model written with `linear` and `embed` takes them all without knowing any.
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import flax.struct
 import jax
@@ -51,8 +51,13 @@ class Weight(abc.ABC):
     def dense(self) -> jax.Array:
         """The plain array; builds it."""
 
+    def dense_float32(self) -> jax.Array:
+        """The same in float32. A format that decodes in float32 returns what it decodes, which its
+        dtype may not hold: sums and norms are taken of that, and rounded once."""
+        return self.dense().astype(jnp.float32)
+
     def requantized(self, dense: jax.Array) -> "Weight":
-        """Another dense weight of this shape in this one's format."""
+        """Another dense weight of this shape, of this dtype or in float32, in this one's format."""
         del dense
         raise ValueError(f"{type(self).__name__} has no way to quantise a dense weight again.")
 
@@ -111,6 +116,20 @@ def dense(w: jax.Array | Weight) -> jax.Array:
     return w.dense() if isinstance(w, Weight) else w
 
 
+def dense_float32(w: jax.Array | Weight) -> jax.Array:
+    """The plain array in float32, before a quantised format rounds it to its dtype."""
+    return w.dense_float32() if isinstance(w, Weight) else w.astype(jnp.float32)
+
+
+def cast(w: Any, dtype: Any) -> Any:
+    """The weight with a frozen array in `dtype`; what is quantised or adapts follows its input."""
+    if isinstance(w, Adapted):
+        return dataclasses.replace(w, base=cast(w.base, dtype))
+    if isinstance(w, Transposed):
+        return Transposed(cast(w.table, dtype))
+    return w if isinstance(w, Weight) else w.astype(dtype)
+
+
 def as_matrix(w: jax.Array | Weight, layout: Layout) -> jax.Array | Weight:
     """A weight of any axes as the matrix `[stack..., d_in, d_out]` that `linear` takes."""
     return w.as_matrix(layout) if isinstance(w, Weight) else layout.to_matrix(w)
@@ -149,6 +168,9 @@ class Transposed(Weight):
 
     def dense(self) -> jax.Array:
         return jnp.swapaxes(dense(self.table), -1, -2)
+
+    def dense_float32(self) -> jax.Array:
+        return jnp.swapaxes(dense_float32(self.table), -1, -2)
 
 
 def vary(x: jax.Array, *, like: jax.Array) -> jax.Array:
@@ -199,13 +221,13 @@ class Adapted(Weight):
         return self.node.layout
 
     def partition(self, spec: PartitionSpec) -> "Adapted":
-        stack = PartitionSpec(*spec[:-2])
-        base = self.base.partition(spec) if isinstance(self.base, Weight) else spec
+        stack: Any = PartitionSpec(*spec[:-2])
+        base: Any = self.base.partition(spec) if isinstance(self.base, Weight) else spec
         return dataclasses.replace(
             self,
-            base=cast(Any, base),
+            base=base,
             node=self.node.partition(spec),
-            dropout_key=cast(Any, stack if self.dropout_key is not None else None),
+            dropout_key=stack if self.dropout_key is not None else None,
             adapter_ids=None if self.adapter_ids is None else Shared(PartitionSpec()),
         )
 
@@ -225,12 +247,15 @@ class Adapted(Weight):
         return self._each_row(lambda node, ids: node.embed(ids, self.base), tokens)
 
     def dense(self) -> jax.Array:
+        return self.dense_float32().astype(self.dtype)
+
+    def dense_float32(self) -> jax.Array:
         if self.adapter_ids is not None:
             raise ValueError(
                 "a weight whose batch rows use different adapters has no single dense form: "
                 "bind one adapter, without adapter_ids."
             )
-        return self.node.merge(self.base)
+        return self.node.merge(dense_float32(self.base))
 
     def _each_row(self, apply: Callable, x: jax.Array) -> jax.Array:
         if self.adapter_ids is None:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from lora_jax.layouts import Layout
-from lora_jax.weights import Adapted, Shared, Weight, dense, is_shared
+from lora_jax.weights import Adapted, Shared, Weight, dense_float32, is_shared
 
 AnyWeight = jax.Array | Weight
 
@@ -53,8 +53,8 @@ class DeltaNode(abc.ABC):
 
     @abc.abstractmethod
     def merge(self, base: AnyWeight) -> jax.Array:
-        """The one dense weight, stacked as `base` is, that does the same. Raises ValueError where
-        the method has no merged form."""
+        """The one dense weight, stacked as `base` is and of its dtype, that does the same: computed
+        in float32 and rounded once. Raises ValueError where the method has no merged form."""
 
     @abc.abstractmethod
     def unmerge(self, merged: jax.Array) -> jax.Array:
@@ -147,7 +147,7 @@ class Additive(DeltaNode):
         """What is added to the weight, float32, in the weight's own shape."""
 
     def merge(self, base: AnyWeight) -> jax.Array:
-        total = dense(base).astype(jnp.float32) + self.update(base.shape)
+        total = dense_float32(base) + self.update(base.shape)
         return total.astype(base.dtype)
 
     def unmerge(self, merged: jax.Array) -> jax.Array:

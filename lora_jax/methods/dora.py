@@ -13,7 +13,7 @@ from lora_jax.layouts import Layout
 from lora_jax.methods.base import AnyWeight, DeltaNode
 from lora_jax.methods.decompositions import each_layer
 from lora_jax.methods.lora import LoRA, LowRank, drop
-from lora_jax.weights import UNSCALED, as_matrix, dense, linear
+from lora_jax.weights import UNSCALED, as_matrix, dense_float32, linear
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ class DecomposedLowRank(DeltaNode):
         return self.low.stack_ndim
 
     def linear(self, x: jax.Array, base: AnyWeight, dropout_key: jax.Array | None) -> jax.Array:
-        factor = self._factor(linear(self.low.a.T.astype(x.dtype), base))
+        factor = self._factor(self._inner_of(base, x.dtype))
         y = linear(x, base)
         if dropout_key is None or self.low.dropout == 0:
             return _scaled(checkpoint_name(y + self.low.branch(x), UNSCALED), factor)
@@ -83,7 +83,7 @@ class DecomposedLowRank(DeltaNode):
 
     def embed(self, tokens: jax.Array, base: AnyWeight) -> jax.Array:
         rows = self.low.embed(tokens, base)
-        return _scaled(rows, self._factor(linear(self.low.a.T.astype(rows.dtype), base)))
+        return _scaled(rows, self._factor(self._inner_of(base, rows.dtype)))
 
     def merge(self, base: AnyWeight) -> jax.Array:
         node, matrix = self.as_matrix(), self._dense_matrix(base)
@@ -135,7 +135,12 @@ class DecomposedLowRank(DeltaNode):
         )
 
     def _dense_matrix(self, weight: AnyWeight) -> jax.Array:
-        return self.low.layout.to_matrix(dense(weight)).astype(jnp.float32)
+        return self.low.layout.to_matrix(dense_float32(weight))
+
+    def _inner_of(self, base: AnyWeight, dtype: Any) -> jax.Array:
+        """`a^T w` of a base of any type, which only a product with it gives."""
+        with jax.default_matmul_precision("highest"):
+            return linear(self.low.a.T.astype(dtype), base)
 
     def _inner(self, matrix: jax.Array) -> jax.Array:
         with jax.default_matmul_precision("highest"):

@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.layouts import Layout
 from lora_jax.methods.base import AnyWeight, DeltaNode, Method, require_shape
-from lora_jax.weights import UNSCALED, dense, linear
+from lora_jax.weights import UNSCALED, dense_float32, linear
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ class Rescaled(DeltaNode):
         return self._scaled(checkpoint_name(linear(x, base), UNSCALED))
 
     def merge(self, base: AnyWeight) -> jax.Array:
-        return self._each_entry(dense(base), jnp.multiply)
+        return self._each_entry(base, jnp.multiply)
 
     def unmerge(self, merged: jax.Array) -> jax.Array:
         """Where an entry of `l` is zero, what it multiplied is lost, and becomes NaN."""
@@ -104,8 +104,8 @@ class Rescaled(DeltaNode):
         product = x.astype(jnp.float32) * jnp.broadcast_to(self._factor(), x.shape)
         return product.astype(x.dtype)
 
-    def _each_entry(self, weight: jax.Array, operation) -> jax.Array:
-        matrix = self.layout.to_matrix(weight).astype(jnp.float32)
+    def _each_entry(self, weight: AnyWeight, operation) -> jax.Array:
+        matrix = self.layout.to_matrix(dense_float32(weight))
         factor = self.as_matrix()._factor()
         factor = factor[..., :, None] if self.input else factor[..., None, :]
         changed = operation(matrix, factor)

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from lora_jax.layouts import Layout
 from lora_jax.methods.base import Additive, AnyWeight, DeltaNode, Method, require_shape
 from lora_jax.methods.decompositions import STARTS, factors_of
-from lora_jax.weights import NARROW, Weight, as_matrix, dense, embed, linear, vary
+from lora_jax.weights import NARROW, Weight, as_matrix, dense_float32, embed, linear, vary
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,9 +76,10 @@ class LoRA(Method):
         """The weight without what the factors took from it, in its own format."""
         if not self._decomposes:
             return weight
-        rest = dense(weight).astype(jnp.float32) - cast(LowRank, node).update(weight.shape)
-        rest = rest.astype(weight.dtype)
-        return weight.requantized(rest) if isinstance(weight, Weight) else rest
+        rest = dense_float32(weight) - cast(LowRank, node).update(weight.shape)
+        if isinstance(weight, Weight):
+            return weight.requantized(rest)
+        return rest.astype(weight.dtype)
 
     def low_rank(self, weight: AnyWeight, *, layout: Layout, key: jax.Array) -> "LowRank":
         """The fresh pair of factors."""

@@ -117,8 +117,9 @@ class EncodedKeyValues(Extra):
         return self.b2.ndim - 1
 
     def bound(self) -> KeyValues:
-        inner = jnp.tanh(linear(self.rows, self.w1) + self.b1[None])
-        pair = jnp.matmul(inner, self.w2) + self.b2[..., None, :]
+        with jax.default_matmul_precision("highest"):  # what is exported is what was trained
+            inner = jnp.tanh(linear(self.rows, self.w1) + self.b1[None])
+            pair = jnp.matmul(inner, self.w2) + self.b2[..., None, :]
         k, v = jnp.split(pair, 2, axis=-1)
         return KeyValues(k=k, v=v)
 

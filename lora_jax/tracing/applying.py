@@ -8,7 +8,16 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from lora_jax.weights import Adapted, Weight, dense, embed, is_shared, linear, transpose
+from lora_jax.weights import (
+    Adapted,
+    Weight,
+    dense,
+    dense_float32,
+    embed,
+    is_shared,
+    linear,
+    transpose,
+)
 
 
 @flax.struct.dataclass
@@ -62,6 +71,9 @@ class AsTraced(Weight):
     def dense(self) -> jax.Array:
         return dense(self._oriented())
 
+    def dense_float32(self) -> jax.Array:
+        return dense_float32(self._oriented())
+
 
 def as_traced(weight: Weight, operand_dtype: Any, precision: Any, result_dtype: Any) -> Weight:
     """The weight with its frozen part wrapped in `AsTraced`."""
@@ -72,13 +84,6 @@ def as_traced(weight: Weight, operand_dtype: Any, precision: Any, result_dtype: 
     if isinstance(weight, Adapted):
         return dataclasses.replace(weight, base=wrap(weight.base))
     return wrap(weight)
-
-
-def cast(weight: Any, dtype: Any) -> Any:
-    """The weight with a frozen array in `dtype`; other parts follow their input's."""
-    if isinstance(weight, Adapted):
-        return dataclasses.replace(weight, base=cast(weight.base, dtype))
-    return weight if isinstance(weight, Weight) else weight.astype(dtype)
 
 
 def over_stack(apply: Callable, weight: Weight, x: jax.Array, along: Sequence[bool]) -> jax.Array:

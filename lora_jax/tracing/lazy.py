@@ -12,10 +12,20 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from lora_jax.layouts import Layout
-from lora_jax.tracing.applying import arranged, as_traced, cast, over_stack
+from lora_jax.tracing.applying import arranged, as_traced, over_stack
 from lora_jax.tracing.axes import Atom, Axes
 from lora_jax.tracing.tracked import Lookup, Product, RefusedError, Tracked
-from lora_jax.weights import Adapted, Weight, as_matrix, dense, embed, is_shared, linear, transpose
+from lora_jax.weights import (
+    Adapted,
+    Weight,
+    as_matrix,
+    cast,
+    dense,
+    embed,
+    is_shared,
+    linear,
+    transpose,
+)
 
 # The ways out, for the path of an adapted weight and of one that is only quantised.
 ADAPTED = (
