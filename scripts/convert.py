@@ -24,7 +24,17 @@ from rich.console import Console
 from rich.table import Table
 
 import lora_jax as lora
-from lora_jax.interop import Pretrained, load, peft, quantized, save_gguf, save_huggingface
+from lora_jax.interop import (
+    Digest,
+    LlamaForward,
+    Pretrained,
+    digest_of,
+    load,
+    peft,
+    quantized,
+    save_gguf,
+    save_huggingface,
+)
 from lora_jax.quant import Blockwise
 from lora_jax.weights import is_weight
 
@@ -58,11 +68,12 @@ def convert() -> dict[str, str]:
     delta = peft.load_adapter(_ADAPTER.value, model.params, names, check_base=_CHECK_BASE.value)
     said["adapter"] = str(lora.describe(model.params, delta)).splitlines()[-1]
     if _MERGE.value:
+        digest = digest_of(LlamaForward(model.config), model.params, delta)
         params = lora.merge(model.params, delta)
         if _QUANTIZE.value:
             params = lora.quantize(lora.dequantize(params), _QUANTIZE.value)
         model = dataclasses.replace(model, params=params)
-        return said | {"merged": "yes"} | write_model(model, target)
+        return said | {"merged": "yes"} | write_model(model, target, digest)
     peft.save_adapter(
         target,
         delta,
@@ -86,11 +97,11 @@ def load_model() -> Pretrained:
     return model
 
 
-def write_model(model: Pretrained, target: Path) -> dict[str, str]:
+def write_model(model: Pretrained, target: Path, digest: Digest | None = None) -> dict[str, str]:
     if target.suffix == ".gguf":
-        save_gguf(target, model, kind=_KIND.value)
+        save_gguf(target, model, kind=_KIND.value, digest=digest)
         return {"written": f"{target}, {_KIND.value}, {target.stat().st_size / 1e6:,.1f} MB"}
-    save_huggingface(target, model, dtype=_DTYPE.value)
+    save_huggingface(target, model, dtype=_DTYPE.value, digest=digest)
     size = sum(file.stat().st_size for file in target.iterdir())
     kind = "".join(f", {format} of bitsandbytes" for format in sorted(formats(model)))
     return {"written": f"{target}, a Hugging Face folder{kind}, {size / 1e6:,.1f} MB"}

@@ -130,6 +130,21 @@ def digest_of(
     )
 
 
+def observed(
+    forward: AnyForward, params: PyTree, digest: Digest, *, weights: str | None = None
+) -> Digest:
+    """What a model without an adapter, such as a merged one, gives in the place of a digest: for
+    `verify(against=...)`.
+
+    `weights` is the dtype or format that they were stored in, where that is not what they have now:
+    see `stored_formats`.
+    """
+    logits = run(forward, forward.prepared(params), digest.tokens)
+    kept = _rounded(digest.picked(logits))
+    weights = formats_of(params) if weights is None else weights
+    return dataclasses.replace(digest, logits=kept, weights=weights, adapter="")
+
+
 def fixed_probe(vocab_size: int, room: int | None) -> list[int]:
     """Tokens spread over the vocabulary, always the same ones."""
     count = PROBE if room is None else min(PROBE, room)
@@ -198,6 +213,17 @@ def disagreement(
         "adapter's own effect: an older or newer version of the adapter, tensors that were dropped "
         "or changed, or a merge of something else"
     )
+
+
+def check_digest(
+    digest: Digest, forward: AnyForward, params: PyTree, *, weights: str | None = None
+) -> str | None:
+    """What is wrong with a merged model that carries a digest; None where it computes what it was
+    exported with. `weights` as in `observed`."""
+    if max(digest.tokens) >= forward.vocab_size or np.max(digest.ids) >= forward.vocab_size:
+        return "another vocabulary than the digest's"
+    logits = run(forward, forward.prepared(params), digest.tokens)
+    return disagreement(digest, formats_of(params) if weights is None else weights, logits)
 
 
 def formats_of(params: PyTree) -> str:
