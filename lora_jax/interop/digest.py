@@ -203,7 +203,7 @@ def disagreement(
         return "the adapter has no effect here: the logits are those of the base"
     ratio = float(np.vdot(here, there) / np.vdot(there, there))
     likeness = np.vdot(here, there) / np.linalg.norm(here) / max(np.linalg.norm(there), 1e-30)
-    if likeness > 0.97 and abs(ratio - 1) > 0.05:
+    if likeness > 0.9 and abs(ratio - 1) > 0.05:
         return (
             f"the adapter moves the logits {ratio:.2f} times as far as it should: another scale "
             "(alpha, rank, rslora), or an update that was rounded away or merged twice"

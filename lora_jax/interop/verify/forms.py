@@ -126,5 +126,5 @@ def _differs(leaf: Any, like: Any) -> bool:
 
 
 def _product(x: jax.Array, w: jax.Array) -> jax.Array:
-    dtype = jnp.promote_types(x.dtype, w.dtype)
+    dtype = w.dtype if w.dtype.itemsize > x.dtype.itemsize else x.dtype
     return jnp.matmul(x.astype(dtype), w.astype(dtype)).astype(x.dtype)
