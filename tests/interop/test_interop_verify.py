@@ -452,6 +452,7 @@ def run(script, adapter, **arguments):
 
 
 @pytest.mark.mixed_dtypes
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 def test_the_script(script, tmp_path):
     """PEFT takes part where it is installed."""
     source = small_checkpoints.write_huggingface(tmp_path / "m", *small_checkpoints.small("llama2"))
