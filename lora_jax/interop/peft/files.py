@@ -1,5 +1,6 @@
 """Reading and writing the folder of an adapter."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,10 +12,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lora_jax.fingerprint import fingerprint, form
+from lora_jax.interop.digest import KEY, Digest, can_run, digest_of, name_of
+from lora_jax.interop.forward import AnyForward, LlamaForward
 from lora_jax.interop.peft import adalora, full, lora, prompts, vectors
 from lora_jax.interop.peft.config import check_values
 from lora_jax.interop.peft.model import Model, Tensors, model_of
-from lora_jax.interop.peft.names import Names
+from lora_jax.interop.peft.names import LlamaNames, Names
 from lora_jax.interop.read_json import read_json
 from lora_jax.layouts import Layout
 from lora_jax.methods import (
@@ -103,8 +106,13 @@ def save_adapter(
     profile: str = "peft",
     card: str | None = None,
     base_fingerprint: str | None = None,
+    forward: AnyForward | None = None,
+    digest: Digest | None = None,
 ) -> None:
     """Writes a delta as an adapter that PEFT loads.
+
+    Its metadata carry a digest, the logits that the adapter gives on a fixed probe, which `verify`
+    holds a loaded adapter to. Other programs ignore it.
 
     Args:
       folder: must not hold an adapter yet.
@@ -118,6 +126,10 @@ def save_adapter(
         ranks padded to one that vLLM accepts.
       card: the text of README.md, such as `model_card` makes.
       base_fingerprint: `fingerprint(params)` where it is known; else it is computed.
+      forward: the model, to make the digest with; that of our Llama is known by its names.
+      digest: `digest_of(forward, params, delta)` where it is known, as it must be where params lie
+        over several processes. There, for shapes alone, and for a model without a `forward`, none
+        is made, and `verify` will say so.
 
     Raises:
       FileExistsError: the folder holds an adapter.
@@ -134,6 +146,12 @@ def save_adapter(
         "task_type": "CAUSAL_LM",
     }
     metadata = _base_metadata(params, base_fingerprint)
+    if forward is None and isinstance(names, LlamaNames):
+        forward = LlamaForward(names.config)
+    if digest is None and forward is not None and can_run(params):
+        digest = digest_of(forward, params, delta)
+    if digest is not None:
+        metadata[KEY] = dataclasses.replace(digest, adapter=name_of(tensors)).to_json()
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
     save_file(tensors, folder / _TENSORS, metadata={"format": "pt"} | metadata)

@@ -39,13 +39,22 @@ class Slot:
         return self.suffix == "embed_tokens"
 
 
-def llama_names(config: LlamaConfig) -> dict[str, str]:
+class LlamaNames(dict[str, str]):
+    """The names of our Llama, and the config that they are of: an export can be run by it."""
+
+    def __init__(self, names: Mapping[str, str], config: LlamaConfig):
+        super().__init__(names)
+        self.config = config
+
+
+def llama_names(config: LlamaConfig) -> LlamaNames:
     """`{path: module}` for our Llama, with `{}` for the index of a stacked layer; a bias is named
     as a tensor, `model.layers.{}.self_attn.q_proj.bias`."""
-    return {
+    names = {
         "/".join(leaf.path): leaf.huggingface.removesuffix(".weight")
         for leaf in llama_leaves(config)
     }
+    return LlamaNames(names, config)
 
 
 def slots_of(
