@@ -5,15 +5,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lora_jax.tracing import plain
 from lora_jax.tracing.tracked import Lookup, Product, is_tracked
 
+_Mode = jax.lax.GatherScatterMode
+
 
 def read_whole(eqn: Any, operands: list[Any]) -> list[Any]:
     """An equation without a rule: each tracked operand is asked for its plain array."""
-    name = eqn.primitive.name
-    return plain.run_one(eqn, [v.read(name) if is_tracked(v) else v for v in operands])
+    return plain.run_one(eqn, [v.read() if is_tracked(v) else v for v in operands])
 
 
 def _moving(axes_after: Callable[[Any, Any], Any]) -> Callable:
@@ -28,6 +30,11 @@ def _moving(axes_after: Callable[[Any, Any], Any]) -> Callable:
         return [value.moved(axes, lambda array: plain.run_one(eqn, [array])[0])]
 
     return rule
+
+
+def _reshaped(axes, eqn):
+    order = eqn.params["dimensions"]
+    return (axes if order is None else axes.transposed(order)).reshaped(eqn.params["new_sizes"])
 
 
 def _convert(eqn, operands):
@@ -55,23 +62,55 @@ def _slice(eqn, operands):
     starts, sizes = eqn.params["start_indices"], eqn.outvars[0].aval.shape
     strides = eqn.params["strides"] or (1,) * len(starts)
     for axis, (start, size, stride) in enumerate(zip(starts, sizes, strides, strict=True)):
-        value = _window(value, axis, start, size, stride)
+        value = _window(value, axis, start + stride * np.arange(size, dtype=np.int32))
     return [value]
 
 
 def _dynamic_slice(eqn, operands):
     value, *starts = operands
     for axis, (start, size) in enumerate(zip(starts, eqn.params["slice_sizes"], strict=True)):
-        value = _window(value, axis, start, size, 1)
+        first = _clamped(start, value.shape[axis] - size)
+        value = _window(value, axis, first + jnp.arange(size, dtype=jnp.int32))
     return [value]
 
 
-def _window(value, axis, start, size, stride):
+def _split(eqn, operands):
+    (value,) = operands
+    axis, sizes = eqn.params["axis"], eqn.params["sizes"]
+    entries = np.arange(value.shape[axis], dtype=np.int32)
+    parts = np.split(entries, np.cumsum(sizes)[:-1])
+    return [_window(value, axis, picked) for picked in parts]
+
+
+def _unstack(eqn, operands):
+    (value,) = operands
+    axis = eqn.params["axis"]
+
+    def without(array):
+        return jnp.squeeze(array, axis)
+
+    layers = [_window(value, axis, np.array([i], np.int32)) for i in range(value.shape[axis])]
+    return [
+        layer.moved(layer.axes.without((axis,)), without) if is_tracked(layer) else without(layer)
+        for layer in layers
+    ]
+
+
+def _window(value, axis, picked):
+    """The entries `picked`, increasing integers within bounds, along one axis."""
+    size = picked.shape[0]
     if size == value.shape[axis]:
         return value
+    if size == 0:
+        return jnp.zeros((*value.shape[:axis], 0, *value.shape[axis + 1 :]), value.dtype)
     if is_tracked(value):
-        return value.window(axis, start, size, stride)
-    return jnp.take(value, start + stride * jnp.arange(size), axis=axis, mode="clip")
+        return value.window(axis, picked)
+    return jnp.take(value, picked, axis=axis, mode="clip")
+
+
+def _clamped(integers, last: int) -> jax.Array:
+    """Integers of any dtype as int32, moved into `[0, last]`."""
+    return jnp.clip(integers, 0, min(last, jnp.iinfo(integers.dtype).max)).astype(jnp.int32)
 
 
 def _dot_general(eqn, operands):
@@ -98,43 +137,62 @@ def _dot_general(eqn, operands):
 
 def _gather(eqn, operands):
     table, indices = operands
-    dims, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    dims, mode = eqn.params["dimension_numbers"], eqn.params["mode"]
+    axis = _looked_up(eqn, operands)
+    if axis is None:
+        return read_whole(eqn, operands)
+    ids = indices[..., dims.start_index_map.index(axis)]
+    last = table.shape[axis] - 1
+    # Where the slices keep the axis, they do so at size 1.
+    kept = None if dims.collapsed_slice_dims else dims.offset_dims[axis]
+    places = tuple(d - (kept is not None and d > kept) for d in dims.offset_dims if d != kept)
+    rows = table.rows(_clamped(ids, last), Lookup(axis, places))
+    if mode != _Mode.CLIP:
+        within = (ids >= 0) & (ids <= min(last, jnp.iinfo(ids.dtype).max))
+        within = jnp.broadcast_to(jnp.expand_dims(within, places), rows.shape)
+        rows = jnp.where(within, rows, _outside(eqn, rows))
+    return [rows if kept is None else jnp.expand_dims(rows, kept)]
+
+
+def _outside(eqn, rows: jax.Array) -> jax.Array:
+    """What a gather reads out of bounds, for `rows` read at the nearest place within."""
+    if eqn.params["mode"] == _Mode.PROMISE_IN_BOUNDS:
+        return jax.lax.stop_gradient(rows)  # as XLA does to who breaks the promise
+    fill = eqn.params["fill_value"]
+    return jnp.array(jnp.nan if fill is None else fill, rows.dtype)
+
+
+def _looked_up(eqn, operands) -> int | None:
+    """The axis along which a gather picks single entries of a tracked table, whole in all other
+    axes; None where it does something else."""
+    table, indices = operands
+    dims, sizes, mode = (eqn.params[k] for k in ("dimension_numbers", "slice_sizes", "mode"))
     if not is_tracked(table) or is_tracked(indices) or dims.operand_batching_dims:
-        return read_whole(eqn, operands)
-    # Clipped starts of whole axes are 0, whatever they say.
-    clipped = eqn.params["mode"] == jax.lax.GatherScatterMode.CLIP
-    narrow = [axis for axis, size in enumerate(sizes) if size != table.shape[axis]]
-    indexed = narrow if clipped else list(dims.start_index_map)
-    if len(indexed) != 1 or indexed != narrow or sizes[indexed[0]] != 1:
-        return read_whole(eqn, operands)
-    (axis,) = indexed
-    column = dims.start_index_map.index(axis)
-    ids = _within(indices[..., column], table.shape[axis], eqn.params["mode"])
-    if dims.collapsed_slice_dims == (axis,):
-        return [table.rows(ids, Lookup(axis, dims.offset_dims))]
-    kept = dims.offset_dims[axis]
-    others = tuple(d - (d > kept) for d in dims.offset_dims if d != kept)
-    return [jnp.expand_dims(table.rows(ids, Lookup(axis, others)), kept)]
-
-
-def _within(ids: jax.Array, size: int, mode: Any) -> jax.Array:
-    """Ids that `embed` reads as the gather's mode would: clipped, or out of bounds above."""
-    if mode == jax.lax.GatherScatterMode.CLIP:
-        return jnp.clip(ids, 0, size - 1)
-    if mode == jax.lax.GatherScatterMode.FILL_OR_DROP:
-        return jnp.where(ids < 0, jnp.array(size, ids.dtype), ids)
-    return ids
+        return None
+    picked = [
+        axis
+        for axis, size in enumerate(sizes)
+        if size != table.shape[axis] or axis in dims.collapsed_slice_dims
+    ]
+    if len(picked) != 1 or picked[0] not in dims.start_index_map or sizes[picked[0]] != 1:
+        return None
+    # The start of a whole axis is clamped to 0, whatever it says; but out of bounds it is filled.
+    clamps = mode in (_Mode.CLIP, _Mode.PROMISE_IN_BOUNDS)
+    fills = mode == _Mode.FILL_OR_DROP and list(dims.start_index_map) == picked
+    return picked[0] if clamps or fills else None
 
 
 RULES: dict[str, Callable[[Any, list[Any]], list[Any]]] = {
     "transpose": _moving(lambda axes, eqn: axes.transposed(eqn.params["permutation"])),
-    "reshape": _moving(lambda axes, eqn: axes.reshaped(eqn.params["new_sizes"])),
+    "reshape": _moving(_reshaped),
     "squeeze": _moving(lambda axes, eqn: axes.without(eqn.params["dimensions"])),
     "broadcast_in_dim": _moving(
         lambda axes, eqn: axes.broadcast(eqn.params["shape"], eqn.params["broadcast_dimensions"])
     ),
     "convert_element_type": _convert,
     "slice": _slice,
+    "split": _split,
+    "unstack": _unstack,
     "dynamic_slice": _dynamic_slice,
     "stop_gradient": _on_every_array,
     "pvary": _on_every_array,
