@@ -203,9 +203,7 @@ def _carried(before: Sequence[Any], after: Sequence[Any]) -> list[Any]:
 RULES: dict[str, Callable[[Any, list[Any], Evaluate], list[Any]]] = {
     "jit": _jit,
     "closed_call": _jit,
-    "core_call": _jit,
     "remat2": _remat,
-    "checkpoint": _remat,
     "scan": _scan,
     "while": _while,
     "cond": _cond,

@@ -186,6 +186,8 @@ class Lazy(Tracked):
         return arranged(y, labels, wanted).reshape(product.shape)
 
     def rows(self, ids: jax.Array, lookup: Lookup) -> jax.Array:
+        if self._stacks(lookup.axis):
+            self._refuse("picks layers of a stack by an array of indices or by a take that fills")
         (d_in, d_out), stack = self.sides(), self.stack()
         looked = self.axes.atoms[lookup.axis]
         forward = _same(looked, d_in)
