@@ -153,6 +153,8 @@ class Lazy(Tracked):
             self.axes.chosen(axes) for axes in (product.w_contracted, product.w_batch)
         )
         (d_in, d_out), stack = self.sides(), self.stack()
+        summed = [atom for atom in stack if atom in contracted]  # layers, whose outputs are added
+        contracted = [atom for atom in contracted if atom not in summed]
         forward = _same(contracted, d_in)
         if not forward:
             d_in, d_out = d_out, d_in
@@ -162,11 +164,11 @@ class Lazy(Tracked):
         meets |= dict(zip(product.x_batch, product.w_batch, strict=True))
         x_labels = [self.axes.atoms[meets[i]] if i in meets else (i,) for i in range(x.ndim)]
         free = [i for i in range(x.ndim) if i not in meets]
-        along = [atom in batch for atom in stack]
+        along = [atom in batch or atom in summed for atom in stack]
 
         labels = [label for group in x_labels for label in group]
         sizes = [label.size if isinstance(label, Atom) else x.shape[label] for label in labels]
-        batched = [atom for atom in stack if atom in batch]
+        batched = [atom for atom, mapped in zip(stack, along, strict=True) if mapped]
         rows = arranged(x.reshape(sizes), labels, [*batched, *free, *_in(labels, d_in)])
         rows = rows.reshape(*rows.shape[: len(batched) + len(free)], _size(d_in))
 
@@ -178,6 +180,9 @@ class Lazy(Tracked):
             y = self._explained(
                 lambda: over_stack(apply, weight, rows.astype(product.dtype), along)
             )
+        if summed:
+            y = jnp.sum(y.astype(jnp.float32), [stack.index(atom) for atom in summed])
+            stack = [atom for atom in stack if atom not in summed]
         y = y.astype(product.dtype).reshape(*y.shape[:-1], *(atom.size for atom in d_out))
         labels = [*stack, *free, *d_out]
         ours = _in(labels, self.axes.without((*product.w_contracted, *product.w_batch)).all())
