@@ -26,7 +26,8 @@ class AsTraced(Weight):
 
     Attributes:
       matrix: `[d_in, d_out]`, or `[d_out, d_in]` where `flipped`.
-      operand_dtype: what the program's activation had.
+      operand_dtype: what the program's activation had; integers, which it had exactly, stay as
+        they come.
       precision: the program's.
       result_dtype: what the program's product has.
     """
@@ -54,7 +55,8 @@ class AsTraced(Weight):
         return transpose(self.matrix) if self.flipped else self.matrix
 
     def linear(self, x: jax.Array) -> jax.Array:
-        x = x.astype(self.operand_dtype)
+        if jnp.issubdtype(self.operand_dtype, jnp.floating):
+            x = x.astype(self.operand_dtype)
         if isinstance(self.matrix, Weight):
             return linear(x, self._oriented()).astype(self.result_dtype)
         return jax.lax.dot_general(
