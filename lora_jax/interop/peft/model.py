@@ -8,9 +8,9 @@ import jax
 import numpy as np
 
 from lora_jax import paths
-from lora_jax.interop.peft.names import Names, Slot, slots_of
+from lora_jax.interop.peft.names import HEAD, TABLE, Names, Slot, slots_of
 from lora_jax.layouts import Layout
-from lora_jax.weights import is_weight
+from lora_jax.weights import dense, is_weight
 
 Tensors = dict[str, np.ndarray]
 
@@ -63,6 +63,42 @@ class Model:
             )
         return [slot for path in nodes for slot in grouped[path]]
 
+    @property
+    def is_tied(self) -> bool:
+        """Whether the output head is the embedding table itself: there is a table, and no head."""
+        suffixes = {slot.suffix for slot in self.slots.values()}
+        return TABLE in suffixes and HEAD not in suffixes
+
+    def bias_of(self, path: str) -> str | None:
+        """The path of the bias that the model adds behind the weight at `path`."""
+        wanted = f"{self.names[path]}.bias"
+        return next((bias for bias, name in self.names.items() if name == wanted), None)
+
+    def tensors(self) -> dict[str, tuple[str, int | None]]:
+        """`{tensor: (path, layer)}` of the whole model, by PyTorch's names; of leaves that are not
+        stacked the layer is None."""
+        found: dict[str, tuple[str, int | None]] = {}
+        for path, template in self.names.items():
+            name = template if template.endswith(".bias") else f"{template}.weight"
+            for layer in range(self.leaf(path).shape[0]) if "{}" in template else [None]:
+                found[name.format(layer)] = path, layer
+        return found
+
+    def value(self, path: str, layer: int | None = None) -> np.ndarray:
+        """A leaf of the base, or a layer of one, float32, as PyTorch has it.
+
+        Raises:
+          ValueError: for a leaf of which the shape alone is at hand.
+        """
+        leaf = self.leaf(path)
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise ValueError(
+                f"{self.source}: {path}: the base's own weights are needed here, found their shape "
+                "alone."
+            )
+        part = leaf if layer is None else jax.tree.map(lambda x: x[layer], leaf)
+        return turned(np.asarray(dense(part), np.float32), self.names[path])
+
     def refuse_rest(self, slot: Slot, given: Tensors, also: tuple[str, ...] = ()) -> None:
         """Raises ValueError for tensors of a module that nothing took."""
         if rest := sorted(given.keys() - set(also)):
@@ -78,6 +114,12 @@ def model_of(
     leaves = paths.flatten(params, is_leaf=is_weight)
     layouts = layouts or {}
     return Model(source, leaves, names, layouts, slots_of(leaves, names, layouts))
+
+
+def turned(value: np.ndarray, template: str) -> np.ndarray:
+    """A matrix as PyTorch has it, (out, in), or back; a table lies alike in both."""
+    is_table = template.endswith(TABLE)
+    return np.ascontiguousarray(value.T) if value.ndim == 2 and not is_table else value
 
 
 def layer_of(node: Any, slot: Slot) -> Any:
