@@ -55,6 +55,8 @@ def decoded(kind: str, config: Mapping[str, Any], tensors: Tensors, model: Model
         own = _DECODERS[kind](config, grouped, model)
     elif grouped:
         raise ValueError(f"{model.source}: {', '.join(grouped)} are adapted beside a prompt.")
+    if kind in ("PROMPT_TUNING", "P_TUNING"):
+        full.refuse_table_of_prompt(whole, model)
     return _together(model, own, whole, rows)
 
 
@@ -127,5 +129,8 @@ def _by_module(tensors: Tensors, model: Model) -> dict[str, Tensors]:
                 f"{model.source}: the tensor {name!r} belongs to no module of this model; the "
                 f"nearest are: {', '.join(nearest(name, model.slots))}."
             )
-        grouped.setdefault(module, {})[name.removeprefix(module + ".")] = value
+        rest = name.removeprefix(f"{module}.")
+        if rest in ("weight", "bias"):
+            raise ValueError(f"{model.source} has {name}, for which this base has no place.")
+        grouped.setdefault(module, {})[rest] = value
     return grouped

@@ -29,6 +29,8 @@ def to_peft(
             f"{', '.join(unnamed)}: no PyTorch module is named for this path. Add it to names."
         )
     known = model.tensors()
+    if kind == "PROMPT_TUNING":
+        refuse_table_of_prompt(nodes, model)
     changed = [name for name, (path, _) in known.items() if path in nodes]
     whole = {_module(name) for name in changed if not name.endswith(".bias")}
     biases = {_module(name) for name in changed} - whole
@@ -67,6 +69,20 @@ def from_peft(tensors: Tensors, model: Model) -> dict[str, DenseDelta]:
         delta = found.setdefault(path, np.zeros(shape, np.float32))
         delta[... if layer is None else layer] = turned(value - base, model.names[path])
     return {path: DenseDelta(delta=jnp.asarray(delta)) for path, delta in found.items()}
+
+
+def refuse_table_of_prompt(nodes: Mapping[str, DenseDelta], model: Model) -> None:
+    """PEFT's prompts look tokens up in the base's table, whatever modules_to_save says of it.
+
+    Raises:
+      ValueError: where the table is trained beside a prompt.
+    """
+    for path, node in nodes.items():
+        if model.names[path].endswith(TABLE) and np.any(np.asarray(node.delta)):
+            raise ValueError(
+                f"{path} is trained beside a prompt, and PEFT reads tokens from the base's own "
+                "table then: it has no form for both. Leave one of them out."
+            )
 
 
 def _taken(model: Model, modules: set[str], whole: set[str], adapted: set[str]) -> set[str]:
