@@ -1,5 +1,5 @@
-"""The corners of PEFT's format, as files in both directions: tied bases, biases, modules saved whole,
-rows of tables, tables saved beside; with equal logits."""
+"""The corners of PEFT's format, as files in both directions, with equal logits: tied bases, biases,
+modules saved whole, rows of tables, tables saved beside."""
 
 import dataclasses
 import functools
@@ -104,7 +104,8 @@ THEIRS = {
     "excluded": (UNTIED, ("LoraConfig", {
         "r": 2, "target_modules": "all-linear", "exclude_modules": ["q_proj"]}), False),
     "excluded, by a pattern": (UNTIED, ("LoraConfig", {
-        "r": 2, "target_modules": ["q_proj", "k_proj"], "exclude_modules": r".*\.1\..*k_proj"}), False),
+        "r": 2, "target_modules": ["q_proj", "k_proj"],
+        "exclude_modules": r".*\.1\..*k_proj"}), False),
     "patterns": (UNTIED, ("LoraConfig", {
         "r": 2, "target_modules": r"model\.layers\.\d{1,2}\.(?:self_attn|mlp)\.(?!k_)\w+_proj",
         "rank_pattern": {r"(?:q|v)_proj": 3, r"\w{4}_proj": 1},

@@ -13,7 +13,8 @@ from lora_jax.interop.peft.targeted import saved
 from lora_jax.interop.peft.tied import without_head
 from lora_jax.interop.peft.whole import check_saved, check_targets, without_base
 from lora_jax.methods import DenseDelta
-from lora_jax.paths import nearest
+from lora_jax.paths import nearest, nest
+from lora_jax.transform import delta_nodes
 
 _PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
 _DECODERS: dict[str, Callable[..., dict[str, Any]]] = {
@@ -24,8 +25,19 @@ _DECODERS: dict[str, Callable[..., dict[str, Any]]] = {
 TYPES = ("LORA", "IA3", "VERA", "ADALORA", *_PROMPTS)
 
 
-def decoded(kind: str, config: Mapping[str, Any], tensors: Tensors, model: Model) -> dict[str, Any]:
+def decoded(
+    kind: str,
+    config: Mapping[str, Any],
+    tensors: Tensors,
+    model: Model,
+    *,
+    scales_biases: bool = True,
+) -> dict[str, Any]:
     """`{path: node}` of an adapter's file.
+
+    Args:
+      kind: one of `TYPES`.
+      scales_biases: whether IA3 is PEFT's, which scales a layer's bias with its output.
 
     Raises:
       ValueError: for what the config states and the file lacks, or the other way round; for what
@@ -53,6 +65,8 @@ def decoded(kind: str, config: Mapping[str, Any], tensors: Tensors, model: Model
         raise ValueError(f"{model.source}: {', '.join(pair)} belong to VeRA, not to {kind}.")
     elif kind in _DECODERS:
         own = _DECODERS[kind](config, grouped, model)
+        if kind == "IA3" and scales_biases:
+            own = delta_nodes(ia3.scale_biases(nest(own), model.names))
     elif grouped:
         raise ValueError(f"{model.source}: {', '.join(grouped)} are adapted beside a prompt.")
     if kind in ("PROMPT_TUNING", "P_TUNING"):

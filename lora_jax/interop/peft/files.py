@@ -38,6 +38,7 @@ from lora_jax.weights import PyTree
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _FORM, _FINGERPRINT = "lora_jax.base_form", "lora_jax.base_fingerprint"
+_SCALES_BIASES = "lora_jax.ia3_scales_biases"
 _GROUPS: dict[str, tuple[type, ...]] = {
     "LORA": (LowRank, DecomposedLowRank),
     "IA3": (Rescaled, RescaledBias),
@@ -61,15 +62,17 @@ def load_adapter(
     Args:
       folder: what `save_pretrained` wrote: adapter_config.json and adapter_model.safetensors.
       params: the base, or its shapes; DoRA and modules_to_save need the weights themselves.
-      names: `{path: module}`, `{}` for the index of a stacked layer; `llama_names(config)`.
+      names: `{path: module}`, `{}` for the index of a stacked layer; `llama_names(config)`. Where
+        embed_tokens is named and no lm_head, the head is taken to be the table: tied.
       layouts: of leaves that are more than stacked matrices.
       check_base: whether an adapter that states its base's fingerprint is held to it.
 
     Raises:
       FileNotFoundError: the folder or one of its files is missing.
       ValueError: a method or an option that we do not have, a tensor that is missing, unexpected or
-        of another shape than this base asks for; an adapter that was saved here for a base of the
-        same form with other weights.
+        of another shape than this base asks for; a file that lacks what its config states; an
+        adapter of a table or a head alone over a tied base, which `llama.untie` makes ready for it;
+        one that was saved here for a base of the same form with other weights.
     """
     folder = Path(folder)
     config = _read_config(folder)
@@ -85,7 +88,9 @@ def load_adapter(
             f"{', '.join(TYPES)}."
         )
     try:
-        return nest(decoded(kind, config, tensors, model))
+        # Version 0.1.0 wrote IA3 that had left the biases alone.
+        scales = _FORM not in metadata or _SCALES_BIASES in metadata
+        return nest(decoded(kind, config, tensors, model, scales_biases=scales))
     except ValueError as error:
         if str(folder) in str(error):
             raise
@@ -109,7 +114,8 @@ def save_adapter(
 
     Args:
       folder: must not hold an adapter yet.
-      delta: of one of PEFT's methods, with `Full` for its modules_to_save.
+      delta: of one of PEFT's methods, with `Full` for its modules_to_save; IA3 over layers with
+        biases with the entries of `scale_biases`.
       params: the base, or its shapes; `Full` needs the weights themselves.
       names: `{path: module}`, `{}` for the index of a stacked layer; `llama_names(config)`.
       base_name: the base's folder or hub name, for base_model_name_or_path.
@@ -135,6 +141,8 @@ def save_adapter(
         "task_type": "CAUSAL_LM",
     }
     metadata = _base_metadata(params, base_fingerprint)
+    if config["peft_type"] == "IA3":
+        metadata[_SCALES_BIASES] = "true"
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
     save_file(tensors, folder / _TENSORS, metadata={"format": "pt"} | metadata)

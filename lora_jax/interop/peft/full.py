@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.interop.peft.model import Model, Tensors, turned
+from lora_jax.interop.peft.model import Model, Tensors
 from lora_jax.interop.peft.names import HEAD, TABLE
 from lora_jax.interop.peft.targeted import saved
 from lora_jax.methods import DenseDelta
@@ -55,8 +55,11 @@ def to_peft(
 def from_peft(tensors: Tensors, model: Model) -> dict[str, DenseDelta]:
     """Removes from `tensors` what holds a whole leaf of the model, or a layer of one."""
     for name in [name for name in tensors if name.endswith(".base_layer.bias")]:
-        tensors[name.replace(".base_layer.", ".")] = tensors.pop(name)
-    found: dict[str, Any] = {}
+        plain = name.replace(".base_layer.", ".")
+        if plain in tensors:
+            raise ValueError(f"{model.source} has one bias twice, as {name} and {plain}.")
+        tensors[plain] = tensors.pop(name)
+    found: dict[str, np.ndarray] = {}
     for name, (path, layer) in model.tensors().items():
         if name not in tensors:
             continue
@@ -65,10 +68,12 @@ def from_peft(tensors: Tensors, model: Model) -> dict[str, DenseDelta]:
             raise ValueError(
                 f"{model.source}: {name} has shape {value.shape}, {path} of this base {base.shape}."
             )
-        shape = tuple(model.leaf(path).shape)
-        delta = found.setdefault(path, np.zeros(shape, np.float32))
-        delta[... if layer is None else layer] = turned(value - base, model.names[path])
-    return {path: DenseDelta(delta=jnp.asarray(delta)) for path, delta in found.items()}
+        delta = found.setdefault(path, np.zeros_like(model.value(path)))
+        delta[... if layer is None else layer] = value - base
+    return {
+        path: DenseDelta(delta=jnp.asarray(model.from_torch(path, delta)))
+        for path, delta in found.items()
+    }
 
 
 def refuse_table_of_prompt(nodes: Mapping[str, DenseDelta], model: Model) -> None:
@@ -99,16 +104,16 @@ def _taken(model: Model, modules: set[str], whole: set[str], adapted: set[str]) 
 
 def _values(nodes: Mapping[str, DenseDelta], model: Model, names: Iterable[str]) -> Tensors:
     """What these tensors are with the delta, in a delta's place or not."""
-    known, merged, values = model.tensors(), {}, {}
+    known, read = model.tensors(), dict[str, np.ndarray]()
+    for path, node in nodes.items():
+        model.value(path)  # refuses a base of shapes
+        merged = np.asarray(node.merge(model.leaf(path)), np.float32)
+        read[path] = model.as_torch(path, merged)
+    values: Tensors = {}
     for name in names:
         path, layer = known[name]
-        base = model.value(path, layer)
-        if path in nodes and path not in merged:
-            merged[path] = np.asarray(nodes[path].merge(model.leaf(path)), np.float32)
-        if path in nodes:
-            whole = merged[path]
-            base = turned(whole if layer is None else whole[layer], model.names[path])
-        values[name] = base
+        whole = read[path] if path in read else model.value(path)
+        values[name] = whole if layer is None else whole[layer]
     return values
 
 

@@ -81,7 +81,7 @@ def from_peft(
             input=scales_input,
             layout=model.layout(path),
         )
-    return delta_nodes(scale_biases(nest(nodes), model.names))
+    return nodes
 
 
 def _check_bias(path: str, nodes: Mapping[str, Any], model: Model) -> None:

@@ -146,6 +146,11 @@ def _low_rank(path, slots, found, scaling: _Scaling, tensors, model: Model) -> L
     ]
     for slot in found:
         given, names = dict(tensors[slot.module]), _names(slot)
+        if "lora_magnitude_vector" in given and not config.get("use_dora"):
+            raise ValueError(
+                f"{model.source}: {slot.module} has a lora_magnitude_vector, and its config says "
+                "that use_dora is false: which of the two was trained?"
+            )
         a, b = (take(model, slot, given, name, (None, None)) for name in names)
         rank = len(a)
         if a.shape != (rank, slot.d_in) or b.shape != (slot.d_out, rank) or not rank:

@@ -25,6 +25,7 @@ class Model:
       names: `{path: module}`.
       layouts: of leaves that are more than stacked matrices.
       slots: `{module: Slot}` of every matrix.
+      read: `{path: array}` of the leaves whose values were asked for, as PyTorch has them.
     """
 
     source: str
@@ -32,6 +33,7 @@ class Model:
     names: Names
     layouts: Mapping[str, Layout | None]
     slots: Mapping[str, Slot]
+    read: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def leaf(self, path: str) -> Any:
         return self.leaves[path]
@@ -80,7 +82,7 @@ class Model:
         found: dict[str, tuple[str, int | None]] = {}
         for path, template in self.names.items():
             name = template if template.endswith(".bias") else f"{template}.weight"
-            for layer in range(self.leaf(path).shape[0]) if "{}" in template else [None]:
+            for layer in range(self._layers(path)) if "{}" in template else [None]:
                 found[name.format(layer)] = path, layer
         return found
 
@@ -96,8 +98,39 @@ class Model:
                 f"{self.source}: {path}: the base's own weights are needed here, found their shape "
                 "alone."
             )
-        part = leaf if layer is None else jax.tree.map(lambda x: x[layer], leaf)
-        return turned(np.asarray(dense(part), np.float32), self.names[path])
+        if path not in self.read:
+            self.read[path] = self.as_torch(path, np.asarray(dense(leaf), np.float32))
+        return self.read[path] if layer is None else self.read[path][layer]
+
+    def as_torch(self, path: str, leaf: np.ndarray) -> np.ndarray:
+        """An array of the leaf's shape as PyTorch has it, by layer: matrices (out, in), but tables
+        as they are, and biases as vectors."""
+        if self._is_bias(path):
+            return leaf.reshape(*leaf.shape[: "{}" in self.names[path]], -1)
+        if not self._is_matrix(path):
+            return leaf
+        matrix = np.asarray(self.layout(path).to_matrix(leaf))
+        return matrix if self._is_table(path) else np.swapaxes(matrix, -1, -2)
+
+    def from_torch(self, path: str, value: np.ndarray) -> np.ndarray:
+        """What `as_torch` undoes."""
+        shape = tuple(self.leaf(path).shape)
+        if not self._is_matrix(path):
+            return value.reshape(shape)
+        matrix = value if self._is_table(path) else np.swapaxes(value, -1, -2)
+        return np.asarray(self.layout(path).from_matrix(matrix, shape))
+
+    def _layers(self, path: str) -> int:
+        return self.dims(path)[0][0] if self._is_matrix(path) else self.leaf(path).shape[0]
+
+    def _is_matrix(self, path: str) -> bool:
+        return path in self.by_path()
+
+    def _is_bias(self, path: str) -> bool:
+        return self.names[path].endswith(".bias")
+
+    def _is_table(self, path: str) -> bool:
+        return self.names[path].endswith(TABLE)
 
     def refuse_rest(self, slot: Slot, given: Tensors, also: tuple[str, ...] = ()) -> None:
         """Raises ValueError for tensors of a module that nothing took."""
@@ -114,12 +147,6 @@ def model_of(
     leaves = paths.flatten(params, is_leaf=is_weight)
     layouts = layouts or {}
     return Model(source, leaves, names, layouts, slots_of(leaves, names, layouts))
-
-
-def turned(value: np.ndarray, template: str) -> np.ndarray:
-    """A matrix as PyTorch has it, (out, in), or back; a table lies alike in both."""
-    is_table = template.endswith(TABLE)
-    return np.ascontiguousarray(value.T) if value.ndim == 2 and not is_table else value
 
 
 def layer_of(node: Any, slot: Slot) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.interop.peft.model import Model, Tensors, turned
+from lora_jax.interop.peft.model import Model, Tensors
 from lora_jax.interop.peft.names import HEAD, TABLE, Slot
 from lora_jax.interop.peft.tied import ROWS, refuse_rows_of_one
 from lora_jax.methods import DenseDelta
@@ -52,4 +52,4 @@ def _rows(slot: Slot, indices: Any, tensors: Tensors, model: Model) -> DenseDelt
         )
     delta = np.zeros_like(base)
     delta[indices] = rows - base[indices]
-    return DenseDelta(delta=jnp.asarray(turned(delta, slot.module)))
+    return DenseDelta(delta=jnp.asarray(model.from_torch(slot.path, delta)))

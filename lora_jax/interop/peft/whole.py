@@ -34,7 +34,7 @@ def check_targets(config: Mapping[str, Any], tensors: Iterable[str], model: Mode
 
 
 def check_saved(config: Mapping[str, Any], tensors: Tensors, model: Model) -> None:
-    """Raises ValueError where a module of modules_to_save, or every trained bias, is missing."""
+    """Raises ValueError where a module of modules_to_save, or a trained bias, is missing."""
     known = list(model.tensors()) + ([f"{HEAD}.weight"] if model.is_tied else [])
     modules = {name.rpartition(".")[0] for name in known}
     for name, found in saved(model.source, config, modules).items():
@@ -48,14 +48,34 @@ def check_saved(config: Mapping[str, Any], tensors: Tensors, model: Model) -> No
                 f"{model.source} is not whole: it lacks {_listed(missing)}, of {name!r} in "
                 "modules_to_save. Fetch it again, or save it again."
             )
-    trains = config.get("bias", "none") != "none"
-    if trains and any(name.endswith(".bias") for name in known):
-        ends = (".bias", ".base_layer.bias")
-        if not any(name.endswith(ends) and not name.endswith(".lora_B.bias") for name in tensors):
-            raise ValueError(
-                f"{model.source} is not whole: its config says bias={config['bias']!r}, and the "
-                "file has no bias."
-            )
+    _check_biases(config, tensors, model)
+
+
+def _check_biases(config: Mapping[str, Any], tensors: Tensors, model: Model) -> None:
+    """Of a bias that the file holds, all layers that it trains must be there."""
+    trained = config.get("bias") or "none"
+    if trained == "none":
+        return
+    biases = {name: path for name, (path, _) in model.tensors().items() if name.endswith(".bias")}
+    adapted = {
+        module
+        for name in tensors
+        for module in parents(name)
+        if name.removeprefix(f"{module}.") not in _BESIDE and module in model.slots
+    }
+    found, missing = set(), {}
+    for name, path in biases.items():
+        module = name.removesuffix(".bias")
+        if name in tensors or f"{module}.base_layer.bias" in tensors:
+            found.add(path)
+        elif trained == "all" or module in adapted:
+            missing[name] = path
+    lacks = {name for name, path in missing.items() if path in found or not found}
+    if lacks:
+        raise ValueError(
+            f"{model.source} is not whole: its config says bias={trained!r}, and the file lacks "
+            f"{_listed(lacks)}."
+        )
 
 
 def without_base(tensors: Tensors, model: Model) -> Tensors:
@@ -78,14 +98,17 @@ def without_base(tensors: Tensors, model: Model) -> Tensors:
 
 def _check_same(name: str, theirs: np.ndarray, path: str, layer: int | None, model: Model) -> None:
     leaf = model.leaf(path)
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-        return
-    ours, theirs = model.value(path, layer), np.asarray(theirs, np.float32)
-    rounded = is_weight(leaf)  # a quantised base is compared by its shape alone
-    if ours.shape != theirs.shape or not (rounded or np.allclose(ours, theirs, 1e-2, 1e-3)):
+    shape = leaf.shape if layer is None else leaf.shape[1:]
+    same = theirs.ndim == 2 and sorted(theirs.shape) == sorted(shape)
+    if same and not isinstance(leaf, jax.ShapeDtypeStruct) and not is_weight(leaf):
+        ours = model.value(path, layer)
+        theirs = np.asarray(theirs, np.float32)
+        same = ours.shape == theirs.shape and np.allclose(ours, theirs, rtol=1e-2, atol=1e-3)
+    if not same:
         raise ValueError(
             f"{model.source}: {name.removesuffix('.base_layer.weight')} was adapted over another "
-            f"weight, of shape {theirs.shape}: this base's has shape {ours.shape} or other entries."
+            f"weight, of shape {theirs.shape}: this base's {path}, of shape {tuple(shape)}, has "
+            "another shape or other entries."
         )
 
 
