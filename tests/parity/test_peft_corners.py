@@ -121,6 +121,8 @@ THEIRS = {
     "biases of adalora": (BIASED, adalora_of("q_proj", bias="all"), False),
     "biases of b": (BIASED, lora_of("q_proj", "k_proj", lora_bias=True), False),
     "biases and those of b": (BIASED, lora_of("q_proj", lora_bias=True, bias="lora_only"), False),
+    "norms of heads": ("qwen3", lora_of("q_proj", modules_to_save=["norm"]), False),
+    "another family": ("mistral", lora_of("lm_head", "o_proj", use_dora=True), False),
     "a saved module with a bias": (BIASED, lora_of("q_proj", modules_to_save=["k_proj"]), False),
 }  # fmt: skip
 
@@ -129,8 +131,13 @@ THEIRS = {
 def base(variant):
     values = small_llamas.VARIANTS[variant]
     weights = small_llamas.draw_weights(values)
-    biased = values["model_type"] == "qwen2"
-    config = dataclasses.replace(config_of(values), qkv_bias=biased)
+    config = config_of(values)
+    config = dataclasses.replace(
+        config,
+        qkv_bias=values["model_type"] == "qwen2",
+        qk_norm=values["model_type"] == "qwen3",
+        head_dim=values.get("head_dim", config.head_dim),
+    )
     params = assemble(config, "huggingface", weights.__getitem__, "float32")
     return params, config
 
@@ -206,6 +213,38 @@ def test_theirs_loads_here_and_ours_goes_back(name, tmp_path):
     assert relative(their_logits(again), expected) < 1e-5
     back, *_ = load(tmp_path / "b", variant, untied)
     assert relative(our_logits(lora.bind(params, back), config), expected) < 1e-5
+
+
+@pytest.mark.parametrize("variant", [TIED, UNTIED])
+def test_tables_saved_because_they_were_asked_for(variant, tmp_path):
+    model = their_adapter(variant, *lora_of("q_proj"))
+    model.save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    delta, params, config = load(tmp_path / "a", variant)
+    assert list(delta) == ["layers"]
+    found = our_logits(lora.bind(params, delta), config)
+    assert relative(found, their_logits(model)) < 1e-5
+    model.resize_token_embeddings(96)
+    model.save_pretrained(tmp_path / "b", save_embedding_layers=True)
+    with pytest.raises(ValueError, match=r"has shape \(96, 64\)"):
+        load(tmp_path / "b", variant)
+
+
+@pytest.mark.parametrize("alpha", [6, 0])
+def test_pruned_triplets(alpha, tmp_path):
+    """Of which PEFT leaves out of the file what it masked, under the scale of all."""
+    model = their_adapter(UNTIED, *adalora_of("q_proj", lora_alpha=alpha))
+    kept = {0: [True, False, True, False], 1: [False, False, False, False]}
+    pattern = {}
+    for layer, mask in kept.items():
+        name = f"model.layers.{layer}.self_attn.q_proj"
+        module = model.get_submodule(f"base_model.model.{name}")
+        module.lora_E["default"].data[~torch.tensor(mask)] = 0
+        pattern[f"{name}.lora_E.default"] = mask
+    model.peft_config["default"].rank_pattern = pattern
+    expected = their_logits(model)
+    model.save_pretrained(tmp_path)
+    delta, params, config = load(tmp_path, UNTIED)
+    assert relative(our_logits(lora.bind(params, delta), config), expected) < 1e-5
 
 
 METHODS = {

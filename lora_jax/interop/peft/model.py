@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import paths
@@ -109,7 +110,7 @@ class Model:
             return leaf.reshape(*leaf.shape[: "{}" in self.names[path]], -1)
         if not self._is_matrix(path):
             return leaf
-        matrix = np.asarray(self.layout(path).to_matrix(leaf))
+        matrix = np.asarray(self.layout(path).to_matrix(jnp.asarray(leaf)))
         return matrix if self._is_table(path) else np.swapaxes(matrix, -1, -2)
 
     def from_torch(self, path: str, value: np.ndarray) -> np.ndarray:
@@ -118,7 +119,7 @@ class Model:
         if not self._is_matrix(path):
             return value.reshape(shape)
         matrix = value if self._is_table(path) else np.swapaxes(value, -1, -2)
-        return np.asarray(self.layout(path).from_matrix(matrix, shape))
+        return np.asarray(self.layout(path).from_matrix(jnp.asarray(matrix), shape))
 
     def _layers(self, path: str) -> int:
         return self.dims(path)[0][0] if self._is_matrix(path) else self.leaf(path).shape[0]

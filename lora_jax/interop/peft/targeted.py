@@ -69,7 +69,8 @@ def _in_layers(source: str, config: Mapping[str, Any], modules: Collection[str])
         isinstance(name, str) and re.fullmatch(r"\w+", name) for name in before
     ):
         raise ValueError(f"{source}: layers_pattern is {before!r:.200}, expected names of modules.")
-    return {name for name in modules if _layer(name, before) in wanted}
+    chosen = set(wanted)
+    return {name for name in modules if _layer(name, before) in chosen}
 
 
 def _layer(name: str, before: list[str]) -> int | None:

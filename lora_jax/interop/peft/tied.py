@@ -35,7 +35,7 @@ def without_head(config: Mapping[str, Any], tensors: Tensors, model: Model) -> T
         if name.startswith(f"{table}.")
     }
     alone = set(head) - {"weight", *PAIR}
-    if "weight" in head and not np.array_equal(head["weight"], own.get("weight")):
+    if "weight" in head and not _equal(head["weight"], own.get("weight")):
         alone.add("weight")
     if head.keys() & set(PAIR) and not _follows(config, head, own, table, model):
         alone |= set(PAIR)
@@ -69,11 +69,14 @@ def refuse_rows_of_one(model: Model) -> None:
 
 def _follows(config, head: Tensors, own: Tensors, table: str, model: Model) -> bool:
     pairs = all(
-        np.array_equal(np.asarray(head.get(theirs)).T, own.get(ours))
-        for theirs, ours in PAIR.items()
+        theirs in head and _equal(head[theirs].T, own.get(ours)) for theirs, ours in PAIR.items()
     )
     alphas = pattern_values(model.source, config, "alpha_pattern", [table, HEAD], None)
     return pairs and not config.get("use_dora") and alphas[table] == alphas[HEAD]
+
+
+def _equal(one: np.ndarray, other: np.ndarray | None) -> bool:
+    return other is not None and np.array_equal(one, other)
 
 
 def _apart(model: Model, which: str) -> ValueError:
