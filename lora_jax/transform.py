@@ -118,7 +118,7 @@ def bind(
         if path in extras:
             continue
         _known(path, flat, "the delta adapts")
-        weight, node, ids = flat[path], node.resolve(extras), None
+        weight, node, ids = flat[path], node.resolve(nodes), None
         layers = node.stack_ndim
         if adapter_ids is None:
             node.check(path, weight)
@@ -212,12 +212,11 @@ def _fresh(
 
 def _map_adapted(tree: PyTree, delta: Delta, change) -> PyTree:
     nodes = delta_nodes(delta)
-    extras = _extras(nodes)
     flat = paths.flatten(tree, is_leaf=is_weight)
     for path, node in nodes.items():
         if isinstance(node, Extra) and not node.in_weights:
             continue
-        node = node.resolve(extras)
+        node = node.resolve(nodes)
         if not isinstance(node, Extra):
             _known(path, flat, "the delta adapts")
             node.check(path, flat[path])

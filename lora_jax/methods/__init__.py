@@ -18,6 +18,7 @@ from lora_jax.methods.fusion import Fused as Fused
 from lora_jax.methods.fusion import Fusion as Fusion
 from lora_jax.methods.ia3 import IA3 as IA3
 from lora_jax.methods.ia3 import Rescaled as Rescaled
+from lora_jax.methods.ia3 import RescaledBias as RescaledBias
 from lora_jax.methods.lora import LoRA as LoRA
 from lora_jax.methods.lora import LowRank as LowRank
 from lora_jax.methods.prefix import EncodedKeyValues as EncodedKeyValues

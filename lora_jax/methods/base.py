@@ -109,9 +109,9 @@ class DeltaNode(abc.ABC):
 
         return jax.tree.map(split, self, is_leaf=is_shared)
 
-    def resolve(self, extras: Mapping[str, "Extra"]) -> Self:
-        """The node with what it shares with others, stored once at the delta's root, filled in."""
-        del extras
+    def resolve(self, nodes: Mapping[str, "DeltaNode"]) -> Self:
+        """The node with what it shares with others of the delta, `{path: node}`, filled in."""
+        del nodes
         return self
 
     def bind(

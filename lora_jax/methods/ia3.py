@@ -1,16 +1,18 @@
 """IA3: activations rescaled by learned vectors (Liu et al. 2022, arXiv:2205.05638, section 3.3)."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Self, cast
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from lora_jax.layouts import Layout
 from lora_jax.methods.base import AnyWeight, DeltaNode, Method, require_shape
-from lora_jax.weights import UNSCALED, dense_float32, linear
+from lora_jax.weights import UNSCALED, Shared, dense_float32, linear
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,7 +20,8 @@ class IA3(Method):
     """`y = (x @ w) * l`, or `y = (x * l) @ w` where the input is scaled; `l` starts at one.
 
     The paper scales keys, values and the MLP's inner activations. On a Llama that is
-    `{"k_proj|v_proj": IA3(), "down_proj": IA3(scales="input")}`.
+    `{"k_proj|v_proj": IA3(), "down_proj": IA3(scales="input")}`. A bias that the model adds is not
+    scaled, unless the delta holds a `RescaledBias` for it.
 
     Attributes:
       scales: which side of the weight `l` multiplies: "output" or "input".
@@ -110,3 +113,69 @@ class Rescaled(DeltaNode):
         factor = factor[..., :, None] if self.input else factor[..., None, :]
         changed = operation(matrix, factor)
         return self.layout.from_matrix(changed, weight.shape).astype(weight.dtype)
+
+
+@flax.struct.dataclass
+class RescaledBias(DeltaNode):
+    """A layer's bias multiplied by the vector of that layer's `Rescaled`, so that the two compute
+    `(x @ w + bias) * l`. It has no leaves of its own.
+
+    Attributes:
+      of: the path of the `Rescaled`.
+      source: that node; `resolve` fills it in.
+    """
+
+    of: str = flax.struct.field(pytree_node=False)
+    source: Rescaled | None = None
+
+    @property
+    def stack_ndim(self) -> int:
+        return 0 if self.source is None else self.source.stack_ndim
+
+    def resolve(self, nodes: Mapping[str, DeltaNode]) -> "RescaledBias":
+        found = nodes.get(self.of)
+        if not isinstance(found, Rescaled) or found.input:
+            raise ValueError(
+                f"a bias is scaled by the output-side IA3 at {self.of!r}, which the delta lacks. "
+                "Keep the two together."
+            )
+        return dataclasses.replace(self, source=found)
+
+    def bind(
+        self, base: AnyWeight, dropout_key: jax.Array | None, adapter_ids: Shared | None
+    ) -> AnyWeight:
+        """The plain product: a model may read a bias in any way it likes."""
+        del dropout_key
+        if adapter_ids is not None:
+            raise ValueError(
+                "IA3 over a layer with a bias cannot be chosen by row with adapter_ids, since all "
+                "rows read one bias. Bind one of the adapters."
+            )
+        return self.merge(jax.lax.stop_gradient(base))
+
+    def linear(self, x: jax.Array, base: AnyWeight, dropout_key: jax.Array | None) -> jax.Array:
+        raise ValueError("a bias is added, no activation is applied to it.")
+
+    def merge(self, base: AnyWeight) -> jax.Array:
+        return (dense_float32(base) * self._vector()).astype(base.dtype)
+
+    def unmerge(self, merged: jax.Array) -> jax.Array:
+        """As of `Rescaled`."""
+        return (merged.astype(jnp.float32) / self._vector()).astype(merged.dtype)
+
+    def trainable(self) -> Self:
+        return jax.tree.map(lambda _: False, self)
+
+    def check(self, path: str, base: AnyWeight) -> None:
+        require_shape(path, self._vector().shape, base)
+
+    def placement(self, spec: PartitionSpec) -> Self:
+        del spec
+        return self
+
+    def absent(self) -> Self:
+        return self
+
+    def _vector(self) -> jax.Array:
+        assert self.source is not None
+        return self.source._factor()

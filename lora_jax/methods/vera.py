@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.layouts import Layout
-from lora_jax.methods.base import Additive, AnyWeight, Extra, Method, require_shape
+from lora_jax.methods.base import Additive, AnyWeight, DeltaNode, Extra, Method, require_shape
 from lora_jax.methods.lora import drop
 from lora_jax.paths import stable_hash
 from lora_jax.weights import NARROW, Shared, linear
@@ -117,13 +117,13 @@ class SharedLowRank(Additive):
     def stack_ndim(self) -> int:
         return self.lambda_d.ndim - 1
 
-    def resolve(self, extras: Mapping[str, Extra]) -> "SharedLowRank":
-        if self.path not in extras:
+    def resolve(self, nodes: Mapping[str, DeltaNode]) -> "SharedLowRank":
+        if self.path not in nodes:
             raise ValueError(
                 f"the delta lacks {self.path!r}, the projection that its VeRA nodes share. Keep "
                 "that entry when you take a delta apart."
             )
-        return dataclasses.replace(self, pair=Shared(extras[self.path]))
+        return dataclasses.replace(self, pair=Shared(nodes[self.path]))
 
     def linear(self, x: jax.Array, base: AnyWeight, dropout_key: jax.Array | None) -> jax.Array:
         x_drop = x if dropout_key is None else drop(x, self.dropout, dropout_key)

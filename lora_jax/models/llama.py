@@ -13,7 +13,7 @@ The tree, with weights applied from the right and layers stacked on the leading 
     layers/mlp_norm [L, D]
     layers/mlp/{gate_proj [L, D, F], up_proj [L, D, F], down_proj [L, F, D]}
     norm [D]
-    lm_head [D, V]                      (absent where the embedding is tied)
+    lm_head [D, V]                      (absent where the embedding is tied; `untie` adds it)
 
 Every weight may be an array or any `Weight`: quantised, adapted, or both. A delta may add `prompt`,
 rows read in front of the tokens, and `layers/attn/prefix`, keys and values in front of a layer's.
@@ -37,6 +37,7 @@ from lora_jax.models.config import LlamaConfig
 from lora_jax.models.mixed_dtypes import along, product, read_out
 from lora_jax.models.remat import LAYER_INPUT, Remat, checkpointed
 from lora_jax.models.rope import rotate
+from lora_jax.models.tying import untie as untie
 from lora_jax.paths import one_key
 from lora_jax.weights import embed, scan_layers, transpose
 

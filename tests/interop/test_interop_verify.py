@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.util
 import json
-from pathlib import Path
 
 import cases
 import flax.linen as nn
@@ -435,13 +434,7 @@ def test_damaged_digests(damage, folder):
         Digest.from_json(bad if isinstance(bad, str) else json.dumps(bad), "x")
 
 
-@pytest.fixture(scope="module")
-def script():
-    path = Path(__file__).parents[2] / "scripts" / "verify.py"
-    spec = importlib.util.spec_from_file_location("verify_script", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+SCRIPT = "verify.py"
 
 
 def run(script, adapter, **arguments):

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lora_jax import paths
@@ -11,6 +11,7 @@ from lora_jax.layouts import Layout
 from lora_jax.models.config import LlamaConfig
 
 Names = Mapping[str, str]
+HEAD, TABLE = "lm_head", "embed_tokens"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Slot:
 
     @property
     def is_embedding(self) -> bool:
-        return self.suffix == "embed_tokens"
+        return self.suffix == TABLE
 
 
 class LlamaNames(dict[str, str]):
@@ -87,3 +88,10 @@ def slots_of(
             module = template.format(layer)
             slots[module] = Slot(module, path, layer, math.prod(d_in), math.prod(d_out))
     return slots
+
+
+def parents(name: str) -> Iterator[str]:
+    """Of `a.b.c`, `a.b` and `a`: the modules that hold a tensor or a module."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
