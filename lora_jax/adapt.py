@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lora_jax import paths
 from lora_jax.layouts import Layout
@@ -73,10 +74,7 @@ def adapt(fn: Callable) -> Callable:
         leaves = paths.flatten((args, kwargs), is_leaf=is_weight)
         if not any(is_weight(leaf) for leaf in leaves.values()):
             return fn(*args, **kwargs)
-        operands = [
-            Lazy.of_leaf(_in_argument(path), leaf) if is_weight(leaf) else leaf
-            for path, leaf in leaves.items()
-        ]
+        operands = [_operand(path, leaf) for path, leaf in leaves.items()]
         program = _trace(fn, (args, kwargs), operands)
         try:
             results = evaluate(program.jaxpr, program.operands)
@@ -117,7 +115,7 @@ def infer_layouts(fn: Callable, params: PyTree, *args, **kwargs) -> dict[str, La
         if not (_is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)):
             return leaf
         uses[path] = []
-        return Probe(plain.shapes(leaf), path, Axes.of_leaf(leaf.shape), note)
+        return Probe(_abstract(leaf), path, Axes.of_leaf(leaf.shape), note)
 
     leaves = paths.flatten(params, is_leaf=is_weight)
     others = jax.tree.leaves((args, kwargs), is_leaf=is_weight)
@@ -161,7 +159,18 @@ def _is_array(value: Any) -> bool:
 
 
 def _abstract(value: Any) -> Any:
-    return plain.shapes(value) if _is_array(value) else value
+    return plain.shapes(_as_jax(value)) if _is_array(value) else value
+
+
+def _as_jax(value: Any) -> Any:
+    """NumPy's float64 and int64 are float32 and int32 to JAX."""
+    return jnp.asarray(value) if isinstance(value, np.ndarray | np.generic) else value
+
+
+def _operand(path: str, leaf: Any) -> Any:
+    if is_weight(leaf):
+        return Lazy.of_leaf(_in_argument(path), leaf)
+    return _as_jax(leaf)
 
 
 def _in_argument(path: str) -> str:

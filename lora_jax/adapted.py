@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import flax.struct
 import jax
@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from lora_jax.layouts import Layout
 from lora_jax.products import Lookup, Matmul
-from lora_jax.weights import Shared, Weight, as_matrix, transpose
+from lora_jax.weights import Shared, Weight, as_matrix, cast, dense_float32, transpose
 
 
 @flax.struct.dataclass
@@ -43,13 +43,13 @@ class Adapted(Weight):
         return self.node.layout
 
     def partition(self, spec: PartitionSpec) -> "Adapted":
-        stack = PartitionSpec(*spec[:-2])
-        base = self.base.partition(spec) if isinstance(self.base, Weight) else spec
+        stack: Any = PartitionSpec(*spec[:-2])
+        base: Any = self.base.partition(spec) if isinstance(self.base, Weight) else spec
         return dataclasses.replace(
             self,
-            base=cast(Any, base),
+            base=base,
             node=self.node.partition(spec),
-            dropout_key=cast(Any, stack if self.dropout_key is not None else None),
+            dropout_key=stack if self.dropout_key is not None else None,
             adapter_ids=None if self.adapter_ids is None else Shared(PartitionSpec()),
         )
 
@@ -57,6 +57,9 @@ class Adapted(Weight):
         return dataclasses.replace(
             self, base=as_matrix(self.base, layout), node=self.node.as_matrix()
         )
+
+    def cast(self, dtype: Any) -> "Adapted":
+        return dataclasses.replace(self, base=cast(self.base, dtype))
 
     @property
     def T(self) -> "Adapted":  # noqa: N802
@@ -72,12 +75,15 @@ class Adapted(Weight):
         )
 
     def dense(self) -> jax.Array:
+        return self.dense_float32().astype(self.dtype)
+
+    def dense_float32(self) -> jax.Array:
         if self.adapter_ids is not None:
             raise ValueError(
                 "a weight whose batch rows use different adapters has no single dense form: "
                 "bind one adapter, without adapter_ids."
             )
-        return self.node.merge(self.base)
+        return self.node.merge(dense_float32(self.base))
 
     def _each_row(self, apply: Callable, x: jax.Array) -> jax.Array:
         if self.adapter_ids is None:

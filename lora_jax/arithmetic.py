@@ -14,7 +14,7 @@ from lora_jax.methods import LoRA, LoRANode, Method
 from lora_jax.methods.decompositions import each_layer, truncated_svd
 from lora_jax.targets import Targets
 from lora_jax.transform import Delta, delta_nodes, lora_transform
-from lora_jax.weights import PyTree, as_matrix, dense, is_weight
+from lora_jax.weights import PyTree, as_matrix, dense_float32, is_weight
 
 How = Literal["cat", "svd", "ties", "dare", "dare_ties"]
 
@@ -48,6 +48,7 @@ def combine(
       ValueError: for arguments that `how` needs or does not take, deltas of other methods.
     """
     _check(deltas, weights, how, rank, density, key)
+    key = None if key is None else paths.one_key(key)
     members = [delta_nodes(delta) for delta in deltas]
     combined = {}
     for path in dict.fromkeys(path for member in members for path in member):
@@ -95,8 +96,9 @@ def extract(
             raise ValueError(f"{path}: only LoRA can be extracted, not {type(node).__name__}.")
         if path not in after or after[path].shape != before[path].shape:
             raise ValueError(f"{path}: the tuned tree has no weight of shape {before[path].shape}.")
-        change = [dense(as_matrix(w, node.layout)).astype(jnp.float32) for w in
-                  (after[path], before[path])]  # fmt: skip
+        change = [
+            dense_float32(as_matrix(weight, node.layout)) for weight in (after[path], before[path])
+        ]
         a, b = _factors((change[0] - change[1]) / node.scale[..., None, None], node.rank)
         found[path] = dataclasses.replace(
             node, a=a.reshape(node.a.shape), b=b.reshape(node.b.shape)
@@ -123,8 +125,10 @@ def _cut(node: LoRANode, rank: int) -> LoRANode:
         return node
     q_in, r_in = each_layer(jnp.linalg.qr, matrix.a)
     q_out, r_out = each_layer(jnp.linalg.qr, jnp.swapaxes(matrix.b, -1, -2))
-    a, b = _factors(r_in @ jnp.swapaxes(r_out, -1, -2), rank)
-    return _with_factors(node, q_in @ a, b @ jnp.swapaxes(q_out, -1, -2))
+    with jax.default_matmul_precision("highest"):
+        a, b = _factors(jnp.matmul(r_in, jnp.swapaxes(r_out, -1, -2)), rank)
+        a, b = jnp.matmul(q_in, a), jnp.matmul(b, jnp.swapaxes(q_out, -1, -2))
+    return _with_factors(node, a, b)
 
 
 def _sparse(nodes, weights, how, rank, density, key, path) -> LoRANode:
@@ -132,7 +136,7 @@ def _sparse(nodes, weights, how, rank, density, key, path) -> LoRANode:
     updates = []
     for i, node in enumerate(nodes):
         matrix = node.as_matrix()
-        update = matrix.a @ matrix.b * matrix.scale[..., None, None]
+        update = matrix.update((*stack, matrix.a.shape[-2], matrix.b.shape[-1]))
         if how == "ties":
             updates.append(_largest(update, density))
         else:

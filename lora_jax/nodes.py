@@ -20,7 +20,7 @@ from lora_jax import schema
 from lora_jax.adapted import Adapted
 from lora_jax.layouts import Layout
 from lora_jax.products import AnyWeight, Product, Rows
-from lora_jax.weights import UNSCALED, Shared, dense, is_shared
+from lora_jax.weights import UNSCALED, Shared, dense_float32, is_shared
 
 
 class DeltaNode:
@@ -88,20 +88,21 @@ class DeltaNode:
         """What stands in the weight's place while the model runs."""
         return Adapted(base, self, dropout_key, adapter_ids)
 
-    def resolve(self, base: AnyWeight, extras: Mapping[str, "Extra"]) -> Self:
-        """The node with what it shares with others, stored once at the delta's root, filled in."""
-        del base, extras
+    def resolve(self, base: AnyWeight, nodes: Mapping[str, "DeltaNode"]) -> Self:
+        """The node with what it shares with other `nodes` of the delta filled in."""
+        del base, nodes
         return self
 
     def merge(self, base: AnyWeight) -> jax.Array:
-        """The one dense weight, stacked as `base` is, that does the same.
+        """The one dense weight, stacked as `base` is and of its dtype, that does the same: computed
+        in float32 and rounded once.
 
         Raises:
           ValueError: where the method has no merged form.
         """
         self._require_merged_form()
-        merged = self._each_matrix(lambda node, w: node.apply(Rows(), 1.0, w, None), dense(base))
-        return merged.astype(base.dtype)
+        apply = lambda node, w: node.apply(Rows(), 1.0, w, None)  # noqa: E731
+        return self._each_matrix(apply, dense_float32(base)).astype(base.dtype)
 
     def unmerge(self, merged: jax.Array) -> jax.Array:
         """The base that `merge` made `merged` of, up to the rounding of its dtype.

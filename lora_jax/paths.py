@@ -32,6 +32,40 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     return root
 
 
+def one_key(key: Any, name: str = "key") -> jax.Array:
+    """The typed key that `key` is, or that a raw one of `jax.random.PRNGKey` stands for.
+
+    Raises:
+      ValueError: for anything else, such as a seed, or a batch of keys.
+    """
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        if shape == ():
+            return key
+    elif dtype == jnp.uint32:
+        like = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+        if shape == like.shape:
+            return jax.random.wrap_key_data(jnp.asarray(key))
+    raise ValueError(
+        f"{name}: expected one key, such as jax.random.key(0), found {described(key)}. Of several "
+        "keys take one, or vmap over them."
+    )
+
+
+def described(value: Any) -> str:
+    """A value for an error message, an array by its dtype and shape."""
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return f"an array of {value.dtype} and shape {tuple(value.shape)}"
+    return repr(value)
+
+
+def is_known(array: Any) -> bool:
+    """Whether the numbers of an array can be read here: it is neither traced nor on other hosts."""
+    if isinstance(array, jax.core.Tracer):
+        return False
+    return not isinstance(array, jax.Array) or array.is_fully_addressable
+
+
 def keys_for(key: jax.Array, path: str, stack: tuple[int, ...]) -> jax.Array:
     """One key for each layer `[stack...]` of the weight at `path`, and for no other.
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from lora_jax.weights import NARROW, Weight, dense, embed, linear, vary
+from lora_jax.weights import NARROW, Weight, dense_float32, embed, linear, vary
 
 AnyWeight = jax.Array | Weight
 
@@ -41,8 +41,9 @@ class Product(abc.ABC):
         return _widen(vary(h, like=b), vary(b.astype(h.dtype), like=h))
 
     def left(self, a: jax.Array, w: AnyWeight) -> jax.Array:
-        """`a^T @ W`, `[r, d_out]`."""
-        return linear(a.T, w)
+        """`a^T @ W`, `[r, d_out]`, exactly: norms are made of it."""
+        with jax.default_matmul_precision("highest"):
+            return linear(a.T, w)
 
     @abc.abstractmethod
     def scale(self, x: Any, factor: jax.Array) -> Any:
@@ -93,7 +94,7 @@ class Rows(Product):
     rows of a merged weight."""
 
     def __call__(self, x: Any, w: AnyWeight) -> jax.Array:
-        return x * dense(w).astype(jnp.float32)
+        return x * dense_float32(w)
 
     def narrow(self, x: Any, a: jax.Array) -> jax.Array:
         return x * a.astype(jnp.float32)

@@ -119,12 +119,14 @@ def leaves_of(node: Any) -> Any:
         if not field.metadata.get("pytree_node", True):
             continue
         value, declared = getattr(node, field.name), field.metadata.get("leaf")
-        if declared is None and jax.tree.leaves(value):
+        if not jax.tree.leaves(value):  # None, or what an optimizer puts for a masked leaf
+            continue
+        if declared is None:
             raise ValueError(
                 f"{type(node).__name__}.{field.name} declares no axes: write it as "
                 'leaf("stack ...").'
             )
-        found[field.name] = None if value is None else _one_leaf(node, value, declared)
+        found[field.name] = _one_leaf(node, value, declared)
     return dataclasses.replace(node, **found)
 
 
@@ -140,7 +142,7 @@ def _one_leaf(node: Any, value: Any, declared: _Declared) -> Any:
         return dataclasses.replace(leaf, axes=axes, trained=leaf.trained and trains)
 
     if isinstance(value, Shared):
-        shared = jax.tree.map(inside, leaves_of(value.value))
+        shared = _one_leaf(node, value.value, declared)
         return Shared(jax.tree.map(lambda leaf: dataclasses.replace(leaf, shared=True), shared))
     return jax.tree.map(inside, leaves_of(value))
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import paths
-from lora_jax.methods import DeltaNode, LoRANode, LowRank
+from lora_jax.methods import DeltaNode, LowRank
 from lora_jax.methods.decompositions import each_layer, truncated_svd
 from lora_jax.transform import Delta, delta_nodes
 from lora_jax.weights import PyTree, Weight, as_matrix, is_weight
@@ -29,7 +29,7 @@ def eva_start(delta: Delta, covariances: Mapping[str, jax.Array]) -> Delta:
     """
     nodes: dict[str, DeltaNode] = dict(delta_nodes(delta))
     for path, node in nodes.items():
-        if not isinstance(node, LoRANode):
+        if not isinstance(node, LowRank):
             continue
         if path not in covariances:
             raise ValueError(
@@ -70,7 +70,7 @@ def loftq_start(
     nodes: dict[str, DeltaNode] = dict(delta_nodes(delta))
     for path, node in nodes.items():
         weight = flat.get(path)
-        if not isinstance(node, LoRANode) or not isinstance(weight, Weight):
+        if not isinstance(node, LowRank) or not isinstance(weight, Weight):
             continue
         if path not in original:
             raise ValueError(
@@ -80,7 +80,7 @@ def loftq_start(
         for turn in range(iterations):
             if turn:
                 rest = original[path].astype(jnp.float32) - node.update(weight.shape)
-                weight = weight.requantized(rest.astype(weight.dtype))
+                weight = weight.requantized(rest)
             node = _fitted(node, target, as_matrix(weight, node.layout))
         nodes[path], flat[path] = node, weight
     tree = jax.tree.unflatten(jax.tree.structure(base, is_leaf=is_weight), flat.values())
@@ -106,7 +106,7 @@ def as_plain_lora(delta: Delta) -> Delta:
     return paths.nest({path: plain(node) for path, node in delta_nodes(delta).items()})
 
 
-def _fitted(node: LoRANode, target: jax.Array, weight: jax.Array | Weight) -> LoRANode:
+def _fitted(node: LowRank, target: jax.Array, weight: jax.Array | Weight) -> LowRank:
     """The node whose update is nearest to `target - weight`, by matrix."""
 
     def fit(quantised, target, scale):

@@ -10,7 +10,7 @@ from lora_jax import paths
 from lora_jax.layouts import Layout
 from lora_jax.methods import DeltaNode, Extra, Method
 from lora_jax.targets import Targets, as_rules, match_rules
-from lora_jax.weights import PyTree, Shared, Weight, is_shared, is_weight
+from lora_jax.weights import PyTree, Shared, Weight, dense_float32, is_shared, is_weight
 
 Delta = dict[str, Any]
 
@@ -46,11 +46,12 @@ def lora_transform(
 
     Raises:
       ValueError: for a rule that matches nothing, a target that holds integers, a layout of a path
-        that does not exist, a rank larger than a matrix.
+        that does not exist, a rank larger than a matrix, a key that is none.
 
     Source: Hu et al. 2021, arXiv:2106.09685, section 4.
     """
     layouts = dict(layouts or {})
+    key = paths.one_key(key)
     flat = paths.flatten(params, is_leaf=is_weight)
     for path in layouts:
         _known(path, flat, "layouts names")
@@ -105,6 +106,8 @@ def bind(
     """
     nodes = {path: _only_trainable(node) for path, node in delta_nodes(delta).items()}
     extras = _extras(nodes)
+    if dropout_key is not None:
+        dropout_key = paths.one_key(dropout_key, "dropout_key")
     flat = {
         path: jax.lax.stop_gradient(leaf)
         for path, leaf in paths.flatten(base, is_leaf=is_weight).items()
@@ -116,7 +119,7 @@ def bind(
         weight, ids = flat[path], None
         one = node if adapter_ids is None else jax.tree.map(lambda leaf: leaf[0], node)
         one.check(path, weight)
-        node = _resolved(path, node, weight, extras)
+        node = _resolved(path, node, weight, nodes)
         if adapter_ids is not None:
             node, ids = _rows_behind_layers(node, one.stack_ndim), Shared(adapter_ids)
         keys = dropout_key
@@ -134,16 +137,17 @@ def merge(base: PyTree, delta: Delta, *, requantize: bool = False) -> PyTree:
     """Plain arrays again: each adapted weight as one dense matrix of its base's dtype.
 
     `W + scale * a @ b`, summed in float32 and rounded once. Merging into a quantised base
-    dequantises the adapted weights; with `requantize` they return to their base's format, which
-    rounds the sum to its codes.
+    dequantises the adapted weights; with `requantize` they return to their base's format, whose
+    codes are chosen for the float32 sum.
 
     Raises:
       ValueError: for a method without a merged form, or a delta that does not fit the base.
     """
 
     def merged(node, weight):
-        whole = node.merge(weight)
-        return weight.requantized(whole) if requantize and is_weight(weight) else whole
+        if requantize and is_weight(weight):
+            return weight.requantized(node.merge(dense_float32(weight)))
+        return node.merge(weight)
 
     return _map_adapted(base, delta, merged)
 
@@ -201,16 +205,15 @@ def _init_node(
         raise ValueError(f"{path}: {error}") from error
 
 
-def _resolved(path: str, node: DeltaNode, weight: Any, extras: Mapping[str, Extra]) -> DeltaNode:
+def _resolved(path: str, node: DeltaNode, weight: Any, nodes: Mapping[str, DeltaNode]) -> DeltaNode:
     try:
-        return node.resolve(weight, extras)
+        return node.resolve(weight, nodes)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
 def _map_adapted(tree: PyTree, delta: Delta, change) -> PyTree:
     nodes = delta_nodes(delta)
-    extras = _extras(nodes)
     flat = paths.flatten(tree, is_leaf=is_weight)
     for path, node in nodes.items():
         if isinstance(node, Extra) and not node.in_weights:
@@ -218,7 +221,7 @@ def _map_adapted(tree: PyTree, delta: Delta, change) -> PyTree:
         if not isinstance(node, Extra):
             _known(path, flat, "the delta adapts")
             node.check(path, flat[path])
-            node = _resolved(path, node, flat[path], extras)
+            node = _resolved(path, node, flat[path], nodes)
         try:
             flat[path] = change(node, flat.get(path))
         except ValueError as error:

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 from lora_jax import schema
 from lora_jax.layouts import Layout
 from lora_jax.schema import Shared as Shared
-from lora_jax.schema import is_shared
+from lora_jax.schema import is_shared as is_shared
 
 PyTree = Any
 
@@ -66,8 +66,13 @@ class Weight(abc.ABC):
     def dense(self) -> jax.Array:
         """The plain array; builds it."""
 
+    def dense_float32(self) -> jax.Array:
+        """The same in float32. A format that decodes in float32 returns what it decodes, which its
+        dtype may not hold: sums and norms are taken of that, and rounded once."""
+        return self.dense().astype(jnp.float32)
+
     def requantized(self, dense: jax.Array) -> "Weight":
-        """Another dense weight of this shape in this one's format."""
+        """Another dense weight of this shape, of this dtype or in float32, in this one's format."""
         del dense
         raise ValueError(f"{type(self).__name__} has no way to quantise a dense weight again.")
 
@@ -100,6 +105,12 @@ class Weight(abc.ABC):
         with an entry for each of its axes."""
         return schema.specs(self, *self.layout.split(tuple(spec)))
 
+    def cast(self, dtype: Any) -> "Weight":
+        """The weight with a frozen array in `dtype`; what is quantised or adapts follows its
+        input."""
+        del dtype
+        return self
+
     def as_matrix(self, layout: Layout) -> "Weight | jax.Array":
         """The same weight with its axes laid out as `[stack..., d_in, d_out]`."""
         if layout != Layout():
@@ -124,6 +135,20 @@ def embed(tokens: jax.Array, w: jax.Array | Weight) -> jax.Array:
 def dense(w: jax.Array | Weight) -> jax.Array:
     """The plain array that a weight of any type stands for."""
     return w.dense() if isinstance(w, Weight) else w
+
+
+def dense_float32(w: jax.Array | Weight) -> jax.Array:
+    """The plain array in float32, before a quantised format rounds it to its dtype."""
+    return w.dense_float32() if isinstance(w, Weight) else w.astype(jnp.float32)
+
+
+def cast(w: Any, dtype: Any) -> Any:
+    """The weight with a frozen array in `dtype`; what is quantised or adapts follows its input."""
+    if isinstance(w, Adapted):
+        return dataclasses.replace(w, base=cast(w.base, dtype))
+    if isinstance(w, Transposed):
+        return Transposed(cast(w.table, dtype))
+    return w if isinstance(w, Weight) else w.astype(dtype)
 
 
 def as_matrix(w: jax.Array | Weight, layout: Layout) -> jax.Array | Weight:
@@ -164,6 +189,12 @@ class Transposed(Weight):
 
     def dense(self) -> jax.Array:
         return jnp.swapaxes(dense(self.table), -1, -2)
+
+    def dense_float32(self) -> jax.Array:
+        return jnp.swapaxes(dense_float32(self.table), -1, -2)
+
+    def cast(self, dtype: Any) -> "Transposed":
+        return Transposed(cast(self.table, dtype))
 
 
 def vary(x: jax.Array, *, like: jax.Array) -> jax.Array:

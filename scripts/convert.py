@@ -29,7 +29,17 @@ from rich.console import Console
 from rich.table import Table
 
 import lora_jax as lora
-from lora_jax.interop import Pretrained, load, peft, quantized, save_gguf, save_huggingface
+from lora_jax.interop import (
+    Digest,
+    LlamaForward,
+    Pretrained,
+    digest_of,
+    load,
+    peft,
+    quantized,
+    save_gguf,
+    save_huggingface,
+)
 from lora_jax.interop.huggingface_files import open_tensors
 from lora_jax.interop.pretrained import locate
 from lora_jax.interop.read_json import read_json
@@ -69,10 +79,11 @@ def convert() -> dict[str, str]:
     delta = load_adapter(model, names)
     said["adapter"] = str(lora.describe(model.params, delta)).splitlines()[-1]
     if _MERGE.value:
+        digest = digest_of(LlamaForward(model.config), model.params, delta)
         # Of the base's own format, what was not adapted keeps its bits.
         params = lora.merge(model.params, delta, requantize=held == {_QUANTIZE.value})
         model = as_asked(dataclasses.replace(model, params=params), held)
-        return said | {"merged": merged_into(held)} | write_model(model, target)
+        return said | {"merged": merged_into(held)} | write_model(model, target, digest)
     peft.save_adapter(
         target,
         delta,
@@ -204,11 +215,11 @@ def merged_into(held: set[str]) -> str:
     return f"into {base}; the result is rounded to {_QUANTIZE.value}"
 
 
-def write_model(model: Pretrained, target: Path) -> dict[str, str]:
+def write_model(model: Pretrained, target: Path, digest: Digest | None = None) -> dict[str, str]:
     if _to_gguf():
-        save_gguf(target, model, kind=_KIND.value)
+        save_gguf(target, model, kind=_KIND.value, digest=digest)
         return {"written": f"{target}, {_KIND.value}, {target.stat().st_size / 1e6:,.1f} MB"}
-    save_huggingface(target, model, dtype=_DTYPE.value)
+    save_huggingface(target, model, dtype=_DTYPE.value, digest=digest)
     size = sum(file.stat().st_size for file in target.iterdir())
     kind = "".join(f", {format} of bitsandbytes" for format in sorted(formats(model)))
     return {"written": f"{target}, a Hugging Face folder{kind}, {size / 1e6:,.1f} MB"}

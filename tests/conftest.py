@@ -48,6 +48,27 @@ def quick_compilation(request):
     jax.config.update("jax_disable_most_optimizations", not optimized)
 
 
+@pytest.fixture(autouse=True)
+def verified_exports(request, monkeypatch):
+    """Every adapter that a test exports is verified, where its base and its model are at hand."""
+    if not {"interop", "parity"} & set(request.path.parts) or request.path.stem.endswith("verify"):
+        return  # which plants what verify finds
+    from lora_jax.interop import peft, verify
+    from lora_jax.interop.digest import can_run
+    from lora_jax.interop.peft.names import LlamaNames
+
+    save = peft.save_adapter
+
+    def save_and_verify(folder, delta, params, names, **kwargs):
+        save(folder, delta, params, names, **kwargs)
+        if can_run(params) and isinstance(names, LlamaNames):
+            report = verify(folder, params, names, forms=())
+            assert report.ok and report.digest == "agrees", report
+            assert report.matched == report.tensors, report
+
+    monkeypatch.setattr(peft, "save_adapter", save_and_verify)
+
+
 def pytest_collection_modifyitems(items):
     """A test that takes both a case and a method runs over `cases.PAIRS`."""
 

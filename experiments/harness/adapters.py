@@ -1,4 +1,4 @@
-"""Each arm's adapter, as a folder that PEFT loads."""
+"""Each arm's adapter, as a folder that PEFT loads, and what `verify` says of it."""
 
 import shlex
 import sys
@@ -9,10 +9,15 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments.harness.outcome import Outcome
-from lora_jax.interop import Pretrained, peft
+from lora_jax.interop import Digest, LlamaForward, Pretrained, digest_of, peft, verify
+from lora_jax.interop.digest import can_run
 from lora_jax.interop.writing import appearing
 from lora_jax.parallel import hosts
+from lora_jax.training import records
 from lora_jax.transform import Delta
+
+Log = Callable[[dict[str, Any]], None]
+REPORTS = "verify.json"  # beside the adapters' folder
 
 
 def save(
@@ -21,13 +26,19 @@ def save(
     outcomes: Sequence[Outcome],
     folder: Path,
     base_fingerprint: str,
-    log: Callable[[dict[str, Any]], None],
+    log: Log,
 ) -> None:
-    """Writes what is not there yet and PEFT has a form for; `log` hears of what it has none for."""
+    """Writes what is not there yet and PEFT has a form for, and verifies what is there; `log` hears
+    of it, and of what has no form."""
     wanted = [o for o in outcomes if o.arm.in_peft and not o.diverged]
     deltas = [hosts.whole(outcome.delta) for outcome in wanted]
+    there = hosts.exchange([(folder / o.arm.folder).exists() for o in wanted])[0]
+    digests = [
+        None if exists else _digest(model, outcome, delta, log)
+        for exists, outcome, delta in zip(there, wanted, deltas, strict=True)
+    ]
 
-    def write_one(outcome: Outcome, delta: Delta, target: Path) -> None:
+    def write_one(outcome: Outcome, delta: Delta, digest: Digest | None, target: Path) -> None:
         card = peft.model_card(
             model.params,
             delta,
@@ -46,16 +57,50 @@ def save(
                 num_kv_heads=model.config.num_kv_heads,
                 card=card,
                 base_fingerprint=base_fingerprint,
+                digest=digest,
             )
 
     def write() -> None:
-        for outcome, delta in zip(wanted, deltas, strict=True):
+        for outcome, delta, digest in zip(wanted, deltas, digests, strict=True):
             target = folder / outcome.arm.folder
             if target.exists():
                 continue
             try:
-                write_one(outcome, delta, target)
+                write_one(outcome, delta, digest, target)
             except ValueError as error:  # with everything trained, no reason to end
                 log({"event": "no adapter", "arm": outcome.arm.name, "why": str(error)})
 
     hosts.on_first(write)
+    written = hosts.exchange([(folder / o.arm.folder).exists() for o in wanted])[0]
+    kept = [pair for pair, exists in zip(zip(wanted, deltas, strict=True), written, strict=True)
+            if exists]  # fmt: skip
+    told = {o.arm.folder: _verified(model, o, delta, folder, log) for o, delta in kept}
+    hosts.on_first(lambda: records.write_json(folder.parent / REPORTS, told))
+
+
+def _digest(model: Pretrained, outcome: Outcome, delta: Delta, log: Log) -> Digest | None:
+    """Computed by all processes together, where the base lies over them."""
+    try:
+        return digest_of(LlamaForward(model.config), model.params, delta)
+    except ValueError as error:
+        log({"event": "unverified", "arm": outcome.arm.name, "why": str(error)})
+        return None
+
+
+def _verified(
+    model: Pretrained, outcome: Outcome, delta: Delta, folder: Path, log: Log
+) -> dict[str, Any]:
+    """The report: of the files, or where the base lies over several processes, which reading them
+    does not allow, of the delta."""
+    name = outcome.arm.name
+    adapter = folder / outcome.arm.folder if can_run(model.params) else delta
+    try:
+        report = verify(
+            adapter, model.params, peft.llama_names(model.config), forms=(), check_base=False
+        )
+    except (ValueError, FileNotFoundError) as error:
+        log({"event": "unverified", "arm": name, "why": str(error)})
+        return {"ok": False, "error": str(error)}
+    findings = [f"{found.level}: {found.text}" for found in report.findings]
+    log({"event": "verified", "arm": name, "what": report.summary(), "findings": findings})
+    return report.to_dict()

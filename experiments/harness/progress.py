@@ -77,6 +77,13 @@ def _sentence(record: dict[str, Any]) -> str:
         "It stops here; lower its learning rate, or warm up for longer.[/red]",
         "stopped early": f"{arm} stops at step {record.get('step')}: validation improves no more",
         "no adapter": f"[red]no adapter folder for {arm}: {escape(record.get('why', ''))}[/red]",
+        "verified": _verified(record),
+        "unverified": f"[red]the adapter of {arm} fails: {escape(record.get('why', ''))}[/red]",
         "sampling": f"sampling from the base and from {arm}",
     }
     return sentences[event]
+
+
+def _verified(record: dict[str, Any]) -> str:
+    findings = "".join(f"\n          {escape(text)}" for text in record.get("findings", ()))
+    return f"the adapter of {record.get('arm', '')}: {escape(record.get('what', ''))}{findings}"

@@ -15,6 +15,7 @@ from gguf.constants import (
 )
 from gguf.quants import quantize
 
+from lora_jax.interop.digest import KEY, Digest
 from lora_jax.interop.gguf_config import ROPE_FACTORS, rope_divisors
 from lora_jax.interop.gguf_tensors import permuted_rows
 from lora_jax.interop.gguf_tokenizer import tokenizer_to_gguf
@@ -28,7 +29,13 @@ Kind = Literal["F16", "Q8_0"]
 _FILE_TYPES = {"F16": LlamaFileType.MOSTLY_F16, "Q8_0": LlamaFileType.MOSTLY_Q8_0}
 
 
-def save_gguf(path: str | os.PathLike, model: Pretrained, *, kind: Kind = "F16") -> None:
+def save_gguf(
+    path: str | os.PathLike,
+    model: Pretrained,
+    *,
+    kind: Kind = "F16",
+    digest: Digest | None = None,
+) -> None:
     """Writes `model` as a GGUF file with its tokenizer and chat template inside.
 
     Matrices are written as `kind`, but as F16 where rows do not fill blocks of Q8_0; vectors as
@@ -40,6 +47,7 @@ def save_gguf(path: str | os.PathLike, model: Pretrained, *, kind: Kind = "F16")
       model: its params plain arrays; `dataclasses.replace(model, params=merge(base, delta))`
         exports a merged adapter.
       kind: "F16", or "Q8_0": blocks of 32 signed bytes with a float16 scale each.
+      digest: of a merged adapter, `digest_of(forward, base, delta)`: what the model should compute.
 
     Raises:
       ValueError: the file exists; params do not follow the config or are not plain; a weight
@@ -56,6 +64,8 @@ def save_gguf(path: str | os.PathLike, model: Pretrained, *, kind: Kind = "F16")
         try:
             _add_metadata(writer, model.config, model.name, kind)
             _add_vocabulary(writer, vocabulary)
+            if digest is not None:
+                writer.add_string(KEY, digest.to_json())
             _write_tensors(writer, factors | tensors, model.config, GGMLQuantizationType[kind])
         finally:
             writer.close()

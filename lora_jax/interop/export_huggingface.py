@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
 from lora_jax.data.tokenizer import Tokenizer
+from lora_jax.interop.digest import KEY, Digest
 from lora_jax.interop.huggingface_config import config_from_huggingface, config_to_huggingface
 from lora_jax.interop.llama_leaves import FileTensor, disassemble
 from lora_jax.interop.model import Pretrained
@@ -43,6 +44,7 @@ def save_huggingface(
     *,
     dtype: DTypeLike | None = None,
     shard_bytes: int = 5_000_000_000,
+    digest: Digest | None = None,
 ) -> None:
     """Writes `model` as a folder that `AutoModelForCausalLM.from_pretrained` loads.
 
@@ -60,6 +62,8 @@ def save_huggingface(
       model: its params plain arrays, or quantised linears among them.
       dtype: of the plain weights: float32, bfloat16 or float16; None keeps the embedding's.
       shard_bytes: weights beyond this go into several files, with an index.
+      digest: of a merged adapter, `digest_of(forward, base, delta)`: what the model should compute,
+        for `check_digest` to hold it to.
 
     Raises:
       ValueError: the folder holds something; params do not follow the config, or are neither plain
@@ -76,7 +80,8 @@ def save_huggingface(
         settings["quantization_config"] = quantization
     with appearing(folder) as temporary:
         temporary.mkdir()
-        _write_weights(temporary, tensors, kept, shard_bytes)
+        metadata = {"format": "pt"} | ({KEY: digest.to_json()} if digest else {})
+        _write_weights(temporary, tensors, kept, shard_bytes, metadata)
         _write_json(temporary / "config.json", _config(model, source) | settings)
         if (source / "tokenizer.json").is_file():
             for name in _TOKENIZER_FILES:
@@ -88,7 +93,11 @@ def save_huggingface(
 
 
 def _write_weights(
-    folder: Path, tensors: Mapping[str, FileTensor], dtype: np.dtype, shard_bytes: int
+    folder: Path,
+    tensors: Mapping[str, FileTensor],
+    dtype: np.dtype,
+    shard_bytes: int,
+    metadata: dict[str, str],
 ) -> None:
     sizes = {name: tensor.nbytes(dtype) for name, tensor in tensors.items()}
     shards: list[list[str]] = [[]]
@@ -110,7 +119,7 @@ def _write_weights(
             held: dict[str, np.ndarray] = {}
             for name in names:
                 held |= _as_stored(name, tensors[name].fetch(), dtype)
-            save_file(held, folder / file, metadata={"format": "pt"})
+            save_file(held, folder / file, metadata=metadata)
             weight_map |= dict.fromkeys(held, file)
             total += sum(array.nbytes for array in held.values())
             bar.advance(task, sum(sizes[name] for name in names))

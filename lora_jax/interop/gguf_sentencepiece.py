@@ -118,9 +118,9 @@ def sentencepiece_entries(core: Core, vocab_size: int) -> tuple[dict[str, Any], 
             tokens[token_id] = token
             kinds[token_id] = BYTE if _BYTE.fullmatch(token) else NORMAL
     added = {i: token for i, token in core.get_added_tokens_decoder().items() if i < vocab_size}
-    for token_id, token in added.items():
-        kinds[token_id] = CONTROL if token.special else USER_DEFINED
-        is_exact &= not (token.lstrip or token.rstrip or token.single_word or token.normalized)
+    for token_id, one in added.items():
+        kinds[token_id] = CONTROL if one.special else USER_DEFINED
+        is_exact &= not (one.lstrip or one.rstrip or one.single_word or one.normalized)
     unknown = core.token_to_id(model["unk_token"] or "<unk>")
     has_all_bytes = kinds.count(BYTE) == 256
     if unknown is not None:

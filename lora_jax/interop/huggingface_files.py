@@ -78,12 +78,11 @@ def _equal(here: Any, there: Any) -> bool:
     if "U8" in (here.get_dtype(), there.get_dtype()):
         return False
     rows = here.get_shape()[0]
-    return all(
-        np.array_equal(
-            *(np.asarray(x[at : min(at + _ROWS, rows)], np.float32) for x in (here, there))
-        )
-        for at in range(0, rows, _ROWS)
-    )
+    for at in range(0, rows, _ROWS):
+        part = slice(at, min(at + _ROWS, rows))
+        if not np.array_equal(np.asarray(here[part], "f4"), np.asarray(there[part], "f4")):
+            return False
+    return True
 
 
 def _stored_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, safe_open]:

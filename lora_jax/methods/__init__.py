@@ -13,6 +13,7 @@ from lora_jax.methods.full import FullNode as FullNode
 from lora_jax.methods.fusion import Fusion as Fusion
 from lora_jax.methods.fusion import FusionNode as FusionNode
 from lora_jax.methods.ia3 import IA3 as IA3
+from lora_jax.methods.ia3 import IA3BiasNode as IA3BiasNode
 from lora_jax.methods.ia3 import IA3InputNode as IA3InputNode
 from lora_jax.methods.ia3 import IA3Node as IA3Node
 from lora_jax.methods.lora import LoRA as LoRA

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from lora_jax.weights import Weight, dense
+from lora_jax.weights import Weight, dense_float32
 
 INITS = re.compile(r"pissa(?:_niter_(\d+))?|olora")
 
@@ -70,7 +70,7 @@ def each_layer(function: Callable, weight: jax.Array | Weight, *arguments: jax.A
     """
     if weight.ndim > 2:
         return jax.lax.map(lambda one: each_layer(function, one[0], *one[1:]), (weight, *arguments))
-    return function(dense(weight).astype(jnp.float32), *arguments)
+    return function(dense_float32(weight), *arguments)
 
 
 def _rooted(u, s, vt, scale):

@@ -1,17 +1,19 @@
 """IA3: activations rescaled by learned vectors (Liu et al. 2022, arXiv:2205.05638, section 3.3)."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, cast
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from lora_jax.layouts import Layout
+from lora_jax.layouts import ENTRIES, Layout
 from lora_jax.methods.method import Method
 from lora_jax.nodes import DeltaNode
 from lora_jax.products import AnyWeight, Product, scaled
 from lora_jax.schema import leaf, static
+from lora_jax.weights import Shared, dense_float32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,7 +21,8 @@ class IA3(Method):
     """`y = (x @ w) * l`, or `y = (x * l) @ w` where the input is scaled; `l` starts at one.
 
     The paper scales keys, values and the MLP's inner activations. On a Llama that is
-    `{"k_proj|v_proj": IA3(), "down_proj": IA3(scales="input")}`.
+    `{"k_proj|v_proj": IA3(), "down_proj": IA3(scales="input")}`. A bias that the model adds is not
+    scaled, unless the delta holds an `IA3BiasNode` for it.
 
     Attributes:
       scales: which side of the weight `l` multiplies: "output" or "input".
@@ -92,3 +95,58 @@ class IA3InputNode(IA3Node):
         return self._each_matrix(lambda node, w: w / node.factor()[:, None], merged).astype(
             merged.dtype
         )
+
+
+@flax.struct.dataclass
+class IA3BiasNode(DeltaNode):
+    """A layer's bias multiplied by the vector of that layer's `IA3Node`, so that the two compute
+    `(x @ w + bias) * l`. It has no leaves of its own.
+
+    Attributes:
+      of: the path of the `IA3Node`.
+      factor: that node's, once `resolve` has filled it in.
+    """
+
+    of: str = static()
+    factor: Shared | None = leaf("stack", trained=False, default=None)
+    layout: Layout = static(ENTRIES)
+
+    def resolve(self, base: AnyWeight, nodes: Mapping[str, DeltaNode]) -> "IA3BiasNode":
+        found = nodes.get(self.of)
+        if not isinstance(found, IA3Node) or found.input:
+            raise ValueError(
+                f"a bias is scaled by the output-side IA3 at {self.of!r}, which the delta lacks. "
+                "Keep the two together."
+            )
+        own = found.l.ndim - found.active.ndim
+        active = found.active.reshape(*found.active.shape, *[1] * own)
+        factor = jnp.where(active == 0, jnp.ones_like(found.l), found.l)
+        if factor.shape[-base.ndim :] != base.shape:
+            raise ValueError(
+                f"a bias of shape {base.shape} is scaled by the IA3 at {self.of!r}, whose vector "
+                f"has shape {factor.shape}. Is it the bias of that layer?"
+            )
+        return dataclasses.replace(self, factor=Shared(factor))
+
+    def bind(
+        self, base: AnyWeight, dropout_key: jax.Array | None, adapter_ids: Shared | None
+    ) -> AnyWeight:
+        """The plain product: a model may read a bias in any way it likes."""
+        del dropout_key
+        if adapter_ids is not None:
+            raise ValueError(
+                "IA3 over a layer with a bias cannot be chosen by row with adapter_ids, since all "
+                "rows read one bias. Bind one of the adapters."
+            )
+        return self.merge(jax.lax.stop_gradient(base))
+
+    def merge(self, base: AnyWeight) -> jax.Array:
+        return (dense_float32(base) * cast(Shared, self.factor).value).astype(base.dtype)
+
+    def unmerge(self, merged: jax.Array) -> jax.Array:
+        """As of `IA3Node`."""
+        factor = cast(Shared, self.factor).value
+        return (merged.astype(jnp.float32) / factor).astype(merged.dtype)
+
+    def absent(self) -> "IA3BiasNode":
+        return self

@@ -110,7 +110,8 @@ class EncodedPrefixNode(Extra):
     b2: jax.Array = leaf("stack pair")
 
     def bound(self) -> PrefixNode:
-        inner = jnp.tanh(linear(self.rows, self.w1) + self.b1[None])
-        pair = jnp.matmul(inner, self.w2) + self.b2[..., None, :]
+        with jax.default_matmul_precision("highest"):  # what is exported is what was trained
+            inner = jnp.tanh(linear(self.rows, self.w1) + self.b1[None])
+            pair = jnp.matmul(inner, self.w2) + self.b2[..., None, :]
         k, v = jnp.split(pair, 2, axis=-1)
         return PrefixNode(k=k, v=v)

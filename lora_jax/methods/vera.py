@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from lora_jax.layouts import Layout
 from lora_jax.methods.method import Method
-from lora_jax.nodes import Additive, Extra
+from lora_jax.nodes import Additive, DeltaNode, Extra
 from lora_jax.paths import stable_hash
 from lora_jax.products import AnyWeight, Product
 from lora_jax.schema import leaf, nested, static
@@ -111,13 +111,13 @@ class VeRANode(Additive):
     dropout: float = static(0.0)
     layout: Layout = static(Layout())
 
-    def resolve(self, base: AnyWeight, extras: Mapping[str, Extra]) -> "VeRANode":
-        if self.path not in extras:
+    def resolve(self, base: AnyWeight, nodes: Mapping[str, DeltaNode]) -> "VeRANode":
+        if self.path not in nodes:
             raise ValueError(
                 f"the delta lacks {self.path!r}, the projection that its VeRA nodes share. Keep "
                 "that entry when you take a delta apart."
             )
-        shared = cast(VeRAProjection, extras[self.path])
+        shared = cast(VeRAProjection, nodes[self.path])
         _, d_in, d_out = (math.prod(group) for group in self.layout.split(base.shape))
         (rows, rank), columns = shared.a.shape[-2:], shared.b.shape[-1]
         if shared.b.shape[-2] != rank or rank != self.rank or rows < d_in or columns < d_out:

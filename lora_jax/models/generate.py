@@ -1,14 +1,19 @@
 """Greedy and sampled generation with a KV cache."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lora_jax.models import llama
 from lora_jax.models.config import LlamaConfig
-from lora_jax.weights import linear
+from lora_jax.models.mixed_dtypes import read_out
+from lora_jax.paths import is_known, one_key
+
+NONE = -1  # stands where a token should, and there is none
 
 
 def generate(
@@ -25,6 +30,8 @@ def generate(
 ) -> jax.Array:
     """Continues each prompt until `eos_id` or `max_new_tokens`. Jit it with the static arguments.
 
+    Each row is continued as if it were alone, whatever stands in its padding.
+
     Args:
       params: the model's weights, of any type.
       prompts: `[B, T]` int32, each row padded on the right with anything.
@@ -32,18 +39,21 @@ def generate(
       config: the shape of the model.
       max_new_tokens: how many tokens to return.
       eos_id: ends a row, and fills it up from there.
-      key: a typed key, needed when `temperature` is above 0.
+      key: a key, needed when `temperature` is above 0.
       temperature: 0 takes the most likely token; else logits are divided by it and sampled.
       top_p: samples from the smallest set of tokens whose probabilities sum to at least this
-        (Holtzman et al. 2020, arXiv:1904.09751).
+        (Holtzman et al. 2020, arXiv:1904.09751). 0 takes the most likely token.
 
     Returns:
-      The new tokens, `[B, max_new_tokens]`.
+      The new tokens, `[B, max_new_tokens]`. A row is -1 from where there is no token to choose:
+      the model's logits are NaN, or, under a transformation, its length or a token is impossible.
 
     Raises:
-      ValueError: if prompt and answer exceed the model's context, or sampling lacks a key.
+      ValueError: if prompt and answer exceed the model's context; for a length or a token that is
+        out of range, a temperature or top_p that is none, or sampling without a key.
     """
-    batch, width = prompts.shape
+    check_sampling(temperature, top_p)
+    batch, width = _checked_shape(prompts, lengths, max_new_tokens)
     before = sum(llama.leading(params, config))
     if before + width + max_new_tokens > config.context_length:
         taken = f", of which a prefix or soft prompt takes {before}" if before else ""
@@ -53,11 +63,12 @@ def generate(
         )
     if temperature > 0 and key is None:
         raise ValueError(f"temperature={temperature} samples, which needs a key.")
-    keys = jax.random.split(jax.random.key(0) if key is None else key, max_new_tokens)
+    keys = jax.random.split(jax.random.key(0) if key is None else one_key(key), max_new_tokens)
+    prompts, possible_B = _counted(prompts, lengths, config.vocab_size)
     head = llama.output_head(params)
 
     def pick(hidden_BD: jax.Array, key: jax.Array) -> jax.Array:
-        logits_BV = linear(hidden_BD, head).astype(jnp.float32)
+        logits_BV = read_out(hidden_BD, head)
         return choose(logits_BV, key, temperature=temperature, top_p=top_p)
 
     cache = llama.start_cache(params, config, batch, width + max_new_tokens)
@@ -68,28 +79,98 @@ def generate(
     cache = dataclasses.replace(cache, lengths=lengths)
 
     def step(carry: Any, key: jax.Array):
-        cache, hidden_BD, done_B = carry
-        token_B = jnp.where(done_B, eos_id, pick(hidden_BD, key))
+        cache, hidden_BD, done_B, token_B = carry
+        token_B = jnp.where(done_B, token_B, pick(hidden_BD, key))
         hidden_BTD, cache = llama.extend(params, token_B[:, None], cache, config)
-        return (cache, hidden_BTD[:, 0], done_B | (token_B == eos_id)), token_B
+        done_B = done_B | (token_B == eos_id) | (token_B == NONE)
+        return (cache, hidden_BTD[:, 0], done_B, token_B), token_B
 
-    start = (cache, last_BD, jnp.zeros(batch, bool))
+    start = (cache, last_BD, ~possible_B, jnp.full(batch, NONE, jnp.int32))
     _, tokens = jax.lax.scan(step, start, keys)
     return tokens.T
 
 
 def choose(
-    logits: jax.Array, key: jax.Array, *, temperature: float = 0.0, top_p: float = 1.0
+    logits: jax.Array, key: jax.Array | None, *, temperature: float = 0.0, top_p: float = 1.0
 ) -> jax.Array:
-    """A token for each row of `logits [B, V]`; greedy at temperature 0."""
-    if temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / temperature
+    """A token for each row of `logits [B, V]`; the likeliest at temperature 0 or `top_p` 0. A row
+    has none, and gets -1, where a logit is NaN, or all are -inf; sampled, also where one is inf.
+
+    Raises:
+      ValueError: for a temperature below 0, a `top_p` outside [0, 1], or a key that is none.
+    """
+    check_sampling(temperature, top_p)
+    logits = logits.astype(jnp.float32)
+    largest = jnp.max(logits, axis=-1)
+    if temperature == 0 or top_p == 0:
+        return jnp.where(largest > -jnp.inf, jnp.argmax(logits, axis=-1), NONE).astype(jnp.int32)
+    # The largest becomes 0 first, which no temperature, however small, takes to infinity.
+    smallest = float(jnp.finfo(jnp.float32).tiny)
+    logits = (logits - largest[..., None]) / max(temperature, smallest)
     if top_p < 1:
-        descending = jnp.sort(logits, axis=-1, descending=True)
-        probabilities = jax.nn.softmax(descending, axis=-1)
-        before = jnp.cumsum(probabilities, axis=-1) - probabilities
-        kept = jnp.sum(before < top_p, axis=-1, keepdims=True)
-        threshold = jnp.take_along_axis(descending, kept - 1, axis=-1)
-        logits = jnp.where(logits >= threshold, logits, -jnp.inf)
-    return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+        logits = nucleus(logits, top_p)
+    drawn = jax.random.categorical(one_key(key), logits, axis=-1)
+    return jnp.where(jnp.isfinite(largest), drawn, NONE).astype(jnp.int32)
+
+
+def nucleus(logits: jax.Array, top_p: float) -> jax.Array:
+    """`logits [..., V]` with -inf outside the smallest set of tokens whose probabilities sum to at
+    least `top_p`: never empty, and of equal ones at its border those with the lowest ids."""
+    order = jnp.argsort(logits, axis=-1, descending=True, stable=True)
+    probabilities = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
+    total = jnp.cumsum(probabilities, axis=-1)
+    before = jnp.pad(total[..., :-1], [(0, 0)] * (logits.ndim - 1) + [(1, 0)])
+    kept = (before < top_p).at[..., 0].set(True)
+    kept = jnp.put_along_axis(jnp.zeros_like(kept), order, kept, axis=-1, inplace=False)
+    return jnp.where(kept, logits, -jnp.inf)
+
+
+def check_sampling(temperature: float, top_p: float) -> None:
+    """Raises ValueError for what cannot be sampled with."""
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise ValueError(
+            f"temperature={temperature}: expected a finite number of at least 0, which takes the "
+            "most likely token."
+        )
+    if not 0 <= top_p <= 1:
+        raise ValueError(
+            f"top_p={top_p}: expected a probability from 0, the most likely token alone, to 1, all "
+            "of them."
+        )
+
+
+def _checked_shape(prompts: Any, lengths: Any, max_new_tokens: int) -> tuple[int, int]:
+    if prompts.ndim != 2 or tuple(lengths.shape) != prompts.shape[:1]:
+        raise ValueError(
+            f"prompts have the shape {tuple(prompts.shape)} and lengths {tuple(lengths.shape)}: "
+            "expected [batch, width] and [batch]."
+        )
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens}: expected at least 1.")
+    return prompts.shape
+
+
+def _counted(prompts: Any, lengths: Any, vocab: int) -> tuple[jax.Array, jax.Array]:
+    """The prompts with tokens of no meaning in their padding, and which rows are possible.
+
+    Raises:
+      ValueError: for a row that is not, where the numbers are known.
+    """
+    width = prompts.shape[1]
+    numbers: Any = np if is_known(prompts) and is_known(lengths) else jnp
+    tokens, counts = numbers.asarray(prompts), numbers.asarray(lengths)
+    counted = numbers.arange(width)[None] < counts[:, None]
+    fits = (counts >= 1) & (counts <= width)
+    known = ~counted | ((tokens >= 0) & (tokens < vocab))
+    if numbers is np and not fits.all():
+        row = int(np.argmin(fits))
+        raise ValueError(f"row {row} counts {counts[row]} tokens: expected 1 to {width}, the width "
+                         "of the prompts.")  # fmt: skip
+    if numbers is np and not known.all():
+        row, place = np.argwhere(~known)[0]
+        raise ValueError(
+            f"row {row} holds the token {tokens[row, place]} at position {place}: the model's "
+            f"vocabulary has {vocab}, from 0. Is it the tokenizer of this model?"
+        )
+    tokens = numbers.where(counted, tokens, numbers.zeros_like(tokens))
+    return jnp.asarray(tokens), jnp.asarray(fits & known.all(axis=1))

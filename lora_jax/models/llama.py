@@ -13,49 +13,42 @@ The tree, with weights applied from the right and layers stacked on the leading 
     layers/mlp_norm [L, D]
     layers/mlp/{gate_proj [L, D, F], up_proj [L, D, F], down_proj [L, F, D]}
     norm [D]
-    lm_head [D, V]                      (absent where the embedding is tied)
+    lm_head [D, V]                      (absent where the embedding is tied; `untie` adds it)
 
 Every weight may be an array or any `Weight`: quantised, adapted, or both. A delta may add `prompt`,
 rows read in front of the tokens, and `layers/attn/prefix`, keys and values in front of a layer's.
+Leaves may be of several dtypes: activations keep that of `embed`, and logits have the wider of
+theirs and the head's.
 """
 
 import math
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.context_mesh import FSDP, SEQUENCE, constrain
 from lora_jax.kernels.attention import Implementation, attend, masked_attention
+from lora_jax.models.cache import Cache as Cache
+from lora_jax.models.cache import init_cache as init_cache
+from lora_jax.models.cache import require_room
 from lora_jax.models.config import LlamaConfig
+from lora_jax.models.mixed_dtypes import along, product, read_out
 from lora_jax.models.remat import LAYER_INPUT, Remat, checkpointed
 from lora_jax.models.rope import rotate
-from lora_jax.weights import embed, linear, scan_layers, transpose
+from lora_jax.models.tying import untie as untie
+from lora_jax.paths import one_key
+from lora_jax.weights import embed, scan_layers, transpose
 
 Params = dict[str, Any]
-
-
-@flax.struct.dataclass
-class Cache:
-    """Keys and values of what was read so far.
-
-    Attributes:
-      k, v: `[L, B, S, K, H]`, for S positions at most.
-      lengths: `[B]` int32, how many positions of each row are filled.
-    """
-
-    k: jax.Array
-    v: jax.Array
-    lengths: jax.Array
 
 
 def init(config: LlamaConfig, *, key: jax.Array, dtype: Any = jnp.float32) -> Params:
     """Random params: normal weights of deviation `1 / sqrt(d_in)`, unit norm scales."""
     D, F, L = config.hidden_size, config.intermediate_size, config.num_layers
     q_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    keys = iter(jax.random.split(key, 9))
+    keys = iter(jax.random.split(one_key(key), 9))
 
     def normal(*shape: int, fan_in: int) -> jax.Array:
         draw = jax.random.normal(next(keys), shape, jnp.float32) / math.sqrt(fan_in)
@@ -114,7 +107,7 @@ def forward(
     x = hidden_states(
         params, tokens, config, positions=positions, segment_ids=segment_ids, remat=remat
     )
-    return linear(x, output_head(params))
+    return read_out(x, output_head(params))
 
 
 def hidden_states(
@@ -167,7 +160,12 @@ def extend(
 
     Returns:
       What the output head reads, `[B, T, D]`, and the cache with T more positions in every row.
+      Under a transformation, positions that exceed the cache give NaN.
+
+    Raises:
+      ValueError: if the cache has no room for T more positions.
     """
+    require_room(cache, tokens.shape[1])
     return _read(params, embed(tokens, params["embed"]), cache, config)
 
 
@@ -184,23 +182,20 @@ def _read(params: Params, x_BTD: jax.Array, cache: Cache, config: LlamaConfig):
         q, k, v = project(x_BTD, weights, positions, config)
         k_cache = k_cache.at[rows, positions].set(k.astype(k_cache.dtype))
         v_cache = v_cache.at[rows, positions].set(v.astype(v_cache.dtype))
-        x_BTD = finish_layer(x_BTD, masked_attention(q, k_cache, v_cache, mask), weights, config)
+        keys, values = k_cache.astype(q.dtype), v_cache.astype(q.dtype)
+        x_BTD = finish_layer(x_BTD, masked_attention(q, keys, values, mask), weights, config)
         return x_BTD, (k_cache, v_cache)
 
     x_BTD, (k, v) = scan_layers(layer, x_BTD, (params["layers"], cache.k, cache.v))
-    return rms_norm(x_BTD, params["norm"], config.norm_eps), Cache(k, v, cache.lengths + T)
-
-
-def init_cache(config: LlamaConfig, batch: int, length: int, dtype: Any) -> Cache:
-    """An empty cache for `batch` rows of up to `length` positions."""
-    shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
+    fits_BT1 = (positions < cache.k.shape[2])[..., None]
+    x_BTD = rms_norm(jnp.where(fits_BT1, x_BTD, jnp.nan), params["norm"], config.norm_eps)
+    return x_BTD, Cache(k, v, cache.lengths + T)
 
 
 def start_cache(params: Params, config: LlamaConfig, batch: int, length: int) -> Cache:
     """A cache for `length` more positions, in which what a delta puts in front is read already."""
     prefix, prompt = leading(params, config)
-    dtype = params["norm"].dtype
+    dtype = params["embed"].dtype
     cache = init_cache(config, batch, prefix + prompt + length, dtype)
     if prefix:
         k, v = (
@@ -264,9 +259,9 @@ def project(
     x_BTD = rms_norm(x_BTD, weights["attn_norm"], config.norm_eps)
 
     def heads(name, count):
-        y = linear(x_BTD, attn[f"{name}_proj"])
+        y = product(x_BTD, attn[f"{name}_proj"])
         if config.qkv_bias:
-            y += jnp.broadcast_to(attn[f"{name}_bias"], y.shape)
+            y = along(jnp.add, y, attn[f"{name}_bias"])
         y = y.reshape(*x_BTD.shape[:2], count, config.head_dim)
         if config.qk_norm and name != "v":
             y = rms_norm(checkpoint_name(y, "projected"), attn[f"{name}_norm"], config.norm_eps)
@@ -287,17 +282,17 @@ def finish_layer(
 ) -> jax.Array:
     """The rest of a layer after attention: the output projection, then the gated MLP."""
     attended_BTE = attended_BTNH.reshape(*x_BTD.shape[:2], -1)
-    x_BTD = x_BTD + linear(attended_BTE, weights["attn"]["o_proj"])
+    x_BTD = x_BTD + product(attended_BTE, weights["attn"]["o_proj"])
     x_BTD = checkpoint_name(x_BTD, "residual")
     mlp = weights["mlp"]
     y_BTD = rms_norm(x_BTD, weights["mlp_norm"], config.norm_eps)
-    gate_BTF = checkpoint_name(linear(y_BTD, mlp["gate_proj"]), "gate")
-    up_BTF = checkpoint_name(linear(y_BTD, mlp["up_proj"]), "up")
-    return x_BTD + linear(jax.nn.silu(gate_BTF) * up_BTF, mlp["down_proj"])
+    gate_BTF = checkpoint_name(product(y_BTD, mlp["gate_proj"]), "gate")
+    up_BTF = checkpoint_name(product(y_BTD, mlp["up_proj"]), "up")
+    return x_BTD + product(jax.nn.silu(gate_BTF) * up_BTF, mlp["down_proj"])
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """`x / sqrt(mean(x^2) + eps) * scale` over the last axis, in float32."""
+    """`x / sqrt(mean(x^2) + eps) * scale` over the last axis, in float32, in the dtype of `x`."""
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + eps)
-    return normed.astype(x.dtype) * jnp.broadcast_to(scale, x.shape)
+    return along(jnp.multiply, normed.astype(x.dtype), scale)

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.models.llama import Params, output_head
+from lora_jax.paths import one_key
 from lora_jax.weights import dense
 
 
 def random_rotation(size: int, *, key: jax.Array) -> jax.Array:
     """An orthogonal `[size, size]` matrix, uniform over all of them, float32."""
-    q, r = jnp.linalg.qr(jax.random.normal(key, (size, size), jnp.float32))
+    q, r = jnp.linalg.qr(jax.random.normal(one_key(key), (size, size), jnp.float32))
     return q * jnp.sign(jnp.diagonal(r))[None]
 
 

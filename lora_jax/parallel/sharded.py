@@ -78,6 +78,9 @@ class Sharded(Weight):
     def dense(self) -> jax.Array:
         return self.weight.dense()
 
+    def dense_float32(self) -> jax.Array:
+        return self.weight.dense_float32()
+
     def as_matrix(self, layout: Layout) -> "Sharded":
         weight = cast(Blockwise, self.weight.as_matrix(layout))
         return Sharded(weight, self.weight.placement(self.spec).codes)  # type: ignore[arg-type]

@@ -83,9 +83,10 @@ class Blockwise(Weight):
 
     def requantized(self, dense: jax.Array) -> Self:
         doubly = isinstance(self.absmax, DoubleQuantized)
-        return type(self).of(
+        made = type(self).of(
             dense, layout=self.layout, block_size=self.block_size, double_quant=doubly
         )
+        return dataclasses.replace(cast(Any, made), dense_dtype=self.dense_dtype)
 
     @property
     def codes_per_byte(self) -> int:
@@ -136,6 +137,9 @@ class Blockwise(Weight):
 
     def dense(self) -> jax.Array:
         return self.layout.from_matrix(self.decode(self.dtype), self.shape)
+
+    def dense_float32(self) -> jax.Array:
+        return self.layout.from_matrix(self.decode(jnp.float32), self.shape)
 
     def dense_on_host(self) -> jax.Array:
         """`dense` with denormal numbers kept, which XLA on a CPU flushes; traced, just `dense`."""

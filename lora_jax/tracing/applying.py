@@ -9,7 +9,15 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.adapted import Adapted
-from lora_jax.weights import Weight, dense, embed, is_shared, linear, transpose
+from lora_jax.weights import (
+    Weight,
+    dense,
+    dense_float32,
+    embed,
+    is_shared,
+    linear,
+    transpose,
+)
 
 
 @flax.struct.dataclass
@@ -18,7 +26,8 @@ class AsTraced(Weight):
 
     Attributes:
       matrix: `[d_in, d_out]`, or `[d_out, d_in]` where `flipped`.
-      operand_dtype: what the program's activation had.
+      operand_dtype: what the program's activation had; integers, which it had exactly, stay as
+        they come.
       precision: the program's.
       result_dtype: what the program's product has.
     """
@@ -46,7 +55,8 @@ class AsTraced(Weight):
         return transpose(self.matrix) if self.flipped else self.matrix
 
     def linear(self, x: jax.Array) -> jax.Array:
-        x = x.astype(self.operand_dtype)
+        if jnp.issubdtype(self.operand_dtype, jnp.floating):
+            x = x.astype(self.operand_dtype)
         if isinstance(self.matrix, Weight):
             return linear(x, self._oriented()).astype(self.result_dtype)
         return jax.lax.dot_general(
@@ -63,6 +73,9 @@ class AsTraced(Weight):
     def dense(self) -> jax.Array:
         return dense(self._oriented())
 
+    def dense_float32(self) -> jax.Array:
+        return dense_float32(self._oriented())
+
 
 def as_traced(weight: Weight, operand_dtype: Any, precision: Any, result_dtype: Any) -> Weight:
     """The weight with its frozen part wrapped in `AsTraced`."""
@@ -73,13 +86,6 @@ def as_traced(weight: Weight, operand_dtype: Any, precision: Any, result_dtype: 
     if isinstance(weight, Adapted):
         return dataclasses.replace(weight, base=wrap(weight.base))
     return wrap(weight)
-
-
-def cast(weight: Any, dtype: Any) -> Any:
-    """The weight with a frozen array in `dtype`; other parts follow their input's."""
-    if isinstance(weight, Adapted):
-        return dataclasses.replace(weight, base=cast(weight.base, dtype))
-    return weight if isinstance(weight, Weight) else weight.astype(dtype)
 
 
 def over_stack(apply: Callable, weight: Weight, x: jax.Array, along: Sequence[bool]) -> jax.Array:

@@ -1,7 +1,7 @@
 """Equations that hold jaxprs of their own: the walk goes on inside."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ from lora_jax.tracing import plain
 from lora_jax.tracing.tracked import RefusedError, is_tracked
 
 Evaluate = Callable[[Any, Any], list[Any]]
+RETURNS = "returns it from a function with a gradient of its own"
 
 
 def _jit(eqn, operands, evaluate: Evaluate):
@@ -50,8 +51,8 @@ def _scan(eqn, operands, evaluate: Evaluate):
     def body(carry, slices):
         layers = [make(piece) for (_, make), piece in zip(xs, slices, strict=True)]
         results = evaluate(params["jaxpr"], [*consts, *carry, *layers])
-        _refuse_tracked(results[num_carry:], "stacks it up again")
-        return results[:num_carry], results[num_carry:]
+        stacked = _untracked(results[num_carry:], "stacks it up again")
+        return _carried(carry, results[:num_carry]), stacked
 
     carry, ys = jax.lax.scan(
         body,
@@ -74,7 +75,7 @@ def _while(eqn, operands, evaluate: Evaluate):
     cond_consts, body_consts, carry = operands[:middle], operands[middle:last], operands[last:]
     return jax.lax.while_loop(
         lambda carry: evaluate(params["cond_jaxpr"], [*cond_consts, *carry])[0],
-        lambda carry: evaluate(params["body_jaxpr"], [*body_consts, *carry]),
+        lambda carry: _carried(carry, evaluate(params["body_jaxpr"], [*body_consts, *carry])),
         carry,
     )
 
@@ -83,9 +84,7 @@ def _cond(eqn, operands, evaluate: Evaluate):
     index, *rest = operands
 
     def taken(branch, *rest):
-        results = evaluate(branch, rest)
-        _refuse_tracked(results, "returns it from a branch")
-        return results
+        return _untracked(evaluate(branch, rest), "returns it from a branch")
 
     branches = [functools.partial(taken, branch) for branch in eqn.params["branches"]]
     return jax.lax.switch(index, branches, *rest)
@@ -110,8 +109,7 @@ def _shard_map(eqn, operands, evaluate: Evaluate):
         results = evaluate(
             params["jaxpr"], [make(v) for (_, _, make), v in zip(inside, given, strict=True)]
         )
-        _refuse_tracked(results, "returns it from its blocks")
-        return results
+        return _untracked(results, "returns it from its blocks")
 
     return jax.shard_map(
         body,
@@ -146,14 +144,16 @@ def _custom_gradient(eqn, operands, evaluate: Evaluate):
 
     @jax.custom_vjp
     def apply(moving, fixed):
-        return evaluate(eqn.params["call_jaxpr"], treedef.unflatten(_joined(moves, moving, fixed)))
+        given = treedef.unflatten(_joined(moves, moving, fixed))
+        return _untracked(evaluate(eqn.params["call_jaxpr"], given), RETURNS)
 
     def forward(moving, fixed):
         given = treedef.unflatten(_joined(moves, moving, fixed))
         jaxpr = jax.make_jaxpr(forward_and_residuals)(*plain.shapes(given))
         made = evaluate(jaxpr, given)
         count = len(eqn.outvars)
-        return made[:count], (structure.unflatten(made[count:]), moving, fixed)
+        results = _untracked(made[:count], RETURNS)
+        return results, (structure.unflatten(made[count:]), moving, fixed)
 
     def backward(saved, cotangents):
         pullback, moving, fixed = saved
@@ -161,11 +161,14 @@ def _custom_gradient(eqn, operands, evaluate: Evaluate):
         jaxpr = jax.make_jaxpr(lambda residuals, given: structure.unflatten(residuals)(given))(
             *plain.shapes((residuals, cotangents))
         )
-        gradients = evaluate(jaxpr, [*residuals, *cotangents])
+        try:
+            gradients = evaluate(jaxpr, [*residuals, *cotangents])
+        except RefusedError as error:  # by now `adapt` has returned
+            raise ValueError(error.message()) from error
 
         def dense(moving):
             values = treedef.unflatten(_joined(moves, moving, fixed))
-            return [values[i].dense() if is_tracked(values[i]) else values[i] for i in floats]
+            return [plain.dense(values[i]) for i in floats]
 
         return jax.vjp(dense, moving)[1](gradients)[0], None
 
@@ -185,20 +188,22 @@ def _joined(moves: list[bool], moving: list[Any], fixed: list[Any]) -> list[Any]
     return [next(first) if moves_ else next(second) for moves_ in moves]
 
 
-def _refuse_tracked(values: list[Any], reason: str) -> None:
-    for value in values:
-        if is_tracked(value):
-            raise RefusedError(
-                value.path, reason, "Return what the program computes, not its weights."
-            )
+def _untracked(values: list[Any], reason: str) -> list[Any]:
+    return [value.read(reason) if is_tracked(value) else value for value in values]
+
+
+def _carried(before: Sequence[Any], after: Sequence[Any]) -> list[Any]:
+    """What an iteration hands on. A weight that goes round must come back as it was."""
+    return [
+        old.carried(new) if is_tracked(old) else _untracked([new], "carries it through a loop")[0]
+        for old, new in zip(before, after, strict=True)
+    ]
 
 
 RULES: dict[str, Callable[[Any, list[Any], Evaluate], list[Any]]] = {
     "jit": _jit,
     "closed_call": _jit,
-    "core_call": _jit,
     "remat2": _remat,
-    "checkpoint": _remat,
     "scan": _scan,
     "while": _while,
     "cond": _cond,

@@ -54,7 +54,7 @@ def _apply_rule(eqn: Any, operands: list[Any]) -> list[Any]:
     try:
         if name in calls.RULES:
             return calls.RULES[name](eqn, operands, evaluate)
-        return structure.RULES.get(name, structure.read_whole)(eqn, operands)
+        return structure.RULES.get(name, plain.read_whole)(eqn, operands)
     except RefusedError as error:
         error.primitive = error.primitive or name
         error.line = error.line or line_of(eqn)  # a cached inner trace does not know its caller

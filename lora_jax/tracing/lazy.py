@@ -9,14 +9,24 @@ from typing import Any, NoReturn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from lora_jax.adapted import Adapted
 from lora_jax.layouts import Layout
-from lora_jax.tracing.applying import arranged, as_traced, cast, over_stack
+from lora_jax.tracing.applying import arranged, as_traced, over_stack
 from lora_jax.tracing.axes import Atom, Axes
 from lora_jax.tracing.tracked import Lookup, Product, RefusedError, Tracked
-from lora_jax.weights import Weight, as_matrix, dense, embed, is_shared, linear, transpose
+from lora_jax.weights import (
+    Weight,
+    as_matrix,
+    cast,
+    dense,
+    embed,
+    is_shared,
+    linear,
+    transpose,
+)
 
 # The ways out, for the path of an adapted weight and of one that is only quantised.
 ADAPTED = (
@@ -82,29 +92,28 @@ class Lazy(Tracked):
     def each(self, change: Callable) -> "Lazy":
         return dataclasses.replace(self, weight=jax.tree.map(change, self.weight))
 
-    def window(self, axis: int, start: Any, size: int, stride: int) -> "Lazy | jax.Array":
-        atoms, stack = self.axes.atoms[axis], self.stack()
-        if len(atoms) == 1 and atoms[0] in stack:
-            place = stack.index(atoms[0])
-            axes = self.axes.replaced(axis, (dataclasses.replace(atoms[0], size=size),))
-            picked = start + stride * jnp.arange(size)
-            return dataclasses.replace(self, axes=axes)._each_stacked(
+    def window(self, axis: int, picked: jax.Array | np.ndarray) -> "Lazy | jax.Array":
+        if self._stacks(axis):
+            value, atom, place = self._of_one_atom(axis)
+            axes = value.axes.replaced(axis, (dataclasses.replace(atom, size=len(picked)),))
+            return dataclasses.replace(value, axes=axes)._each_stacked(
                 lambda leaf: jnp.take(leaf, picked, axis=place, mode="clip")
             )
+        if isinstance(self.weight, Adapted) and self.weight.adapter_ids is not None:
+            self._refuse("slices a table of which each batch row has its own")
         others = [i for i in range(len(self.shape)) if i != axis]
-        start = jnp.clip(start, 0, self.shape[axis] - 1 - stride * (size - 1))
-        lookup = Lookup(axis, tuple(range(1, len(self.shape))))
-        rows = self.rows(start + stride * jnp.arange(size), lookup)
+        rows = self.rows(jnp.asarray(picked), Lookup(axis, tuple(range(1, len(self.shape)))))
         return arranged(rows, [axis, *others], list(range(rows.ndim)))
 
     def scanned(self) -> tuple[Any, Callable]:
-        atoms, stack = self.axes.atoms[0], self.stack()
-        if len(atoms) != 1 or atoms[0] not in stack:
-            self._contradict("slices it along an axis that is not stacked")
-        place = stack.index(atoms[0])
-        leaves, treedef = jax.tree.flatten(self.weight, is_leaf=is_shared)
-        slices = [None if is_shared(leaf) else jnp.moveaxis(leaf, place, 0) for leaf in leaves]
         inner = self.axes.without((0,))
+        if not self.axes.atoms[0]:  # an axis of size 1 that the program has put in front
+            return None, lambda _: dataclasses.replace(self, axes=inner)
+        if not self._stacks(0):
+            self._contradict("slices it along an axis that is not stacked")
+        value, _, place = self._of_one_atom(0)
+        leaves, treedef = jax.tree.flatten(value.weight, is_leaf=is_shared)
+        slices = [None if is_shared(leaf) else jnp.moveaxis(leaf, place, 0) for leaf in leaves]
 
         def layer(sliced):
             pairs = zip(leaves, sliced, strict=True)
@@ -112,6 +121,31 @@ class Lazy(Tracked):
             return dataclasses.replace(self, weight=weight, axes=inner)
 
         return slices, layer
+
+    def _stacks(self, axis: int) -> bool:
+        """Whether an axis of the value is one of layers, or several of them merged."""
+        atoms = self.axes.atoms[axis]
+        return bool(atoms) and set(atoms) <= set(self.stack())
+
+    def _of_one_atom(self, axis: int) -> tuple["Lazy", Atom, int]:
+        """The same with the layers of an axis counted by one atom; that, and its place in the
+        stack."""
+        atoms, stack = self.axes.atoms[axis], self.stack()
+        place = stack.index(min(atoms))
+        if len(atoms) == 1:
+            return self, atoms[0], place
+        behind = [atom for atom in stack[place:] if atom not in atoms]
+        order = [stack.index(atom) for atom in (*stack[:place], *atoms, *behind)]
+        atom = dataclasses.replace(min(atoms), size=_size(atoms))
+        sizes = [a.size for a in (*stack[:place], atom, *behind)]
+
+        def join(leaf):
+            rest = leaf.shape[len(stack) :]
+            ordered = jnp.transpose(leaf, (*order, *range(len(stack), leaf.ndim)))
+            return ordered.reshape(*sizes, *rest)
+
+        joined = dataclasses.replace(self, axes=self.axes.replaced(axis, (atom,)))
+        return joined._each_stacked(join), atom, place
 
     def sharded(self, spec: Sequence[Any], blocks: Callable) -> tuple[Any, Any, Callable]:
         entries = dict(zip(self.axes.atoms, spec, strict=True))
@@ -129,20 +163,22 @@ class Lazy(Tracked):
             self.axes.chosen(axes) for axes in (product.w_contracted, product.w_batch)
         )
         (d_in, d_out), stack = self.sides(), self.stack()
+        summed = [atom for atom in stack if atom in contracted]  # layers, whose outputs are added
+        contracted = [atom for atom in contracted if atom not in summed]
         forward = _same(contracted, d_in)
         if not forward:
             d_in, d_out = d_out, d_in
-        if not _same(contracted, d_in) or not set(batch) <= set(stack):
+        if not _same(contracted, d_in) or not {a for a in batch if a.size > 1} <= set(stack):
             self._contradict(f"contracts the axes {product.w_contracted} of its form {self.shape}")
         meets = dict(zip(product.x_contracted, product.w_contracted, strict=True))
         meets |= dict(zip(product.x_batch, product.w_batch, strict=True))
         x_labels = [self.axes.atoms[meets[i]] if i in meets else (i,) for i in range(x.ndim)]
         free = [i for i in range(x.ndim) if i not in meets]
-        along = [atom in batch for atom in stack]
+        along = [atom in batch or atom in summed for atom in stack]
 
         labels = [label for group in x_labels for label in group]
         sizes = [label.size if isinstance(label, Atom) else x.shape[label] for label in labels]
-        batched = [atom for atom in stack if atom in batch]
+        batched = [atom for atom, mapped in zip(stack, along, strict=True) if mapped]
         rows = arranged(x.reshape(sizes), labels, [*batched, *free, *_in(labels, d_in)])
         rows = rows.reshape(*rows.shape[: len(batched) + len(free)], _size(d_in))
 
@@ -154,20 +190,27 @@ class Lazy(Tracked):
             y = self._explained(
                 lambda: over_stack(apply, weight, rows.astype(product.dtype), along)
             )
+        if summed:
+            y = jnp.sum(y.astype(jnp.float32), [stack.index(atom) for atom in summed])
+            stack = [atom for atom in stack if atom not in summed]
         y = y.astype(product.dtype).reshape(*y.shape[:-1], *(atom.size for atom in d_out))
         labels = [*stack, *free, *d_out]
         ours = _in(labels, self.axes.without((*product.w_contracted, *product.w_batch)).all())
+        batch = _in(labels, batch)
         wanted = [*batch, *ours, *free] if product.w_first else [*batch, *free, *ours]
         return arranged(y, labels, wanted).reshape(product.shape)
 
     def rows(self, ids: jax.Array, lookup: Lookup) -> jax.Array:
+        if self._stacks(lookup.axis):
+            self._refuse("picks layers of a stack by an array of indices or by a take that fills")
         (d_in, d_out), stack = self.sides(), self.stack()
         looked = self.axes.atoms[lookup.axis]
         forward = _same(looked, d_in)
         if not forward:
             d_in, d_out = d_out, d_in
-        if not _same(looked, d_in) or _size(stack) > 1:
+        if not _same(looked, d_in):
             self._contradict(f"looks up entries along axis {lookup.axis} of its form {self.shape}")
+        ids = _reordered(ids, looked, d_in)
 
         def apply(weight, ids):
             return embed(ids, weight if forward else transpose(weight))
@@ -180,8 +223,13 @@ class Lazy(Tracked):
         places = range(ids.ndim, y.ndim)
         return jnp.moveaxis(y, places, lookup.offset_dims)
 
-    def read(self, primitive: str) -> NoReturn:
-        self._refuse("would build the dense weight")
+    def carried(self, after: Any) -> Any:
+        if jax.tree.structure(after) != jax.tree.structure(self):
+            self._refuse("carries it through a loop, out of which it comes in another form")
+        return after
+
+    def read(self, reason: str = "would build the dense weight") -> NoReturn:
+        self._refuse(reason)
 
     def dense(self) -> jax.Array:
         stack, (d_in, d_out) = self.stack(), self.sides()
@@ -216,6 +264,18 @@ class Lazy(Tracked):
 
 def _same(ours: Sequence[Atom], theirs: Sequence[Atom]) -> bool:
     return {a for a in ours if a.size > 1} == {a for a in theirs if a.size > 1}
+
+
+def _reordered(ids: jax.Array, looked: Sequence[Atom], d_in: Sequence[Atom]) -> jax.Array:
+    """Ids along an axis of the atoms `looked` as ids of the matrix's rows, which are `d_in`."""
+    ours, rows = ([atom for atom in atoms if atom.size > 1] for atoms in (looked, d_in))
+    if ours == rows:
+        return ids
+    each = dict(zip(ours, jnp.unravel_index(ids, [atom.size for atom in ours]), strict=True))
+    row = jnp.zeros_like(ids)
+    for atom in rows:
+        row = row * atom.size + each[atom]
+    return row
 
 
 def _size(atoms: Sequence[Atom]) -> int:

@@ -38,6 +38,16 @@ def run_one(eqn: Any, operands: Sequence[Any]) -> list[Any]:
     return [made[var] for var in results]
 
 
+def read_whole(eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    """An equation without a rule: each tracked operand is asked for its plain array."""
+    return run_one(eqn, [v.read() if is_tracked(v) else v for v in operands])
+
+
+def dense(value: Any) -> Any:
+    """The plain array that a value is or stands for."""
+    return value.dense() if is_tracked(value) else value
+
+
 def shapes(values: Any) -> Any:
     """The same tree with the shape and dtype of each array and each tracked leaf."""
 

@@ -7,8 +7,10 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lora_jax.layouts import Layout
+from lora_jax.tracing import plain
 from lora_jax.tracing.axes import Atom, Axes
 from lora_jax.tracing.tracked import Lookup, Product, Tracked
 
@@ -49,12 +51,14 @@ class Probe(Tracked):
     def each(self, change: Callable) -> "Probe":
         return dataclasses.replace(self, value=change(self.value))
 
-    def window(self, axis: int, start: Any, size: int, stride: int) -> "Probe":
-        picked = jnp.clip(start + stride * jnp.arange(size), 0, self.shape[axis] - 1)
+    def window(self, axis: int, picked: jax.Array | np.ndarray) -> "Probe":
+        sizes = (len(picked), *(1 for _ in self.axes.atoms[axis][1:]))
+        atoms = zip(self.axes.atoms[axis], sizes, strict=False)
+        resized = tuple(dataclasses.replace(atom, size=size) for atom, size in atoms)
         return dataclasses.replace(
             self,
             value=jnp.take(self.value, picked, axis=axis),
-            axes=self.axes.resized(lambda i, atom: size if i == axis else atom.size),
+            axes=self.axes.replaced(axis, resized),
         )
 
     def scanned(self) -> tuple[Any, Callable]:
@@ -82,8 +86,11 @@ class Probe(Tracked):
         rows = jnp.moveaxis(rows, places, range(ids.ndim))
         return jnp.moveaxis(rows, range(ids.ndim, rows.ndim), lookup.offset_dims)
 
-    def read(self, primitive: str) -> jax.Array:
-        del primitive
+    def carried(self, after: Any) -> "Probe":
+        return dataclasses.replace(self, value=plain.dense(after))
+
+    def read(self, reason: str = "") -> jax.Array:
+        del reason
         return self.value
 
     def dense(self) -> jax.Array:

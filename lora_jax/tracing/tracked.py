@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import jax
+import numpy as np
 
 from lora_jax.tracing.axes import Axes
 
@@ -46,7 +47,7 @@ class Product:
 
 @dataclasses.dataclass(frozen=True)
 class Lookup:
-    """A `gather` of whole slices of a tracked value along one axis, by integer `ids`.
+    """A `gather` of whole slices of a tracked value along one axis, by int32 `ids` within bounds.
 
     Attributes:
       axis: the axis of the tracked value that the ids index.
@@ -104,8 +105,9 @@ class Tracked(abc.ABC):
         """With `change`, which keeps values and shapes, applied to every array inside."""
 
     @abc.abstractmethod
-    def window(self, axis: int, start: Any, size: int, stride: int) -> "Self | jax.Array":
-        """`size` entries along one axis; the axis stays, even at size 1."""
+    def window(self, axis: int, picked: jax.Array | np.ndarray) -> "Self | jax.Array":
+        """The entries `picked`, increasing int32 within bounds, along one axis; the axis stays,
+        even at size 1."""
 
     @abc.abstractmethod
     def scanned(self) -> tuple[Any, Callable[[Any], "Self | jax.Array"]]:
@@ -131,9 +133,14 @@ class Tracked(abc.ABC):
         """The lookup's result."""
 
     @abc.abstractmethod
-    def read(self, primitive: str) -> jax.Array:
-        """The plain array, for a primitive that has no rule. Raises RefusedError where that must
-        not be built."""
+    def carried(self, after: Any) -> Any:
+        """What a loop that carries this value carries on, when an iteration makes `after` of it.
+        Raises RefusedError where that has not this value's form."""
+
+    @abc.abstractmethod
+    def read(self, reason: str = "would build the dense weight") -> jax.Array:
+        """The plain array, where the program does what no rule follows. Raises RefusedError, for
+        that reason, where it must not be built."""
 
     @abc.abstractmethod
     def dense(self) -> jax.Array:

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.context_mesh import FSDP, SEQUENCE, constrain, size
-from lora_jax.weights import Weight, linear
+from lora_jax.models.mixed_dtypes import read_out
+from lora_jax.weights import Weight
 
 
 def token_losses(
@@ -73,7 +74,7 @@ def _grouped(x: jax.Array, groups: int, spans: int) -> jax.Array:
 
 
 def _chunk_loss(treedef, rows: jax.Array, targets, counted, leaves: list[Any]) -> jax.Array:
-    logits = linear(rows, treedef.unflatten(leaves)).astype(jnp.float32)
+    logits = read_out(rows, treedef.unflatten(leaves)).astype(jnp.float32)
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return jnp.sum(jnp.where(counted, jax.nn.logsumexp(logits, axis=-1) - picked, 0.0))
 

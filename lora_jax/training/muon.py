@@ -1,5 +1,6 @@
 """Muon over the leaves of a delta: which of their axes are a matrix."""
 
+import functools
 from typing import Any
 
 import jax
@@ -7,8 +8,8 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers
 
-from lora_jax import paths
-from lora_jax.methods import Behind, DeltaNode, DenseDelta, Fused
+from lora_jax import paths, schema
+from lora_jax.methods import DeltaNode, Extra, FullNode
 from lora_jax.weights import PyTree
 
 
@@ -38,29 +39,26 @@ def matrix_axes(tree: PyTree) -> PyTree:
         if not isinstance(node, DeltaNode):
             return MuonDimensionNumbers() if jnp.ndim(node) == 2 else None
         path = paths.path_name(key_path)
-        return jax.tree_util.tree_map_with_path(lambda at, leaf: _axes(path, node, at, leaf), node)
+        one = functools.partial(_axes, path, node)
+        return jax.tree.map(one, node, schema.leaves_of(node))
 
     is_node = lambda leaf: isinstance(leaf, DeltaNode)  # noqa: E731
     return jax.tree_util.tree_map_with_path(of_node, tree, is_leaf=is_node)
 
 
-def _axes(path: str, node: DeltaNode, at: Any, leaf: Any) -> MuonDimensionNumbers | None:
-    name = paths.path_name(at[-1:])
-    contracted, output = len(node.layout.contracted), len(node.layout.output)
-    if isinstance(node, DenseDelta):
-        if jnp.ndim(leaf) < 2:
+def _axes(path: str, node: DeltaNode, array: Any, leaf: schema.Leaf) -> MuonDimensionNumbers | None:
+    """A leaf of two groups of axes beside the stack is a matrix from the first to the second."""
+    if isinstance(node, FullNode):
+        if jnp.ndim(array) < 2:
             return None
         raise ValueError(
-            f"{path}: Muon cannot move a Full delta of shape {tuple(leaf.shape)}, which does not "
+            f"{path}: Muon cannot move a Full delta of shape {tuple(array.shape)}, which does not "
             "say which axes are stacked layers and which the matrix. Choose another optimizer, "
             "such as adamw, or a method with factors."
         )
-    if isinstance(node, Fused) and name in ("query", "key", "value"):
-        return MuonDimensionNumbers((-2,), (-1,))
-    if name in ("a", "down"):
-        behind = isinstance(node, Behind) and not node.parallel
-        read = output if behind else contracted
-        return MuonDimensionNumbers(tuple(range(-1 - read, -1)), (-1,))
-    if name in ("b", "up"):
-        return MuonDimensionNumbers((-1 - output,), tuple(range(-output, 0)))
-    return None
+    sides = schema.split(leaf, tuple(jnp.shape(array)), node.layout)
+    counts = [len(dims) for axis, dims in sides if axis != "stack"]
+    if len(counts) != 2 or isinstance(node, Extra):
+        return None
+    rows, columns = counts
+    return MuonDimensionNumbers(tuple(range(-rows - columns, -columns)), tuple(range(-columns, 0)))

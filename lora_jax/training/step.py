@@ -14,6 +14,7 @@ from lora_jax.masks import mask_optimizer
 from lora_jax.methods import allocate_budget, orthogonality
 from lora_jax.models import llama
 from lora_jax.models.config import LlamaConfig
+from lora_jax.paths import described, is_known
 from lora_jax.training.loss import token_losses
 from lora_jax.training.optimizers import with_learning_rate
 from lora_jax.transform import Delta, bind
@@ -71,12 +72,23 @@ def init_state(
       seed: of dropout.
 
     Raises:
-      ValueError: for a rate, where the optimizer keeps none in its state.
+      ValueError: for a rate, where the optimizer keeps none in its state, or a seed that is no
+        integer of 32 bits.
     """
     opt_state = mask_optimizer(tx, delta).init(delta)
     if learning_rate is not None:
         opt_state = with_learning_rate(opt_state, learning_rate)
-    return TrainState(delta=delta, opt_state=opt_state, step=jnp.int32(0), seed=jnp.uint32(seed))
+    return TrainState(delta=delta, opt_state=opt_state, step=jnp.int32(0), seed=_seed(seed))
+
+
+def _seed(seed: Any) -> jax.Array:
+    whole = jnp.issubdtype(jnp.result_type(seed), jnp.integer) and jnp.ndim(seed) == 0
+    if not whole or (is_known(seed) and not 0 <= int(seed) < 2**32):
+        raise ValueError(
+            f"seed={described(seed)}: expected an integer from 0 to 2**32 - 1, not a key: each "
+            "step makes its own, jax.random.key(seed) and the step folded in."
+        )
+    return jnp.asarray(seed, jnp.uint32)
 
 
 def llama_loss(

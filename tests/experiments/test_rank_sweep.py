@@ -62,6 +62,11 @@ def test_records_and_another_config(finished):
         (folder / "run/adapters/all-linear_r3_seed_1/adapter_config.json").read_text()
     )
     assert stated["r"] == 3 and stated["lora_dropout"] == 0.1
+    reports = json.loads((folder / "run/verify.json").read_text())
+    assert reports.keys() == adapters
+    for name, report in reports.items():
+        assert report["ok"] and report["digest"] == "agrees", report
+        assert f"the adapter of {name.replace('_', ' ')}: nothing wrong; changes logits" in output
     records = command.metrics(folder / "run")
     losses = [r for r in records if r["arm"] == arms[0]["name"] and "loss" in r]
     assert [r["step"] for r in losses] == [1, 2, 3, 4]

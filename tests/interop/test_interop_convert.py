@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import importlib.util
 import itertools
 import json
 import re
@@ -20,16 +19,8 @@ import lora_jax as lora
 from lora_jax.interop import load, peft, quantized, save_huggingface
 from lora_jax.models import llama
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "convert.py"
+SCRIPT = "convert.py"
 TOKENS = np.arange(12, dtype=np.int32).reshape(2, 6)
-
-
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("convert", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

@@ -203,17 +203,6 @@ def test_another_base_of_the_same_form_is_refused(tmp_path):
         )
 
 
-def test_a_tied_table_has_no_form(tmp_path):
-    """Here the head follows its table; in PEFT it would stay behind."""
-    config, params, _ = cases.llama_case(tie_embeddings=True)
-    delta = cases.llama_delta(params, lora.LoRA(rank=2), targets="embed")
-    with pytest.raises(ValueError, match="embed is the output head as well"):
-        peft.save_adapter(tmp_path / "a", delta, params, peft.llama_names(config))
-    folder = save(tmp_path / "b", delta_of(lora.LoRA(rank=2), targets="embed"))
-    with pytest.raises(ValueError, match="embed is the output head as well"):
-        peft.load_adapter(folder, params, peft.llama_names(config))
-
-
 def test_it_never_overwrites(tmp_path):
     delta = delta_of(METHODS["lora"])
     save(tmp_path, delta)
@@ -282,8 +271,7 @@ HOSTILE = {
     "r": ({"r": "3"}, "r is '3', expected a count"),
     "alpha": ({"lora_alpha": [1]}, r"lora_alpha is \[1\], expected a number"),
     "huge": ({"lora_alpha": 10**400}, "lora_alpha is 1000.*expected a number"),
-    "slow pattern": ({"alpha_pattern": {"(a+)+$": 1}}, "expected names of modules, or plain reg"),
-    "broken pattern": ({"alpha_pattern": {"(": 1}}, "expected names of modules, or plain reg"),
+    "broken pattern": ({"alpha_pattern": {"(": 1}}, "alpha_pattern: expected names of modules, or"),
     "pattern": ({"rank_pattern": [1]}, r"rank_pattern is \[1\], expected an object of numbers"),
     "lost": ({"r": None}, "its config lacks r or lora_alpha"),
     "type": ({"peft_type": ["LORA"]}, r"peft_type \['LORA'\] is not supported"),

@@ -8,7 +8,9 @@ import numpy as np
 
 from lora_jax.interop.peft.config import target_modules
 from lora_jax.interop.peft.model import Model, Tensors, layer_of, take
+from lora_jax.interop.peft.names import Slot
 from lora_jax.methods import AdaLoRA, AdaLoRANode, DeltaNode
+from lora_jax.methods.adalora import Statistics
 
 # PEFT's names of AdaLoRA's fields.
 _FIELDS = {
@@ -27,9 +29,14 @@ def to_peft(nodes: Mapping[str, Any], model: Model) -> tuple[dict[str, Any], Ten
     modules = []
     for slot in model.slots_at(nodes):
         node = layer_of(nodes[slot.path], slot)
+        if not np.any(np.asarray(node.scale)):
+            continue  # a layer without it
+        values, scale = np.asarray(node.e), np.float32(_scale(method))
+        if node.scale != scale:
+            values = values * (np.asarray(node.scale) / scale)
         tensors |= {
             f"{slot.module}.lora_A": np.asarray(node.a).T,
-            f"{slot.module}.lora_E": np.asarray(node.e)[:, None],
+            f"{slot.module}.lora_E": values[:, None],
             f"{slot.module}.lora_B": np.asarray(node.b).T,
         }
         modules.append(slot.module)
@@ -46,13 +53,9 @@ def to_peft(nodes: Mapping[str, Any], model: Model) -> tuple[dict[str, Any], Ten
 def from_peft(
     config: Mapping[str, Any], tensors: Mapping[str, Tensors], model: Model
 ) -> dict[str, DeltaNode]:
-    """AdaLoRANode that PEFT pruned from its file come back as zeros at the end."""
-    stated = {ours: config.get(theirs) for theirs, ours in _FIELDS.items()}
-    method = AdaLoRA(**{field: value for field, value in stated.items() if value is not None})
-    rank = method.rank
-    narrowest = min(min(slot.d_in, slot.d_out) for slot in model.slots.values())
-    if rank > narrowest:
-        raise ValueError(f"{model.source}: init_r is {rank}, the smallest matrix has {narrowest}.")
+    """Triplets that PEFT pruned from its file come back as zeros at the end."""
+    method = _method(config, model)
+    rank, masks = method.rank, _masks(config)
     nodes: dict[str, DeltaNode] = {}
     for path, slots in model.by_path().items():
         found = [slot for slot in slots if slot.module in tensors]
@@ -64,24 +67,66 @@ def from_peft(
         for slot in found:
             given, i = dict(tensors[slot.module]), slots.index(slot)
             values = take(model, slot, given, "lora_E", (None, 1))[:, 0]
-            kept = len(values)
+            kept = _kept(slot, len(values), rank, masks, model)
             a[i, :, :kept] = take(model, slot, given, "lora_A", (kept, slot.d_in)).T
             b[i, :kept] = take(model, slot, given, "lora_B", (slot.d_out, kept)).T
-            e[i, :kept], scale[i] = values, method.alpha / (rank + 1e-5)
+            e[i, :kept], scale[i] = values, _scale(method)
             model.refuse_rest(slot, given)
         stack, d_in, d_out = model.dims(path)
         a, b = a.reshape(*stack, *d_in, rank), b.reshape(*stack, rank, *d_out)
         e = e.reshape(*stack, rank)
-        fresh = {"a": jnp.zeros(a.shape), "e": jnp.zeros(e.shape), "b": jnp.zeros(b.shape)}
+        zeros = Statistics(a=jnp.zeros(a.shape), e=jnp.zeros(e.shape), b=jnp.zeros(b.shape))
         nodes[path] = AdaLoRANode(
             a=jnp.asarray(a),
             e=jnp.asarray(e),
             b=jnp.asarray(b),
             scale=jnp.asarray(scale.reshape(stack)),
             mask=jnp.ones(e.shape),
-            sensitivity=fresh,
-            uncertainty=dict(fresh),
+            sensitivity=zeros,
+            uncertainty=zeros,
             method=method,
+            dropout=method.dropout,
             layout=model.layout(path),
         )
     return nodes
+
+
+def _method(config: Mapping[str, Any], model: Model) -> AdaLoRA:
+    """The method as the config states it. A schedule that only training would need, and that leaves
+    it no step, becomes one that prunes nothing."""
+    stated = {ours: config.get(theirs) for theirs, ours in _FIELDS.items()}
+    if "lora_alpha" in config and stated["alpha"] is None:
+        raise ValueError(f"{model.source}: lora_alpha is null: there is no scale without it.")
+    given = {field: value for field, value in stated.items() if value is not None}
+    given["rank"] = given.get("rank", AdaLoRA.rank)
+    if given.get("alpha", AdaLoRA.alpha) <= 0:
+        given["alpha"] = float(given["rank"])  # as PEFT has it
+    try:
+        return AdaLoRA(**given)
+    except ValueError:
+        complete = {field: given[field] for field in ("rank", "alpha", "dropout") if field in given}
+        return AdaLoRA(total_steps=1, target_rank=given["rank"], **complete)
+
+
+def _scale(method: AdaLoRA) -> float:
+    return method.alpha / (method.rank + 1e-5)
+
+
+def _masks(config: Mapping[str, Any]) -> dict[str, list[bool]]:
+    """Of rank_pattern, which triplets of each module are left, by the module's name."""
+    found = config.get("rank_pattern") or {}
+    return {name.partition(".lora_E")[0]: mask for name, mask in found.items()}
+
+
+def _kept(slot: Slot, found: int, rank: int, masks: Mapping[str, list[bool]], model: Model) -> int:
+    mask = next((mask for name, mask in masks.items() if _ends(name, slot.module)), [True] * rank)
+    if len(mask) != rank or sum(mask) != found:
+        raise ValueError(
+            f"{model.source}: {slot.module} has {found} triplets, but its config says init_r {rank}"
+            f" and leaves {sum(mask)} of {len(mask)} to it."
+        )
+    return found
+
+
+def _ends(name: str, module: str) -> bool:
+    return name == module or name.endswith(f".{module}")

@@ -2,14 +2,16 @@
 
 import collections
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from lora_jax.interop.peft.patterns import matching
 
 # Options of PEFT that change what an adapter computes, and that our methods do not have.
 _UNSUPPORTED = (
-    "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias",
-    "megatron_config", "monteclora_config", "target_parameters", "trainable_token_indices",
-    "use_bdlora", "use_qalora", "velora_config",
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication",
+    "megatron_config", "monteclora_config", "target_parameters", "use_bdlora", "use_qalora",
+    "velora_config",
 )  # fmt: skip
 # Starts that move a part of the base into the factors: the adapter fits that other base alone.
 _MOVES_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
@@ -20,9 +22,9 @@ _NUMBERS = (
 )  # fmt: skip
 _COUNTS = ("r", "init_r", "target_r", "total_step", "tinit", "tfinal", "deltaT")
 _PATTERNS = ("rank_pattern", "alpha_pattern")
+_SWITCHES = ("use_dora", "use_rslora", "lora_bias", "ensure_weight_tying")
+_BIASES = ("none", "all", "lora_only", "vera_only")
 _LARGEST = 1 << 31
-# Repeated groups can take a regular expression for ever, and no module's name needs them.
-_PLAIN_PATTERN = re.compile(r"(?!.*\)[*+{])[\w.\\|()\[\]^$*+?-]{1,200}")
 
 
 def check_values(source: str, config: Mapping[str, Any]) -> None:
@@ -42,22 +44,23 @@ def check_values(source: str, config: Mapping[str, Any]) -> None:
         found = config.get(field)
         if found and not (isinstance(found, dict) and all(map(_is_number, found.values()))):
             refuse(field, "an object of numbers")
-        if not all(map(_is_pattern, found or ())):
-            refuse(field, "names of modules, or plain regular expressions over them")
+    if config.get("peft_type") == "ADALORA" and config.get("rank_pattern"):
+        found = config["rank_pattern"]
+        if not isinstance(found, dict) or not all(map(_is_mask, found.values())):
+            refuse("rank_pattern", "an object of lists of booleans")
+    for field in _SWITCHES:
+        if not isinstance(config.get(field, False), bool | None):
+            refuse(field, "true or false")
+    if config.get("bias", "none") not in _BIASES:
+        refuse("bias", f"one of {', '.join(_BIASES)}")
 
 
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and -_LARGEST < value < _LARGEST
 
 
-def _is_pattern(key: str) -> bool:
-    if not _PLAIN_PATTERN.fullmatch(key):
-        return False
-    try:
-        re.compile(key)
-    except re.error:
-        return False
-    return True
+def _is_mask(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(kept, bool) for kept in value)
 
 
 def check_supported(source: str, config: Mapping[str, Any]) -> None:
@@ -73,12 +76,18 @@ def check_supported(source: str, config: Mapping[str, Any]) -> None:
         )
 
 
-def pattern_value(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
-    """What rank_pattern or alpha_pattern says of a module: the first key that matches its end."""
-    for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
+def pattern_values(
+    source: str, config: Mapping[str, Any], field: str, modules: Iterable[str], default: Any
+) -> dict[str, Any]:
+    """What rank_pattern or alpha_pattern says of each module: of the keys that match its end, the
+    first."""
+    modules, pattern = list(modules), config.get(field) or {}
+    expressions = [rf"(.*\.)?({key})" for key in pattern]
+    values = dict.fromkeys(modules, default)
+    found = matching(f"{source}: {field}", expressions, modules)
+    for matched, value in reversed(list(zip(found, pattern.values(), strict=True))):
+        values |= dict.fromkeys(matched, value)
+    return values
 
 
 def as_pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Reading and writing the folder of an adapter."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,10 +12,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lora_jax.fingerprint import fingerprint, form
-from lora_jax.interop.peft import adalora, full, lora, prompts, vectors
+from lora_jax.interop.digest import KEY, Digest, can_run, digest_of, name_of
+from lora_jax.interop.forward import AnyForward, LlamaForward
+from lora_jax.interop.peft import adalora, full, ia3, lora, prompts, vera
 from lora_jax.interop.peft.config import check_values
+from lora_jax.interop.peft.decode import TYPES, decoded
 from lora_jax.interop.peft.model import Model, Tensors, model_of
-from lora_jax.interop.peft.names import Names
+from lora_jax.interop.peft.names import LlamaNames, Names, parents
 from lora_jax.interop.read_json import read_json
 from lora_jax.layouts import Layout
 from lora_jax.methods import (
@@ -22,6 +26,7 @@ from lora_jax.methods import (
     DoRANode,
     EncodedPrefixNode,
     FullNode,
+    IA3BiasNode,
     IA3Node,
     LoRANode,
     PrefixNode,
@@ -29,17 +34,17 @@ from lora_jax.methods import (
     VeRANode,
     VeRAProjection,
 )
-from lora_jax.paths import nearest, nest
+from lora_jax.paths import nest
 from lora_jax.transform import Delta, delta_nodes
 from lora_jax.weights import PyTree
 
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _FORM, _FINGERPRINT = "lora_jax.base_form", "lora_jax.base_fingerprint"
+_SCALES_BIASES = "lora_jax.ia3_scales_biases"
 _GROUPS: dict[str, tuple[type, ...]] = {
     "LORA": (LoRANode, DoRANode),
-    "IA3": (IA3Node,),
+    "IA3": (IA3Node, IA3BiasNode),
     "VERA": (VeRANode, VeRAProjection),
     "ADALORA": (AdaLoRANode,),
     "PROMPT_TUNING": (PromptNode,),
@@ -60,15 +65,17 @@ def load_adapter(
     Args:
       folder: what `save_pretrained` wrote: adapter_config.json and adapter_model.safetensors.
       params: the base, or its shapes; DoRA and modules_to_save need the weights themselves.
-      names: `{path: module}`, `{}` for the index of a stacked layer; `llama_names(config)`.
+      names: `{path: module}`, `{}` for the index of a stacked layer; `llama_names(config)`. Where
+        embed_tokens is named and no lm_head, the head is taken to be the table: tied.
       layouts: of leaves that are more than stacked matrices.
       check_base: whether an adapter that states its base's fingerprint is held to it.
 
     Raises:
       FileNotFoundError: the folder or one of its files is missing.
       ValueError: a method or an option that we do not have, a tensor that is missing, unexpected or
-        of another shape than this base asks for; an adapter that was saved here for a base of the
-        same form with other weights.
+        of another shape than this base asks for; a file that lacks what its config states; an
+        adapter of a table or a head alone over a tied base, which `llama.untie` makes ready for it;
+        one that was saved here for a base of the same form with other weights.
     """
     folder = Path(folder)
     config = _read_config(folder)
@@ -78,13 +85,15 @@ def load_adapter(
         _check_base(folder, params, metadata)
     model = model_of(str(folder), params, names, layouts)
     kind = config.get("peft_type")
-    if not isinstance(kind, str) or kind not in _GROUPS:
+    if not isinstance(kind, str) or kind not in TYPES:
         raise ValueError(
             f"{folder / _CONFIG}: peft_type {kind!r} is not supported; supported: "
-            f"{', '.join(_GROUPS)}."
+            f"{', '.join(TYPES)}."
         )
     try:
-        return nest(_decoded(kind, config, tensors, model))
+        # Version 0.1.0 wrote IA3 that had left the biases alone.
+        scales = _FORM not in metadata or _SCALES_BIASES in metadata
+        return nest(decoded(kind, config, tensors, model, scales_biases=scales))
     except ValueError as error:
         if str(folder) in str(error):
             raise
@@ -103,12 +112,18 @@ def save_adapter(
     profile: str = "peft",
     card: str | None = None,
     base_fingerprint: str | None = None,
+    forward: AnyForward | None = None,
+    digest: Digest | None = None,
 ) -> None:
     """Writes a delta as an adapter that PEFT loads.
 
+    Its metadata carry a digest, the logits that the adapter gives on a fixed probe, which `verify`
+    holds a loaded adapter to. Other programs ignore it.
+
     Args:
       folder: must not hold an adapter yet.
-      delta: of one of PEFT's methods, with `Full` for its modules_to_save.
+      delta: of one of PEFT's methods, with `Full` for its modules_to_save; IA3 over layers with
+        biases with the entries of `scale_biases`.
       params: the base, or its shapes; `Full` needs the weights themselves.
       names: `{path: module}`, `{}` for the index of a stacked layer; `llama_names(config)`.
       base_name: the base's folder or hub name, for base_model_name_or_path.
@@ -118,6 +133,10 @@ def save_adapter(
         ranks padded to one that vLLM accepts.
       card: the text of README.md, such as `model_card` makes.
       base_fingerprint: `fingerprint(params)` where it is known; else it is computed.
+      forward: the model, to make the digest with; that of our Llama is known by its names.
+      digest: `digest_of(forward, params, delta)` where it is known, as it must be where params lie
+        over several processes. There, for shapes alone, and for a model without a `forward`, none
+        is made, and `verify` will say so.
 
     Raises:
       FileExistsError: the folder holds an adapter.
@@ -134,32 +153,20 @@ def save_adapter(
         "task_type": "CAUSAL_LM",
     }
     metadata = _base_metadata(params, base_fingerprint)
+    if config["peft_type"] == "IA3":
+        metadata[_SCALES_BIASES] = "true"
+    if forward is None and isinstance(names, LlamaNames):
+        forward = LlamaForward(names.config)
+    if digest is None and forward is not None and can_run(params):
+        digest = digest_of(forward, params, delta)
+    if digest is not None:
+        metadata[KEY] = dataclasses.replace(digest, adapter=name_of(tensors)).to_json()
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
     save_file(tensors, folder / _TENSORS, metadata={"format": "pt"} | metadata)
     if card is not None:
         (folder / "README.md").write_text(card)
     (folder / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def _decoded(
-    kind: str, config: Mapping[str, Any], tensors: Tensors, model: Model
-) -> dict[str, Any]:
-    if kind in ("PROMPT_TUNING", "PREFIX_TUNING"):
-        return _prompts(kind, tensors, model)
-    pair = {name: tensors.pop(name) for name in list(tensors) if name in vectors.PAIR}
-    inner = {_inner_name(model.source, name): value for name, value in tensors.items()}
-    whole = full.from_peft(inner, model)
-    grouped = _by_module(inner, model)
-    if kind == "LORA":
-        nodes = lora.from_peft(config, grouped, model)
-    elif kind == "IA3":
-        nodes = vectors.ia3_from_peft(config, grouped, model)
-    elif kind == "VERA":
-        nodes = vectors.vera_from_peft(config, grouped, pair, model)
-    else:
-        nodes = adalora.from_peft(config, grouped, model)
-    return {**nodes, **whole}
 
 
 def _encoded(
@@ -182,16 +189,17 @@ def _encoded(
     else:
         encode = {
             "LORA": lora.to_vllm if profile == "vllm" else lora.to_peft,
-            "IA3": vectors.ia3_to_peft,
+            "IA3": ia3.to_peft,
             "VERA": _vera,
             "ADALORA": adalora.to_peft,
         }[kind]
         config, tensors = encode(others, model)
-    own = [path for path in others if path in model.names]
-    adapted = {slot.module for slot in model.slots_at(own)}
-    stated, values = full.to_peft(whole, model, adapted)
+    adapted = {module for name in tensors for module in parents(name) if module in model.slots}
+    stated, values = full.to_peft(whole, model, adapted, kind)
+    # PEFT wraps a model once more for methods that change its layers.
+    prefix = "base_model." if prompts.TABLE in tensors else "base_model.model."
     tensors = {
-        name if name.startswith("base_model.") or name == prompts.TABLE else _PREFIX + name: value
+        name if name.startswith("base_model.") or name == prompts.TABLE else prefix + name: value
         for name, value in (tensors | values).items()
     }
     return config | stated, tensors
@@ -200,7 +208,7 @@ def _encoded(
 def _vera(nodes: Mapping[str, Any], model: Model) -> tuple[dict[str, Any], Tensors]:
     pairs = {path: node for path, node in nodes.items() if isinstance(node, VeRAProjection)}
     own = {path: node for path, node in nodes.items() if path not in pairs}
-    return vectors.vera_to_peft(own, pairs, model)
+    return vera.to_peft(own, pairs, model)
 
 
 def _kind(nodes: Mapping[str, Any]) -> str:
@@ -267,42 +275,3 @@ def _read_tensors(folder: Path) -> tuple[Tensors, dict[str, str]]:
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or corrupt ({error}); fetch it again.") from None
-
-
-def _inner_name(folder: str, name: str) -> str:
-    if not name.startswith(_PREFIX):
-        raise ValueError(f"{folder}: the tensor {name!r} does not begin with {_PREFIX!r}.")
-    return name.removeprefix(_PREFIX)
-
-
-def _by_module(tensors: Tensors, model: Model) -> dict[str, Tensors]:
-    grouped: dict[str, Tensors] = {}
-    for name, value in tensors.items():
-        module = next((m for m in _ends(name) if m in model.slots), None)
-        if module is None:
-            raise ValueError(
-                f"{model.source}: the tensor {name!r} belongs to no module of this model; the "
-                f"nearest are: {', '.join(nearest(name, model.slots))}."
-            )
-        grouped.setdefault(module, {})[name.removeprefix(module + ".")] = value
-    return grouped
-
-
-def _ends(name: str):
-    """`a.b.c` as `a.b` and `a`: the modules that a tensor may belong to."""
-    while "." in name:
-        name = name.rpartition(".")[0]
-        yield name
-
-
-def _prompts(kind: str, tensors: Tensors, model: Model) -> dict[str, Any]:
-    if set(tensors) != {prompts.TABLE}:
-        raise ValueError(f"{model.source}: expected the tensor {prompts.TABLE!r} alone.")
-    table = tensors[prompts.TABLE]
-    if kind == "PROMPT_TUNING":
-        return prompts.prompt_from_peft(table)
-    keys = [slot for slot in model.slots.values() if slot.suffix == "k_proj"]
-    if not keys:
-        raise ValueError("a prefix takes its width from a leaf named k_proj; names has none.")
-    place = "/".join([*keys[0].path.split("/")[:-1], "prefix"])
-    return prompts.prefix_from_peft(table, place, len(keys), keys[0].d_out)

@@ -1,79 +1,136 @@
 """Whole tensors in an adapter: PEFT's modules_to_save and trained biases, our `Full`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.interop.peft.model import Model, Tensors
+from lora_jax.interop.peft.names import HEAD, TABLE
+from lora_jax.interop.peft.targeted import saved
 from lora_jax.methods import FullNode
+
+# How each of PEFT's types says that the biases of its own modules are trained.
+_OWN_BIASES = {"LORA": "lora_only", "ADALORA": "lora_only", "VERA": "vera_only"}
 
 
 def to_peft(
-    nodes: Mapping[str, FullNode], model: Model, adapted: set[str]
+    nodes: Mapping[str, FullNode], model: Model, adapted: set[str], kind: str
 ) -> tuple[dict[str, Any], Tensors]:
     """What adapter_config.json says of them, and the trained values.
 
-    `adapted` are the modules that the adapter's own method is on: PEFT keeps their biases under
-    another name.
+    PEFT saves and loads modules whole: a trained weight brings its bias along. `adapted` are the
+    modules that the adapter's own method, `kind`, is on: PEFT keeps their biases under another
+    name.
     """
-    tensors: Tensors = {}
-    for path, node in nodes.items():
-        if path not in model.names:
-            raise ValueError(f"{path}: no PyTorch module is named for this path. Add it to names.")
-        if isinstance(model.leaf(path), jax.ShapeDtypeStruct):
-            raise ValueError(f"{path}: Full needs the base's weights, found their shape alone.")
-        merged = np.asarray(node.merge(model.leaf(path)), np.float32)
-        template = model.names[path]
-        for layer in range(len(merged)) if "{}" in template else [None]:
-            value = merged if layer is None else merged[layer]
-            tensors[_tensor(template).format(layer)] = _turned(value, template)
-    saved = sorted(name.removesuffix(".weight") for name in tensors if name.endswith(".weight"))
-    config: dict[str, Any] = {"modules_to_save": saved or None}
-    if biases := {name.removesuffix(".bias") for name in tensors if name.endswith(".bias")}:
-        config["bias"] = "lora_only" if biases <= adapted else "all"
+    if unnamed := [path for path in nodes if path not in model.names]:
+        raise ValueError(
+            f"{', '.join(unnamed)}: no PyTorch module is named for this path. Add it to names."
+        )
+    known = model.tensors()
+    if kind == "PROMPT_TUNING":
+        refuse_table_of_prompt(nodes, model)
+    changed = [name for name, (path, _) in known.items() if path in nodes]
+    whole = {_module(name) for name in changed if not name.endswith(".bias")}
+    biases = {_module(name) for name in changed} - whole
+    if kind not in _OWN_BIASES:
+        if biases & adapted:
+            raise ValueError(
+                f"{_first(biases & adapted)}.bias: PEFT's type {kind} has no trained bias of a "
+                "layer that it adapts. Merge the adapter and export the merged model."
+            )
+        whole, biases = whole | biases, set()
+    taken = _taken(model, {_module(name) for name in known}, whole, adapted)
+    wanted = [name for name in known if _module(name) in taken]
+    tensors = _values(nodes, model, [*wanted, *(f"{module}.bias" for module in biases)])
+    config: dict[str, Any] = {"modules_to_save": sorted(whole) or None}
+    if biases:
+        config["bias"] = _OWN_BIASES[kind] if biases <= adapted else "all"
     for module in biases & adapted:
         tensors[f"{module}.base_layer.bias"] = tensors.pop(f"{module}.bias")
-    return config, tensors
+    return config | _tied_head(config, tensors, model, kind), tensors
 
 
 def from_peft(tensors: Tensors, model: Model) -> dict[str, FullNode]:
     """Removes from `tensors` what holds a whole leaf of the model, or a layer of one."""
     for name in [name for name in tensors if name.endswith(".base_layer.bias")]:
-        tensors[name.replace(".base_layer.", ".")] = tensors.pop(name)
-    found: dict[str, Any] = {}
-    for path, template in model.names.items():
-        leaf, stacked = model.leaf(path), "{}" in template
-        for layer in range(leaf.shape[0]) if stacked else [None]:
-            name = _tensor(template).format(layer)
-            if name not in tensors:
-                continue
-            value = _turned(np.asarray(tensors.pop(name), np.float32), template)
-            if isinstance(leaf, jax.ShapeDtypeStruct):
-                raise ValueError(
-                    f"{model.source}: {name} replaces a whole weight, for which the base's own "
-                    "weights are needed, not their shapes alone."
-                )
-            base = np.asarray(leaf, np.float32)
-            if value.shape != base[layer].shape if stacked else value.shape != base.shape:
-                raise ValueError(
-                    f"{model.source}: {name} has another shape than {path} of this base."
-                )
-            delta = found.setdefault(path, np.zeros(leaf.shape, np.float32))
-            if stacked:
-                delta[layer] = value - base[layer]
-            else:
-                delta[...] = value - base
-    return {path: FullNode(delta=jnp.asarray(delta)) for path, delta in found.items()}
+        plain = name.replace(".base_layer.", ".")
+        if plain in tensors:
+            raise ValueError(f"{model.source} has one bias twice, as {name} and {plain}.")
+        tensors[plain] = tensors.pop(name)
+    found: dict[str, np.ndarray] = {}
+    for name, (path, layer) in model.tensors().items():
+        if name not in tensors:
+            continue
+        value, base = np.asarray(tensors.pop(name), np.float32), model.value(path, layer)
+        if value.shape != base.shape:
+            raise ValueError(
+                f"{model.source}: {name} has shape {value.shape}, {path} of this base {base.shape}."
+            )
+        delta = found.setdefault(path, np.zeros_like(model.value(path)))
+        delta[... if layer is None else layer] = value - base
+    return {
+        path: FullNode(delta=jnp.asarray(model.from_torch(path, delta)))
+        for path, delta in found.items()
+    }
 
 
-def _tensor(template: str) -> str:
-    return template if template.endswith(".bias") else f"{template}.weight"
+def refuse_table_of_prompt(nodes: Mapping[str, FullNode], model: Model) -> None:
+    """PEFT's prompts look tokens up in the base's table, whatever modules_to_save says of it.
+
+    Raises:
+      ValueError: where the table is trained beside a prompt.
+    """
+    for path, node in nodes.items():
+        if model.names[path].endswith(TABLE) and np.any(np.asarray(node.delta)):
+            raise ValueError(
+                f"{path} is trained beside a prompt, and PEFT reads tokens from the base's own "
+                "table then: it has no form for both. Leave one of them out."
+            )
 
 
-def _turned(value: np.ndarray, template: str) -> np.ndarray:
-    """A matrix as PyTorch has it, (out, in), or back; a table lies alike in both."""
-    is_table = template.endswith("embed_tokens")
-    return np.ascontiguousarray(value.T) if value.ndim == 2 and not is_table else value
+def _taken(model: Model, modules: set[str], whole: set[str], adapted: set[str]) -> set[str]:
+    """The modules that PEFT takes these names for."""
+    found = saved(model.source, {"modules_to_save": sorted(whole)}, modules).values()
+    taken: set[str] = set().union(*found)
+    if both := taken & adapted:
+        raise ValueError(
+            f"{_first(both)}: PEFT cannot adapt a module and save it whole, or one whose name ends "
+            "alike. Merge the adapter and export the merged model."
+        )
+    return taken
+
+
+def _values(nodes: Mapping[str, FullNode], model: Model, names: Iterable[str]) -> Tensors:
+    """What these tensors are with the delta, in a delta's place or not."""
+    known, read = model.tensors(), dict[str, np.ndarray]()
+    for path, node in nodes.items():
+        model.value(path)  # refuses a base of shapes
+        merged = np.asarray(node.merge(model.leaf(path)), np.float32)
+        read[path] = model.as_torch(path, merged)
+    values: Tensors = {}
+    for name in names:
+        path, layer = known[name]
+        whole = read[path] if path in read else model.value(path)
+        values[name] = whole if layer is None else whole[layer]
+    return values
+
+
+def _tied_head(config: dict[str, Any], tensors: Tensors, model: Model, kind: str) -> dict[str, Any]:
+    """PEFT saves a tied table and its head both, and ties them again where its type can."""
+    table = next((name for name in tensors if name.endswith(f"{TABLE}.weight")), None)
+    if table is None or not model.is_tied:
+        return {}
+    tensors[f"{HEAD}.weight"] = tensors[table]
+    if kind in ("LORA", "ADALORA"):
+        return {"ensure_weight_tying": True}
+    return {"modules_to_save": [*config["modules_to_save"], HEAD]}
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _first(modules: Iterable[str]) -> str:
+    return min(modules)

@@ -2,18 +2,17 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.interop.peft.config import as_pattern, check_supported, pattern_value, target_modules
+from lora_jax.interop.peft.config import as_pattern, pattern_values, target_modules
 from lora_jax.interop.peft.model import Model, Tensors, layer_of, take
-from lora_jax.interop.peft.names import Slot
-from lora_jax.methods import DeltaNode, DoRA, DoRANode, LoRANode
-from lora_jax.weights import dense
+from lora_jax.interop.peft.names import HEAD, Slot
+from lora_jax.methods import DeltaNode, DoRA, DoRANode, FullNode, LoRANode
 
 # vLLM serves these ranks, one scale for all modules, and no magnitudes.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -29,7 +28,6 @@ def to_peft(nodes: Mapping[str, DeltaNode], model: Model) -> tuple[dict[str, Any
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for slot in model.slots_at(nodes):
-        _refuse_tied(slot, model)
         node = layer_of(nodes[slot.path], slot)
         low = node
         if not np.any(np.asarray(low.scale)):
@@ -40,6 +38,11 @@ def to_peft(nodes: Mapping[str, DeltaNode], model: Model) -> tuple[dict[str, Any
         tensors |= {f"{slot.module}.{names[0]}": a.T, f"{slot.module}.{names[1]}": b.T}
         if isinstance(node, DoRANode):
             tensors[f"{slot.module}.lora_magnitude_vector"] = np.asarray(node.magnitude)
+        if slot.is_embedding and model.is_tied:
+            tensors |= _tied_head(slot, node, a, b)
+            ranks[HEAD], alphas[HEAD] = ranks[slot.module], alphas[slot.module]
+    if not ranks:
+        raise ValueError("the delta adapts nothing: every layer's scale is zero.")
     rank, rank_pattern = as_pattern(ranks)
     alpha, alpha_pattern = as_pattern(alphas)
     config = {
@@ -48,14 +51,16 @@ def to_peft(nodes: Mapping[str, DeltaNode], model: Model) -> tuple[dict[str, Any
         "lora_alpha": alpha,
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
-        "lora_dropout": max(_low(node).dropout for node in nodes.values()),
+        "lora_dropout": max(node.dropout for node in nodes.values()),
         "use_dora": kinds == {DoRANode},
         "use_rslora": False,
         "fan_in_fan_out": False,
         "bias": "none",
         "init_lora_weights": True,
-        "target_modules": target_modules(list(ranks), list(model.slots)),
+        "target_modules": target_modules([m for m in ranks if m in model.slots], list(model.slots)),
     }
+    if model.is_tied and HEAD in ranks:
+        config["ensure_weight_tying"] = True
     return config, tensors
 
 
@@ -67,6 +72,11 @@ def to_vllm(nodes: Mapping[str, DeltaNode], model: Model) -> tuple[dict[str, Any
             "the adapter and serve the merged model."
         )
     config, tensors = to_peft(nodes, model)
+    if config.get("ensure_weight_tying"):
+        raise ValueError(
+            "vLLM serves no adapter of a table that is the output head as well. Merge the adapter "
+            "and serve the merged model."
+        )
     widest = max([config["r"], *config["rank_pattern"].values()])
     rank = next((rank for rank in VLLM_RANKS if rank >= widest), None)
     if rank is None:
@@ -86,16 +96,18 @@ def to_vllm(nodes: Mapping[str, DeltaNode], model: Model) -> tuple[dict[str, Any
 def from_peft(
     config: Mapping[str, Any], tensors: Mapping[str, Tensors], model: Model
 ) -> dict[str, DeltaNode]:
-    check_supported(model.source, config)
     if config.get("r") is None or config.get("lora_alpha") is None:
         raise ValueError(f"{model.source}: its config lacks r or lora_alpha.")
+    scaling = _Scaling(config, tensors, model.source)
     nodes: dict[str, DeltaNode] = {}
     for path, slots in model.by_path().items():
         if found := [slot for slot in slots if slot.module in tensors]:
-            low = _low_rank(path, slots, found, config, tensors, model)
+            low = _low_rank(path, slots, found, scaling, tensors, model)
             nodes[path] = low
             if config.get("use_dora"):
                 nodes[path] = _decomposed(path, low, slots, found, tensors, model)
+            if config.get("lora_bias"):
+                nodes |= _biases(path, low, slots, found, tensors, model)
     return nodes
 
 
@@ -107,28 +119,52 @@ def used_factors(low: LoRANode) -> tuple[np.ndarray, np.ndarray]:
     return a[:, :rank], b[:rank]
 
 
-def _low_rank(path, slots, found, config, tensors, model: Model) -> LoRANode:
-    factors, scales = {}, {}
+class _Scaling:
+    """The rank and the scale that a config states for each module."""
+
+    def __init__(self, config: Mapping[str, Any], modules: Iterable[str], source: str):
+        self.config = config
+        self._ranks = pattern_values(source, config, "rank_pattern", modules, config["r"])
+        self._alphas = pattern_values(
+            source, config, "alpha_pattern", modules, config["lora_alpha"]
+        )
+
+    def rank(self, module: str) -> int:
+        return self._ranks[module]
+
+    def scale(self, module: str, rank: int) -> float:
+        root = math.sqrt(rank) if self.config.get("use_rslora") else rank
+        return self._alphas[module] / root
+
+
+def _low_rank(path, slots, found, scaling: _Scaling, tensors, model: Model) -> LoRANode:
+    factors, scales, config = {}, {}, scaling.config
+    beside = [
+        name
+        for name, field in (("lora_magnitude_vector", "use_dora"), ("lora_B.bias", "lora_bias"))
+        if config.get(field)
+    ]
     for slot in found:
-        _refuse_tied(slot, model)
         given, names = dict(tensors[slot.module]), _names(slot)
+        if "lora_magnitude_vector" in given and not config.get("use_dora"):
+            raise ValueError(
+                f"{model.source}: {slot.module} has a lora_magnitude_vector, and its config says "
+                "that use_dora is false: which of the two was trained?"
+            )
         a, b = (take(model, slot, given, name, (None, None)) for name in names)
         rank = len(a)
-        if a.shape != (rank, slot.d_in) or b.shape != (slot.d_out, rank):
+        if a.shape != (rank, slot.d_in) or b.shape != (slot.d_out, rank) or not rank:
             raise ValueError(
                 f"{model.source}: {slot.module} has A {a.shape} and B {b.shape}, expected "
                 f"({rank}, {slot.d_in}) and ({slot.d_out}, {rank}). Is it an adapter of this base?"
             )
-        stated = pattern_value(config.get("rank_pattern") or {}, slot.module, config["r"])
-        if stated != rank:
+        if (stated := scaling.rank(slot.module)) != rank:
             raise ValueError(
                 f"{model.source}: {slot.module} has rank {rank}, its config says {stated}."
             )
-        alpha = pattern_value(config.get("alpha_pattern") or {}, slot.module, config["lora_alpha"])
-        scales[slot] = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        scales[slot] = scaling.scale(slot.module, rank)
         factors[slot] = a.T, b.T
-        _check_same_table(path, slot, given.pop("base_layer.weight", None), model)
-        model.refuse_rest(slot, given, also=("lora_magnitude_vector",))
+        model.refuse_rest(slot, given, also=tuple(beside))
     widest = max(a.shape[1] for a, _ in factors.values())
     whole_a = np.zeros((len(slots), slots[0].d_in, widest), np.float32)
     whole_b = np.zeros((len(slots), widest, slots[0].d_out), np.float32)
@@ -145,6 +181,22 @@ def _low_rank(path, slots, found, config, tensors, model: Model) -> LoRANode:
         dropout=float(config.get("lora_dropout") or 0.0),
         layout=model.layout(path),
     )
+
+
+def _biases(path, low: LoRANode, slots, found, tensors, model: Model) -> dict[str, DeltaNode]:
+    """PEFT's lora_bias: a constant that is added to the layer's output, scaled as B is."""
+    place = model.bias_of(path)
+    if place is None:
+        raise ValueError(
+            f"{model.source}: lora_bias adds a constant to the output of {found[0].module}, and "
+            "this base has no bias there to add it to: there is no form for it here."
+        )
+    shifts, scale = np.zeros((len(slots), slots[0].d_out), np.float32), np.asarray(low.scale)
+    for slot in found:
+        given, i = dict(tensors[slot.module]), slots.index(slot)
+        bias = take(model, slot, given, "lora_B.bias", (slot.d_out,))
+        shifts[i] = bias * scale.reshape(-1)[i]
+    return {place: FullNode(delta=jnp.asarray(shifts.reshape(model.leaf(place).shape)))}
 
 
 def _decomposed(path, low: LoRANode, slots, found, tensors, model: Model) -> DeltaNode:
@@ -164,36 +216,21 @@ def _decomposed(path, low: LoRANode, slots, found, tensors, model: Model) -> Del
     return DoRANode(**leaves, magnitude=trained, base_square=fresh.base_square)
 
 
-def _check_same_table(path: str, slot: Slot, theirs: Any, model: Model) -> None:
-    """PEFT saves the table beside an embedding's factors, in case that it was resized."""
-    base = model.leaf(path)
-    if theirs is None or isinstance(base, jax.ShapeDtypeStruct):
-        return
-    table = np.asarray(dense(base), np.float32)
-    if table.shape != theirs.shape or not np.allclose(table, theirs, rtol=1e-2, atol=1e-3):
+def _tied_head(slot: Slot, node: Any, a: np.ndarray, b: np.ndarray) -> Tensors:
+    """The head's factors, which `ensure_weight_tying` makes of the table's, transposed."""
+    if isinstance(node, DoRANode):
         raise ValueError(
-            f"{model.source}: {slot.module} was adapted over another table, of shape "
-            f"{theirs.shape}: this base's has shape {table.shape} or other entries."
+            f"{slot.path} is the output head as well, and PEFT's DoRA gives the two magnitudes "
+            "apart. Leave it out, or untie the model first: llama.untie(params, config)."
         )
-
-
-def _refuse_tied(slot: Slot, model: Model) -> None:
-    """PEFT adapts a table and leaves the head that is tied to it alone; here the head follows."""
-    if slot.is_embedding and "lm_head" not in model.slots:
-        raise ValueError(
-            f"{slot.path} is the output head as well, which PEFT's adapter of {slot.module} would "
-            "leave as it was. Leave it out, or merge the adapter and export the merged model."
-        )
+    names = _names(dataclasses.replace(slot, module=HEAD))
+    return {f"{HEAD}.{names[0]}": b, f"{HEAD}.{names[1]}": a}
 
 
 def _names(slot: Slot) -> tuple[str, str]:
     if slot.is_embedding:
         return "lora_embedding_A", "lora_embedding_B"
     return "lora_A.weight", "lora_B.weight"
-
-
-def _low(node: Any) -> LoRANode:
-    return node
 
 
 def _tidy(alpha: float) -> float:

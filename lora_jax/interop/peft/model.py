@@ -5,12 +5,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import paths
-from lora_jax.interop.peft.names import Names, Slot, slots_of
+from lora_jax.interop.peft.names import HEAD, TABLE, Names, Slot, slots_of
 from lora_jax.layouts import Layout
-from lora_jax.weights import is_weight
+from lora_jax.weights import dense, is_weight
 
 Tensors = dict[str, np.ndarray]
 
@@ -25,6 +26,7 @@ class Model:
       names: `{path: module}`.
       layouts: of leaves that are more than stacked matrices.
       slots: `{module: Slot}` of every matrix.
+      read: `{path: array}` of the leaves whose values were asked for, as PyTorch has them.
     """
 
     source: str
@@ -32,6 +34,7 @@ class Model:
     names: Names
     layouts: Mapping[str, Layout | None]
     slots: Mapping[str, Slot]
+    read: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def leaf(self, path: str) -> Any:
         return self.leaves[path]
@@ -62,6 +65,73 @@ class Model:
                 'such as {"layers/attn/q_proj": "model.layers.{}.self_attn.q_proj"}.'
             )
         return [slot for path in nodes for slot in grouped[path]]
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the output head is the embedding table itself: there is a table, and no head."""
+        suffixes = {slot.suffix for slot in self.slots.values()}
+        return TABLE in suffixes and HEAD not in suffixes
+
+    def bias_of(self, path: str) -> str | None:
+        """The path of the bias that the model adds behind the weight at `path`."""
+        wanted = f"{self.names[path]}.bias"
+        return next((bias for bias, name in self.names.items() if name == wanted), None)
+
+    def tensors(self) -> dict[str, tuple[str, int | None]]:
+        """`{tensor: (path, layer)}` of the whole model, by PyTorch's names; of leaves that are not
+        stacked the layer is None."""
+        found: dict[str, tuple[str, int | None]] = {}
+        for path, template in self.names.items():
+            name = template if template.endswith(".bias") else f"{template}.weight"
+            for layer in range(self._layers(path)) if "{}" in template else [None]:
+                found[name.format(layer)] = path, layer
+        return found
+
+    def value(self, path: str, layer: int | None = None) -> np.ndarray:
+        """A leaf of the base, or a layer of one, float32, as PyTorch has it.
+
+        Raises:
+          ValueError: for a leaf of which the shape alone is at hand.
+        """
+        leaf = self.leaf(path)
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise ValueError(
+                f"{self.source}: {path}: the base's own weights are needed here, found their shape "
+                "alone."
+            )
+        if path not in self.read:
+            self.read[path] = self.as_torch(path, np.asarray(dense(leaf), np.float32))
+        return self.read[path] if layer is None else self.read[path][layer]
+
+    def as_torch(self, path: str, leaf: np.ndarray) -> np.ndarray:
+        """An array of the leaf's shape as PyTorch has it, by layer: matrices (out, in), but tables
+        as they are, and biases as vectors."""
+        if self._is_bias(path):
+            return leaf.reshape(*leaf.shape[: "{}" in self.names[path]], -1)
+        if not self._is_matrix(path):
+            return leaf
+        matrix = np.asarray(self.layout(path).to_matrix(jnp.asarray(leaf)))
+        return matrix if self._is_table(path) else np.swapaxes(matrix, -1, -2)
+
+    def from_torch(self, path: str, value: np.ndarray) -> np.ndarray:
+        """What `as_torch` undoes."""
+        shape = tuple(self.leaf(path).shape)
+        if not self._is_matrix(path):
+            return value.reshape(shape)
+        matrix = value if self._is_table(path) else np.swapaxes(value, -1, -2)
+        return np.asarray(self.layout(path).from_matrix(jnp.asarray(matrix), shape))
+
+    def _layers(self, path: str) -> int:
+        return self.dims(path)[0][0] if self._is_matrix(path) else self.leaf(path).shape[0]
+
+    def _is_matrix(self, path: str) -> bool:
+        return path in self.by_path()
+
+    def _is_bias(self, path: str) -> bool:
+        return self.names[path].endswith(".bias")
+
+    def _is_table(self, path: str) -> bool:
+        return self.names[path].endswith(TABLE)
 
     def refuse_rest(self, slot: Slot, given: Tensors, also: tuple[str, ...] = ()) -> None:
         """Raises ValueError for tensors of a module that nothing took."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lora_jax import paths
@@ -11,6 +11,7 @@ from lora_jax.layouts import Layout
 from lora_jax.models.config import LlamaConfig
 
 Names = Mapping[str, str]
+HEAD, TABLE = "lm_head", "embed_tokens"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,16 +37,25 @@ class Slot:
 
     @property
     def is_embedding(self) -> bool:
-        return self.suffix == "embed_tokens"
+        return self.suffix == TABLE
 
 
-def llama_names(config: LlamaConfig) -> dict[str, str]:
+class LlamaNames(dict[str, str]):
+    """The names of our Llama, and the config that they are of: an export can be run by it."""
+
+    def __init__(self, names: Mapping[str, str], config: LlamaConfig):
+        super().__init__(names)
+        self.config = config
+
+
+def llama_names(config: LlamaConfig) -> LlamaNames:
     """`{path: module}` for our Llama, with `{}` for the index of a stacked layer; a bias is named
     as a tensor, `model.layers.{}.self_attn.q_proj.bias`."""
-    return {
+    names = {
         "/".join(leaf.path): leaf.huggingface.removesuffix(".weight")
         for leaf in llama_leaves(config)
     }
+    return LlamaNames(names, config)
 
 
 def slots_of(
@@ -78,3 +88,10 @@ def slots_of(
             module = template.format(layer)
             slots[module] = Slot(module, path, layer, math.prod(d_in), math.prod(d_out))
     return slots
+
+
+def parents(name: str) -> Iterator[str]:
+    """Of `a.b.c`, `a.b` and `a`: the modules that hold a tensor or a module."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name

@@ -19,7 +19,13 @@ def prompt_to_peft(nodes: Mapping[str, PromptNode]) -> tuple[dict[str, Any], Ten
     return config | {"num_virtual_tokens": len(rows), "token_dim": rows.shape[1]}, {TABLE: rows}
 
 
-def prompt_from_peft(table: np.ndarray) -> dict[str, PromptNode]:
+def prompt_from_peft(table: np.ndarray, width: int | None) -> dict[str, PromptNode]:
+    """`width` is that of the embedding, where it is known."""
+    if table.ndim != 2 or width not in (None, table.shape[1]):
+        raise ValueError(
+            f"{TABLE} has shape {table.shape}, expected (n, {width or 'd'}). Is it a prompt of "
+            "this base?"
+        )
     return {"prompt": PromptNode(rows=jnp.asarray(table, jnp.float32))}
 
 
@@ -59,3 +65,17 @@ def prefix_from_peft(
     pair = jnp.asarray(table, jnp.float32).reshape(len(table), layers, 2, width)
     k, v = jnp.transpose(pair, (2, 1, 0, 3))
     return {path: PrefixNode(k=k, v=v)}
+
+
+def check_count(config: Mapping[str, Any], table: np.ndarray) -> None:
+    """Raises ValueError where the config and the table state different numbers of tokens."""
+    stated, parts = config.get("num_virtual_tokens"), config.get("num_transformer_submodules")
+    if parts not in (None, 1):
+        raise ValueError(
+            f"num_transformer_submodules is {parts!r:.200}: a prompt for more than a decoder is "
+            "not supported."
+        )
+    if stated is not None and stated != len(table):
+        raise ValueError(
+            f"{TABLE} has {len(table)} tokens, the config's num_virtual_tokens is {stated!r:.200}."
+        )

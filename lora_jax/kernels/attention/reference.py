@@ -27,4 +27,5 @@ def masked_attention(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: jax.Array
 ) -> jax.Array:
     """Attention `[B, T, N, H]`, scores scaled by `1 / sqrt(H)`; `mask [B or 1, 1, T, S]`."""
-    return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask)
+    with jax.numpy_dtype_promotion("standard"):  # JAX scales 16-bit scores in float32
+        return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask)
