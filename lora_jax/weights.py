@@ -144,11 +144,7 @@ def dense_float32(w: jax.Array | Weight) -> jax.Array:
 
 def cast(w: Any, dtype: Any) -> Any:
     """The weight with a frozen array in `dtype`; what is quantised or adapts follows its input."""
-    if isinstance(w, Adapted):
-        return dataclasses.replace(w, base=cast(w.base, dtype))
-    if isinstance(w, Transposed):
-        return Transposed(cast(w.table, dtype))
-    return w if isinstance(w, Weight) else w.astype(dtype)
+    return w.cast(dtype) if isinstance(w, Weight) else w.astype(dtype)
 
 
 def as_matrix(w: jax.Array | Weight, layout: Layout) -> jax.Array | Weight:

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import paths
+from lora_jax.adapted import Adapted
 from lora_jax.interop.forward import AnyForward, in_float32
 from lora_jax.interop.verify.report import Form
 from lora_jax.layouts import Layout
 from lora_jax.transform import Delta, bind, delta_nodes
-from lora_jax.weights import Adapted, PyTree, Transposed, Weight, dense, is_weight
+from lora_jax.weights import PyTree, Transposed, Weight, dense, is_weight
 
 
 @flax.struct.dataclass

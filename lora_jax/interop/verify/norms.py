@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import paths
+from lora_jax.adapted import Adapted
 from lora_jax.interop.forward import in_float32
 from lora_jax.parallel import hosts
 from lora_jax.transform import Delta, bind, delta_nodes
-from lora_jax.weights import Adapted, PyTree, as_matrix, dense, is_weight, scan_layers
+from lora_jax.weights import PyTree, as_matrix, dense, is_weight, scan_layers
 
 
 def update_norms(base: PyTree, delta: Delta) -> dict[str, tuple[np.ndarray, np.ndarray]]:
