@@ -219,10 +219,15 @@ class Adapted(Weight):
         return dataclasses.replace(self, base=transpose(self.base), node=self.node.transposed())
 
     def linear(self, x: jax.Array) -> jax.Array:
-        return self._each_row(lambda node, x: node.linear(x, self.base, self.dropout_key), x)
+        if self.adapter_ids is None:
+            return self.node.linear(x, self.base, self.dropout_key)
+        apply = lambda node, x, key: node.linear(x, self.base, key)  # noqa: E731
+        return jax.vmap(apply)(self._of_rows(), x, self._row_keys(x.shape[0]))
 
     def embed(self, tokens: jax.Array) -> jax.Array:
-        return self._each_row(lambda node, ids: node.embed(ids, self.base), tokens)
+        if self.adapter_ids is None:
+            return self.node.embed(tokens, self.base)
+        return jax.vmap(lambda node, ids: node.embed(ids, self.base))(self._of_rows(), tokens)
 
     def dense(self) -> jax.Array:
         if self.adapter_ids is not None:
@@ -232,12 +237,16 @@ class Adapted(Weight):
             )
         return self.node.merge(self.base)
 
-    def _each_row(self, apply: Callable, x: jax.Array) -> jax.Array:
-        if self.adapter_ids is None:
-            return apply(self.node, x)
-        ids = self.adapter_ids.value
-        rows = jax.tree.map(lambda leaf: leaf[ids], self.node)
-        return jax.vmap(apply)(rows, x)
+    def _of_rows(self) -> Any:
+        """The node of each batch row."""
+        ids = cast(Shared, self.adapter_ids).value
+        return jax.tree.map(lambda leaf: leaf[ids], self.node)
+
+    def _row_keys(self, rows: int) -> jax.Array | None:
+        """A key for each row, for a mask of its own."""
+        if self.dropout_key is None:
+            return None
+        return jax.vmap(jax.random.fold_in, (None, 0))(self.dropout_key, jnp.arange(rows))
 
 
 def scan_layers(

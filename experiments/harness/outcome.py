@@ -13,10 +13,7 @@ from lora_jax.transform import Delta
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of an arm: its delta, its own shapes restored, and its progress.
-
-    The delta is one of the model as loaded, also where training began by correcting that.
-    """
+    """What became of an arm: its delta, its own shapes restored, and its progress."""
 
     arm: Arm
     delta: Delta

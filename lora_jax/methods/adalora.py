@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 
 from lora_jax.layouts import Layout
 from lora_jax.methods.base import Additive, AnyWeight, DeltaNode, Method, require_shape
-from lora_jax.methods.lora import drop, widen
+from lora_jax.methods.branches import drop, widen
 from lora_jax.weights import PyTree, linear
 
 FACTORS = ("a", "e", "b")

@@ -6,8 +6,8 @@ node, a pytree that applies, merges and says what it trains. Nothing else in the
 
 import abc
 import dataclasses
-from collections.abc import Mapping
-from typing import ClassVar, Self
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -120,12 +120,25 @@ class DeltaNode(abc.ABC):
         """What stands in the weight's place while the model runs."""
         return Adapted(base, self, dropout_key, adapter_ids)
 
+    def matched(self, other: "DeltaNode") -> Self:
+        """The same delta with every optional leaf that `other` has, where that is exact."""
+        del other
+        return self
+
     def padded(self, like: Self) -> Self:
         """The same delta with every leaf grown to the shapes of `like`; exact. See `stack`."""
         fits = jax.tree.map(lambda ours, other: ours.shape == other.shape, self, like)
         if not all(jax.tree.leaves(fits)):
             raise ValueError(f"{type(self).__name__} nodes of different shapes cannot be stacked.")
         return self
+
+    def trimmed(self, like: Self) -> Self:
+        """What `padded` made of a node of the shapes of `like`, cut back to them."""
+
+        def cut(leaf, wanted):
+            return leaf[tuple(slice(size) for size in wanted.shape)]
+
+        return jax.tree.map(cut, self, like)
 
     def absent(self) -> Self:
         """A node of these shapes that adapts nothing; `stack` puts it where a delta has none."""
@@ -194,8 +207,14 @@ class Method(abc.ABC):
         del path, weight
         return not self.needs_matrix or layout is not None
 
+    @property
+    def reads_values(self) -> bool:
+        """Whether a fresh node depends on the weight's values; of an abstract weight it is then
+        abstract itself."""
+        return False
+
     def at(self, path: str) -> "Method":
-        """The method of one path; what `fresh` and `corrected` are asked of."""
+        """The method of one path; what `fresh` is asked of."""
         del path
         return self
 
@@ -210,11 +229,6 @@ class Method(abc.ABC):
           key: one typed key for each stacked layer, `[stack...]`.
         """
 
-    def corrected(self, weight: AnyWeight, node: DeltaNode) -> AnyWeight:
-        """The base that goes with a fresh node; PiSSA and its like move a part of it there."""
-        del node
-        return weight
-
     def extras(
         self, weights: Mapping[str, AnyWeight], *, layouts: Mapping[str, Layout], key: jax.Array
     ) -> dict[str, Extra]:
@@ -223,8 +237,17 @@ class Method(abc.ABC):
 
         Args:
           weights: `{path: weight}` of all that this method was targeted at.
-          layouts: their axes, by path.
+          layouts: their axes, and maybe others', by path.
           key: the key that `lora_transform` was given.
         """
         del weights, layouts, key
         return {}
+
+
+def of_values(method: Method, make: Callable[[Any], Any], weights: Any) -> Any:
+    """`make(weights)`, or its shapes, where it reads the values of weights that are abstract."""
+    leaves = jax.tree.leaves(weights)
+    is_abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+    if method.reads_values and is_abstract:
+        return jax.eval_shape(make, weights)
+    return make(weights)

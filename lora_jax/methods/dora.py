@@ -11,8 +11,9 @@ from jax.sharding import PartitionSpec
 
 from lora_jax.layouts import Layout
 from lora_jax.methods.base import AnyWeight, DeltaNode
+from lora_jax.methods.branches import drop
 from lora_jax.methods.decompositions import each_layer
-from lora_jax.methods.lora import LoRA, LowRank, drop
+from lora_jax.methods.lora import LoRA, LowRank
 from lora_jax.weights import UNSCALED, as_matrix, dense, linear
 
 
@@ -38,6 +39,10 @@ class DoRA(LoRA):
         super().__post_init__()
         if self._decomposes:
             raise ValueError(f"{self._named('init')}: expected one of kaiming, gaussian.")
+
+    @property
+    def reads_values(self) -> bool:
+        return True
 
     def fresh(self, weight: AnyWeight, *, layout: Layout, key: jax.Array) -> DeltaNode:
         low = self.low_rank(weight, layout=layout, key=key)

@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from typing import Any, Literal, Self, cast
+from collections.abc import Callable
+from typing import Any, Literal, Self
 
 import flax.struct
 import jax
@@ -11,9 +12,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from lora_jax.layouts import Layout
+from lora_jax.methods import optional_leaves
 from lora_jax.methods.base import Additive, AnyWeight, DeltaNode, Method, require_shape
+from lora_jax.methods.branches import drop, widen
 from lora_jax.methods.decompositions import STARTS, factors_of
-from lora_jax.weights import NARROW, Weight, as_matrix, dense, embed, linear, vary
+from lora_jax.weights import NARROW, as_matrix, embed, linear
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,9 +34,8 @@ class LoRA(Method):
         bound; what remains is divided by `1 - dropout`.
       init: how `a` is drawn: "kaiming" is uniform on +-1/sqrt(d_in), as PEFT draws it; "gaussian"
         has standard deviation `1 / r`. "pissa", "pissa_niter_N" and "olora" take a and b from the
-        weight itself, and the base that `lora_transform` returns is the rest: see
-        `decompositions.factors_of`, and `as_plain_lora` for the way back. Of a quantised weight the
-        rest is quantised again, and the model starts as close to the base as that error allows.
+        weight itself (see `decompositions.factors_of`), and what they begin with is subtracted
+        again: the base stays what it is, quantised too, and the start changes nothing.
       train_a: False freezes `a` where it starts: LoRA-FA (Zhang et al. 2023, arXiv:2308.03303).
         No gradient of `a` is computed. The paper's correction of `b`'s gradient is `project_b`.
 
@@ -72,13 +74,9 @@ class LoRA(Method):
     def fresh(self, weight: AnyWeight, *, layout: Layout, key: jax.Array) -> DeltaNode:
         return self.low_rank(weight, layout=layout, key=key)
 
-    def corrected(self, weight: AnyWeight, node: DeltaNode) -> AnyWeight:
-        """The weight without what the factors took from it, in its own format."""
-        if not self._decomposes:
-            return weight
-        rest = dense(weight).astype(jnp.float32) - cast(LowRank, node).update(weight.shape)
-        rest = rest.astype(weight.dtype)
-        return weight.requantized(rest) if isinstance(weight, Weight) else rest
+    @property
+    def reads_values(self) -> bool:
+        return self._decomposes
 
     def low_rank(self, weight: AnyWeight, *, layout: Layout, key: jax.Array) -> "LowRank":
         """The fresh pair of factors."""
@@ -97,10 +95,13 @@ class LoRA(Method):
             index = jnp.broadcast_to(jnp.arange(rank, dtype=jnp.float32), (*stack, rank))
             used = index < ranks[..., None]
             a, b = jnp.where(used[..., None, :], a, 0), jnp.where(used[..., None], b, 0)
+        a, b = a.reshape(*stack, *d_in, rank), b.reshape(*stack, rank, *d_out)
         return LowRank(
-            a=a.reshape(*stack, *d_in, rank),
-            b=b.reshape(*stack, rank, *d_out),
+            a=a,
+            b=b,
             scale=scale,
+            a0=jnp.copy(a) if self._decomposes else None,  # of its own: a step may donate a
+            b0=jnp.copy(b) if self._decomposes else None,
             dropout=self.dropout,
             layout=layout,
             train_a=self.train_a,
@@ -145,20 +146,31 @@ class LoRA(Method):
         return f"{type(self).__name__}({field}={getattr(self, field)!r})"
 
 
-@flax.struct.dataclass
+@optional_leaves.dataclass
 class LowRank(Additive):
-    """`scale * a @ b`: `a [stack..., contracted..., r]`, `b [stack..., r, output...]`, float32.
+    """`scale * (a @ b - a0 @ b0)`, all float32.
 
-    Padding both factors with zeros to a larger rank changes nothing, then or later: the gradient
+    Padding the factors with zeros to a larger rank changes nothing, then or later: the gradient
     of each padded factor is a product with the other's zeros.
+
+    Attributes:
+      a, b: `[stack..., contracted..., r]` and `[stack..., r, output...]`.
+      scale: `[stack...]`.
+      a0, b0: frozen, what a and b were at the start, where that is a part of the weight (PiSSA,
+        OLoRA). None where the start is zero.
+      own_base: what made a base that the node belongs to instead of the original ("loftq"); empty
+        for the original. It is a setting like the others: nodes that differ in it do not mix.
     """
 
     a: jax.Array
     b: jax.Array
     scale: jax.Array
+    a0: jax.Array | None = None
+    b0: jax.Array | None = None
     dropout: float = flax.struct.field(pytree_node=False, default=0.0)
     layout: Layout = flax.struct.field(pytree_node=False, default=Layout())
     train_a: bool = flax.struct.field(pytree_node=False, default=True)
+    own_base: str = flax.struct.field(pytree_node=False, default="")
 
     @property
     def rank(self) -> int:
@@ -173,102 +185,110 @@ class LowRank(Additive):
         return linear(x, base) + self.branch(x_drop)
 
     def branch(self, x: jax.Array) -> jax.Array:
-        """`scale * x @ a @ b`: what is added to the base's output."""
+        """`scale * x @ (a @ b - a0 @ b0)`: what is added to the base's output."""
         inner = linear(x, self.a.astype(x.dtype)) * self.scale.astype(x.dtype)
-        return widen(checkpoint_name(inner, NARROW), self.b.astype(x.dtype))
+        y = widen(checkpoint_name(inner, NARROW), self.b.astype(x.dtype))
+        if self.a0 is None or self.b0 is None:
+            return y
+        # A product of its own: where nothing is trained yet, the two are equal to the last bit.
+        first = linear(x, self.a0.astype(x.dtype)) * self.scale.astype(x.dtype)
+        return y - linear(first, self.b0.astype(x.dtype))
 
     def embed(self, tokens: jax.Array, base: AnyWeight) -> jax.Array:
         rows = embed(tokens, base)
-        inner = embed(tokens, self.a).astype(rows.dtype) * self.scale.astype(rows.dtype)
-        return rows + linear(inner, self.b.astype(rows.dtype))
+
+        def added(a, b):
+            inner = embed(tokens, a).astype(rows.dtype) * self.scale.astype(rows.dtype)
+            return linear(inner, b.astype(rows.dtype))
+
+        y = added(self.a, self.b)
+        return rows + (y if self.a0 is None else y - added(self.a0, self.b0))
+
+    def plain(self) -> "LowRank":
+        """The same update by factors alone, of rank 2r where there are a0 and b0:
+        `[a, a0] @ [b; -b0]`."""
+        if self.a0 is None or self.b0 is None:
+            return self
+        a = jnp.concatenate([self.a, self.a0], axis=-1)
+        b = jnp.concatenate([self.b, -self.b0], axis=self.stack_ndim)
+        return dataclasses.replace(self, a=a, b=b, a0=None, b0=None)
 
     def transposed(self) -> "LowRank":
-        return dataclasses.replace(
-            self, a=jnp.swapaxes(self.b, -1, -2), b=jnp.swapaxes(self.a, -1, -2)
-        )
+        def turned(leaf):
+            return None if leaf is None else jnp.swapaxes(leaf, -1, -2)
+
+        return self._with(turned(self.b), turned(self.a), turned(self.b0), turned(self.a0))
 
     def as_matrix(self) -> "LowRank":
-        stack = self.a.shape[: self.stack_ndim]
-        return dataclasses.replace(
-            self,
-            a=self.a.reshape(*stack, -1, self.rank),
-            b=self.b.reshape(*stack, self.rank, -1),
-            layout=Layout(),
+        stack, matrix = self.a.shape[: self.stack_ndim], dataclasses.replace(self, layout=Layout())
+        return matrix._each_factor(
+            lambda a: a.reshape(*stack, -1, a.shape[-1]),
+            lambda b: b.reshape(*stack, b.shape[len(stack)], -1),
         )
 
     def partition(self, spec: PartitionSpec) -> "LowRank":
         *stack, d_in, d_out = spec
-        parts: Any = self._partitioned(PartitionSpec(*stack))
-        a, b = PartitionSpec(*stack, d_in, None), PartitionSpec(*stack, None, d_out)
-        return dataclasses.replace(parts, a=a, b=b)
+        return self._split(stack, [d_in], [d_out])
 
     def placement(self, spec: PartitionSpec) -> "LowRank":
-        stack, d_in, d_out = self.layout.split(tuple(spec))
-        parts: Any = self._partitioned(PartitionSpec(*stack))
+        return self._split(*self.layout.split(tuple(spec)))
+
+    def _split(self, stack, d_in, d_out) -> "LowRank":
         a, b = PartitionSpec(*stack, *d_in, None), PartitionSpec(*stack, None, *d_out)
-        return dataclasses.replace(parts, a=a, b=b)
+        parts: Any = self._partitioned(PartitionSpec(*stack))
+        return parts._each_factor(lambda _: a, lambda _: b)
 
     def update(self, shape: tuple[int, ...]) -> jax.Array:
         matrix = self.as_matrix()
         with jax.default_matmul_precision("highest"):
-            product = jnp.matmul(matrix.a, matrix.b) * self.scale[..., None, None]
-        return self.layout.from_matrix(product, shape)
+            product = jnp.matmul(matrix.a, matrix.b)
+            if matrix.a0 is not None:
+                product = product - jnp.matmul(matrix.a0, matrix.b0)
+        return self.layout.from_matrix(product * self.scale[..., None, None], shape)
 
     def trainable(self) -> Self:
-        return dataclasses.replace(cast(Any, self), a=self.train_a, b=True, scale=False)
+        frozen: Any = jax.tree.map(lambda _: False, self)
+        return dataclasses.replace(frozen, a=self.train_a, b=True)
 
     def check(self, path: str, base: AnyWeight) -> None:
         stack = self.stack_ndim
-        ours = self.layout.joined(
-            self.a.shape[:stack], self.a.shape[stack:-1], self.b.shape[stack + 1 :]
-        )
-        require_shape(path, ours, base)
+        for a, b in ((self.a, self.b), (self.a0, self.b0)):
+            if a is not None and b is not None:
+                sides = a.shape[:stack], a.shape[stack:-1], b.shape[stack + 1 :]
+                require_shape(path, self.layout.joined(*sides), base)
+
+    def matched(self, other: DeltaNode) -> "LowRank":
+        if not isinstance(other, LowRank) or other.a0 is None or self.a0 is not None:
+            return self
+        return dataclasses.replace(self, a0=jnp.zeros_like(self.a), b0=jnp.zeros_like(self.b))
 
     def padded(self, like: "LowRank") -> "LowRank":
         missing = like.rank - self.rank
-        grow_b = [(0, 0)] * self.b.ndim
-        grow_b[self.stack_ndim] = (0, missing)
-        return dataclasses.replace(
-            self,
-            a=jnp.pad(self.a, [(0, 0)] * (self.a.ndim - 1) + [(0, missing)]),
-            b=jnp.pad(self.b, grow_b),
+
+        def grown(leaf, axis):
+            pads = [(0, 0)] * leaf.ndim
+            pads[axis] = (0, missing)
+            return jnp.pad(leaf, pads)
+
+        return self.matched(like)._each_factor(
+            lambda a: grown(a, -1), lambda b: grown(b, self.stack_ndim)
         )
+
+    def trimmed(self, like: "LowRank") -> "LowRank":
+        node = dataclasses.replace(self, a0=None, b0=None) if like.a0 is None else self
+        return super(LowRank, node).trimmed(like)
 
     def absent(self) -> "LowRank":
         return jax.tree.map(jnp.zeros_like, self)
 
+    def _each_factor(self, change_a: Callable, change_b: Callable) -> "LowRank":
+        started = self.a0 is not None
+        return self._with(
+            change_a(self.a),
+            change_b(self.b),
+            change_a(self.a0) if started else None,
+            change_b(self.b0) if started else None,
+        )
 
-def widen(inner: jax.Array, b: jax.Array) -> jax.Array:
-    """`inner @ b` for a narrow `inner [..., r]`, with a gradient of `b` that keeps `dy` as it lies.
-
-    JAX's own rule puts the cotangent `dy [..., d_out]` first in the product that makes `db`, and
-    XLA's CPU backend then copies it into its transpose: an eighth of a whole training step.
-    """
-    return _widen(vary(inner, like=b), vary(b, like=inner))
-
-
-@jax.custom_vjp
-def _widen(inner, b):
-    return jnp.matmul(inner, b)
-
-
-def _widen_forward(inner, b):
-    return jnp.matmul(inner, b), (inner, b)
-
-
-def _widen_backward(saved, dy):
-    inner, b = saved
-    rows = tuple(range(inner.ndim - 1))
-    db = jax.lax.dot_general(inner, dy, ((rows, rows), ((), ())))
-    return jax.lax.dot_general(dy, b, (((dy.ndim - 1,), (1,)), ((), ()))), db
-
-
-_widen.defvjp(_widen_forward, _widen_backward)
-
-
-def drop(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
-    """`x` with entries zeroed at `rate` and the rest divided by `1 - rate`."""
-    if rate == 0:
-        return x
-    kept = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return jnp.where(kept, x / (1 - rate), jnp.zeros_like(x))
+    def _with(self, a, b, a0, b0) -> "LowRank":
+        return dataclasses.replace(self, a=a, b=b, a0=a0, b0=b0)

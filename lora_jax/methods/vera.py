@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.layouts import Layout
 from lora_jax.methods.base import Additive, AnyWeight, Extra, Method, require_shape
-from lora_jax.methods.lora import drop
+from lora_jax.methods.branches import drop
 from lora_jax.paths import stable_hash
 from lora_jax.weights import NARROW, Shared, linear
 

@@ -32,6 +32,7 @@ from lora_jax.kernels.attention import Implementation, attend, masked_attention
 from lora_jax.models.config import LlamaConfig
 from lora_jax.models.remat import LAYER_INPUT, Remat, checkpointed
 from lora_jax.models.rope import rotate
+from lora_jax.models.unread import require_read
 from lora_jax.weights import embed, linear, scan_layers, transpose
 
 Params = dict[str, Any]
@@ -216,8 +217,10 @@ def leading(params: Params, config: LlamaConfig) -> tuple[int, int]:
     """How many keys of a prefix, and how many rows of a prompt, stand in front of the tokens.
 
     Raises:
-      ValueError: if they leave no place in the model's context.
+      ValueError: if they leave no place in the model's context, or a prefix is of another width
+        than the keys; for a parameter of a delta that stands where nothing reads it.
     """
+    require_read(params, config)
     prefix = params["layers"]["attn"].get("prefix")
     prompt = params.get("prompt")
     lengths = (

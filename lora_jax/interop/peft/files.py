@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from lora_jax.fingerprint import fingerprint, form
 from lora_jax.interop.peft import adalora, full, lora, prompts, vectors
+from lora_jax.interop.peft import own_base as own_bases
 from lora_jax.interop.peft.config import check_values
 from lora_jax.interop.peft.model import Model, Tensors, model_of
 from lora_jax.interop.peft.names import Names
@@ -84,7 +85,7 @@ def load_adapter(
             f"{', '.join(_GROUPS)}."
         )
     try:
-        return nest(_decoded(kind, config, tensors, model))
+        return nest(own_bases.marked(_decoded(kind, config, tensors, model), metadata))
     except ValueError as error:
         if str(folder) in str(error):
             raise
@@ -103,8 +104,12 @@ def save_adapter(
     profile: str = "peft",
     card: str | None = None,
     base_fingerprint: str | None = None,
+    own_base: bool = False,
 ) -> None:
     """Writes a delta as an adapter that PEFT loads.
+
+    What began as PiSSA or OLoRA is written as the plain LoRA of the original base that it is, of
+    twice the rank.
 
     Args:
       folder: must not hold an adapter yet.
@@ -118,12 +123,16 @@ def save_adapter(
         ranks padded to one that vLLM accepts.
       card: the text of README.md, such as `model_card` makes.
       base_fingerprint: `fingerprint(params)` where it is known; else it is computed.
+      own_base: says that `params`, the base that `loftq_start` made, is exported with the adapter,
+        and that `base_name` names that export. The adapter shifts every other base.
 
     Raises:
       FileExistsError: the folder holds an adapter.
-      ValueError: what PEFT, or vLLM, has no form for; a path without a name.
+      ValueError: what PEFT, or vLLM, has no form for; a path without a name; a delta that belongs
+        to a base of its own, unless `own_base` says so.
     """
     folder = Path(folder)
+    owned = own_bases.metadata_of(delta_nodes(delta), own_base)
     if (folder / _CONFIG).exists() or (folder / _TENSORS).exists():
         raise FileExistsError(f"{folder} holds an adapter already: choose another folder.")
     model = model_of(str(folder), params, names, layouts)
@@ -133,7 +142,7 @@ def save_adapter(
         "inference_mode": True,
         "task_type": "CAUSAL_LM",
     }
-    metadata = _base_metadata(params, base_fingerprint)
+    metadata = _base_metadata(params, base_fingerprint) | owned
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
     save_file(tensors, folder / _TENSORS, metadata={"format": "pt"} | metadata)
