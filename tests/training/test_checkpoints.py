@@ -3,11 +3,13 @@
 import json
 
 import cases
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import pytest
 import small
 
+import lora_jax as lora
 from lora_jax.training import checkpoints, records
 from lora_jax.training.checkpoints import fingerprint
 
@@ -73,3 +75,34 @@ def test_states_may_be_donated_while_they_are_written(tmp_path):
     number, back, position = checkpoints.restore(tmp_path, state, identity={})
     assert (number, position) == (2, {"data": 2})
     cases.assert_equal(back, jax.tree.map(lambda x: -x, before))
+
+
+def test_a_base_of_its_own_is_part_of_a_checkpoint(tmp_path):
+    params = {"q_proj": cases.normal(0, 8, 6)}
+    base = lora.quantize(params, "nf4", block_size=8)
+    _, plain = lora.lora_transform(base, lora.LoRA(rank=2), key=jax.random.key(0))
+    _, owned = lora.loftq_start(params, base, plain)
+    for name, delta in {"owned": owned, "plain": plain}.items():
+        checkpoints.save(tmp_path / name, 1, {"delta": delta}, identity={}, position=None)
+    _, back, _ = checkpoints.restore(tmp_path / "owned", {"delta": owned}, identity={})
+    assert back["delta"]["q_proj"].own_base == "loftq"
+    for folder, like in (("owned", plain), ("plain", owned)):
+        with pytest.raises(ValueError, match="another run: delta/q_proj/own_base is"):
+            checkpoints.restore(tmp_path / folder, {"delta": like}, identity={})
+
+
+def test_absent_leaves_are_no_part_of_a_tree():
+    """So that checkpoints from before there was such a leaf keep their structure."""
+    params = {"q_proj": cases.normal(0, 8, 6)}
+    for init, names in (
+        ("kaiming", {"a", "b", "scale"}),
+        ("pissa", {"a", "b", "scale", "a0", "b0"}),
+    ):
+        _, delta = lora.lora_transform(params, lora.LoRA(rank=2, init=init), key=jax.random.key(0))
+        none_too = jax.tree_util.tree_leaves_with_path(delta, is_leaf=lambda leaf: leaf is None)
+        assert {path[-1].name for path, _ in none_too} == names
+        state = flax.serialization.to_state_dict(delta)
+        assert set(state["q_proj"]) == names
+        cases.assert_equal(flax.serialization.from_state_dict(delta, state), delta)
+    with pytest.raises(ValueError, match="LowRank: expected the fields a, b, scale, a0, b0, found"):
+        flax.serialization.from_state_dict(delta, {"q_proj": {"a": 0}})
