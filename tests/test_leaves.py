@@ -11,6 +11,7 @@ import pytest
 from cases import assert_equal
 
 import lora_jax as lora
+from lora_jax.fingerprint import fingerprint, form
 from lora_jax.methods import Method
 
 KEY = jax.random.key(0)
@@ -55,6 +56,12 @@ STRANGE = {"activation": jnp.tanh, "jitted": jax.jit(jnp.tanh), "name": "relu", 
            "numpy": np.dtype("float32"), "object": Opaque(), "nothing": None}  # fmt: skip
 
 
+def test_a_fingerprint_is_of_arrays():
+    params = {"w": cases.normal(0, 8, 6)}
+    for name in (fingerprint, form):
+        assert name({**params, "act": jnp.tanh, "rate": 0.1}) == name(params)
+
+
 def test_leaves_that_are_no_arrays_pass_through():
     """An unpartitioned model's functions and settings, by identity."""
     params = {"w": cases.normal(0, 8, 6), **STRANGE, "inner": {"q_proj": cases.normal(1, 8, 8),
@@ -65,7 +72,7 @@ def test_leaves_that_are_no_arrays_pass_through():
 
     four_bits = lora.quantize(params, "nf4", block_size=8, targets="q_proj")
     trees = {"quantize": four_bits, "dequantize": lora.dequantize(four_bits)}
-    for method in (*cases.METHODS.values(), lora.LoRA(rank=2, init="pissa")):
+    for method in map(cases.METHODS.get, ("lora_variant", "full", "dora", "vera", "bottleneck")):
         targets = ("q_proj", "w") if method != lora.Full() else "w"
         base, delta = lora.lora_transform(params, method, targets=targets, key=KEY)
         weights = lora.bind(base, delta, dropout_key=KEY)

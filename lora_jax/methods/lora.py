@@ -242,7 +242,7 @@ class LowRank(Additive):
         matrix = self.as_matrix()
         with jax.default_matmul_precision("highest"):
             product = jnp.matmul(matrix.a, matrix.b)
-            if matrix.a0 is not None:
+            if matrix.a0 is not None and matrix.b0 is not None:
                 product = product - jnp.matmul(matrix.a0, matrix.b0)
         return self.layout.from_matrix(product * self.scale[..., None, None], shape)
 

@@ -320,6 +320,11 @@ def test_what_began_with_a_part_of_the_weight_is_a_plain_adapter(name, profile, 
                            for d in (back, delta, {}))  # fmt: skip
     cases.assert_close(ours, theirs, rtol=1e-3, atol=2e-5)
     assert np.abs(ours - start).max() < 1e-4 if not size else np.abs(ours - start).max() > 1e-2
+    if name == "pissa":
+        four_bits = lora.quantize(PARAMS, "nf4", block_size=8)
+        ours, theirs = (llama.forward(lora.bind(four_bits, d), TOKENS, CONFIG)
+                        for d in (back, delta))  # fmt: skip
+        cases.assert_close(ours, theirs, rtol=1e-3, atol=2e-5)
     if name == "layer ranks" and profile == "peft":
         tensors = load_file(folder / "adapter_model.safetensors")
         assert {value.shape[0] for key, value in tensors.items() if "lora_A" in key} == {4, 2}

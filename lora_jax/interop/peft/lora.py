@@ -104,9 +104,9 @@ def from_peft(
 def used_factors(low: LowRank) -> tuple[np.ndarray, np.ndarray]:
     """`a [d_in, r]` and `b [r, d_out]` of one layer, of the same update, without the padding behind
     them (or behind either half, where they are a plain form of rank 2r)."""
-    if low.a0 is not None:
-        trained, first = low.replace(a0=None, b0=None), low.replace(a=low.a0, b=-low.b0, a0=None,
-                                                                    b0=None)  # fmt: skip
+    if low.a0 is not None and low.b0 is not None:
+        trained = dataclasses.replace(low, a0=None, b0=None)
+        first = dataclasses.replace(trained, a=low.a0, b=-low.b0)
         (a, b), (a0, b0) = used_factors(trained), used_factors(first)
         return np.concatenate([a, a0], axis=1), np.concatenate([b, b0])
     a, b = np.asarray(low.a), np.asarray(low.b)
