@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from lora_jax.layouts import Layout
@@ -90,5 +91,6 @@ class Adapted(Weight):
             return apply(self.node, x, self.dropout_key)
         ids, key = self.adapter_ids.value, self.dropout_key
         rows = jax.tree.map(lambda leaf: leaf[ids], self.node)
-        keys = None if key is None else jax.random.split(key, ids.shape[0])
+        each = jax.vmap(jax.random.fold_in, (None, 0))
+        keys = None if key is None else each(key, jnp.arange(ids.shape[0]))
         return jax.vmap(apply, in_axes=(0, 0, None if key is None else 0))(rows, x, keys)

@@ -12,6 +12,7 @@ from lora_jax import paths
 from lora_jax.layouts import Layout
 from lora_jax.methods import LoRA, LoRANode, Method
 from lora_jax.methods.decompositions import each_layer, truncated_svd
+from lora_jax.starts import as_plain_lora
 from lora_jax.targets import Targets
 from lora_jax.transform import Delta, delta_nodes, lora_transform
 from lora_jax.weights import PyTree, as_matrix, dense_float32, is_weight
@@ -31,7 +32,8 @@ def combine(
     """One LoRA delta out of several, by their updates `U_i = scale_i * a_i @ b_i`.
 
     Args:
-      deltas: over one base; a path that one of them lacks counts as zero there.
+      deltas: over one base; a path that one of them lacks counts as zero there. One that began as
+        PiSSA or OLoRA counts as the plain adapter that it is, of twice the rank.
       weights: a number `w_i` for each.
       how: "cat" is `sum_i w_i U_i`, exactly: factors are concatenated, so ranks add up (PEFT's
         "linear" mixes the factors instead, and gets cross terms). "svd" is the best approximation
@@ -49,7 +51,7 @@ def combine(
     """
     _check(deltas, weights, how, rank, density, key)
     key = None if key is None else paths.one_key(key)
-    members = [delta_nodes(delta) for delta in deltas]
+    members = [delta_nodes(as_plain_lora(delta)) for delta in deltas]
     combined = {}
     for path in dict.fromkeys(path for member in members for path in member):
         found = [(w, m[path]) for w, m in zip(weights, members, strict=True) if path in m]
@@ -57,6 +59,11 @@ def combine(
             if not isinstance(node, LoRANode):
                 raise ValueError(f"{path}: only LoRA can be combined, not {type(node).__name__}.")
         nodes: list[Any] = [node for _, node in found]
+        if len({node.own_base for node in nodes}) > 1:
+            raise ValueError(
+                f"{path}: some of the deltas belong to a base that loftq_start made, others do "
+                "not. Combine deltas of one base, or merge each into its own."
+            )
         whole = _concatenated(nodes, [w for w, _ in found])
         kept = rank or max(node.rank for node in nodes)
         if how == "svd":
@@ -101,7 +108,7 @@ def extract(
         ]
         a, b = _factors((change[0] - change[1]) / node.scale[..., None, None], node.rank)
         found[path] = dataclasses.replace(
-            node, a=a.reshape(node.a.shape), b=b.reshape(node.b.shape)
+            node, a=a.reshape(node.a.shape), b=b.reshape(node.b.shape), a0=None, b0=None
         )
     return paths.nest(found)
 

@@ -95,5 +95,6 @@ def describe(
         shape = tuple(flat[path].shape) if path in flat else ()
         rows.append(Row(path, rules.get(path, ""), type(node).__name__, shape, node.rank, trained))
     trained = sum(row.trainable for row in rows)
-    total = trained + sum(math.prod(leaf.shape) for leaf in flat.values())
+    arrays = [leaf for leaf in flat.values() if paths.is_array(leaf)]
+    total = trained + sum(math.prod(leaf.shape) for leaf in arrays)
     return Description(tuple(rows), trained, total)

@@ -16,9 +16,14 @@ def fingerprint(base: PyTree) -> str:
     that nothing but a number leaves the device.
     """
     digest = hashlib.sha256()
-    for path, leaf in paths.flatten(base).items():
+    for path, leaf in _arrays(base).items():
         digest.update(f"{path} {leaf.shape} {leaf.dtype} {int(_checksum(leaf))}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def _arrays(base: PyTree) -> dict[str, jax.Array]:
+    """A tree may also hold functions and settings, which have no bits."""
+    return {p: leaf for p, leaf in paths.flatten(base).items() if paths.is_array(leaf)}
 
 
 @jax.jit
@@ -37,6 +42,6 @@ def form(base: PyTree) -> str:
     """A name for a tree by its paths, shapes and dtypes alone: only trees of one form can be told
     apart by their fingerprints."""
     digest = hashlib.sha256()
-    for path, leaf in paths.flatten(base).items():
+    for path, leaf in _arrays(base).items():
         digest.update(f"{path} {tuple(leaf.shape)} {leaf.dtype}\n".encode())
     return digest.hexdigest()[:16]

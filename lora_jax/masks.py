@@ -73,17 +73,22 @@ def scale_b(ratio: float) -> optax.GradientTransformation:
 
 
 def project_b() -> optax.GradientTransformation:
-    """LoRA-FA's gradient of `b`: `(a^T a)^-1 g / scale^2` where `a` is frozen (`train_a=False`).
+    """LoRA-FA's gradient of `b`: `(a^T a)^-1 g / scale^2` where `a` is frozen (`train_a=False`),
+    in LoRA and DoRA. Whatever else the delta holds keeps its gradient.
 
     Of all updates that move `b` alone, this comes closest to the gradient of the whole weight
     (Zhang et al. 2023, arXiv:2308.03303, section 3; PEFT adds 1e-8 to the diagonal, and so does
     this). It reads the frozen factors, so its update must be given the delta as `params`, and it
-    stands in front of the mask: `optax.chain(project_b(), mask_optimizer(tx, delta))`. Without
-    `params` the update raises ValueError.
+    stands in front of the mask: `optax.chain(project_b(), mask_optimizer(tx, delta))`.
+
+    The update raises ValueError without `params`, or where they hold no frozen `a`.
     """
 
+    def projects(node: Any) -> bool:
+        return isinstance(node, LowRank) and not node.train_a
+
     def corrected(gradient: Any, node: Any) -> Any:
-        if not isinstance(node, LowRank) or node.train_a:
+        if not projects(node):
             return gradient
         a, b = node.as_matrix().a, gradient.as_matrix().b
         with jax.default_matmul_precision("highest"):
@@ -94,7 +99,14 @@ def project_b() -> optax.GradientTransformation:
         return dataclasses.replace(gradient, b=b.reshape(gradient.b.shape))
 
     def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, Any]:
-        is_node = lambda leaf: isinstance(leaf, DeltaNode)  # noqa: E731
-        return jax.tree.map(corrected, updates, params, is_leaf=is_node), state
+        is_pair = lambda leaf: isinstance(leaf, LowRank)  # noqa: E731
+        found = [node for node in jax.tree.leaves(params, is_leaf=is_pair) if projects(node)]
+        if not found or any(jax.tree.leaves(node.a) == [] for node in found):
+            raise ValueError(
+                "project_b found no frozen factor a in params, neither a LoRA's nor a DoRA's. Give "
+                "its update the delta, made with train_a=False, and put it in front of the mask: "
+                "optax.chain(project_b(), mask_optimizer(tx, delta))."
+            )
+        return jax.tree.map(corrected, updates, params, is_leaf=is_pair), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

@@ -169,16 +169,31 @@ class DeltaNode:
         entry for each of its axes. What follows no axis of the weight is replicated."""
         return schema.specs(self, *self.layout.split(tuple(spec)))
 
+    def matched(self, other: "DeltaNode") -> Self:
+        """The same delta with zeros for every optional leaf that only `other` has; exact."""
+        if type(self) is not type(other):
+            return self
+        return schema.filled(self, other, self.layout)
+
     def padded(self, like: Self) -> Self:
         """The same delta with every leaf grown to the shapes of `like`; exact. See `stack`."""
-        ours, theirs = self.sizes(), like.sizes()
-        if odd := [axis for axis in ours if ours[axis] != theirs[axis]]:
-            if not set(odd) <= set(self.padded_axes):
-                raise ValueError(
-                    f"{type(self).__name__} nodes of different {odd[0]} cannot be stacked."
-                )
-            return schema.padded(self, like, self.layout, self.padded_axes)
-        return self
+        node = self.matched(like)
+        ours, theirs = node.sizes(), like.sizes()
+        odd = {axis for axis in ours if ours[axis] != theirs[axis]}
+        if not odd <= set(self.padded_axes):
+            raise ValueError(
+                f"{type(self).__name__} nodes of different shapes cannot be stacked: they differ "
+                f"along {', '.join(sorted(odd))}."
+            )
+        return schema.padded(node, like, self.layout, self.padded_axes) if odd else node
+
+    def trimmed(self, like: Self) -> Self:
+        """What `padded` made of a node of the shapes of `like`, cut back to them."""
+
+        def cut(leaf, wanted):
+            return leaf[tuple(slice(size) for size in wanted.shape)]
+
+        return jax.tree.map(cut, schema.without(self, like), like)
 
     def absent(self) -> Self:
         """A node of these shapes that adapts nothing; `stack` puts it where a delta has none."""

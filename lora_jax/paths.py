@@ -20,6 +20,13 @@ def flatten(tree: Any, is_leaf=None) -> dict[str, Any]:
     return {path_name(path): leaf for path, leaf in leaves}
 
 
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is an array, or stands for one: abstract, or a `Weight`. Trees may hold more:
+    functions, strings, Python numbers, dtypes."""
+    shape = None if isinstance(leaf, type) else getattr(leaf, "shape", None)
+    return isinstance(shape, tuple) and hasattr(leaf, "dtype")
+
+
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     """The nested dict that `flat` lists: `{"a/b": x}` becomes `{"a": {"b": x}}`."""
     root: dict[str, Any] = {}

@@ -270,6 +270,24 @@ def padded(node: Any, like: Any, layout: Layout, axes: Sequence[str]) -> Any:
     return jax.tree.map(grown, node, leaves_of(node))
 
 
+def filled(node: Any, other: Any, layout: Layout) -> Any:
+    """`node` with zeros for each optional array that only `other` has."""
+    known, changed = sizes(node, layout), {}
+    for field in dataclasses.fields(node):
+        declared = field.metadata.get("leaf")
+        lacks = getattr(node, field.name) is None and getattr(other, field.name) is not None
+        if declared is not None and lacks:
+            shape = sum((known[axis] for axis in declared.leaf.axes), ())
+            changed[field.name] = jnp.zeros(shape, jnp.float32)
+    return dataclasses.replace(node, **changed)
+
+
+def without(node: Any, other: Any) -> Any:
+    """`node` without the optional arrays that `other` lacks."""
+    lacks = [f.name for f in dataclasses.fields(other) if getattr(other, f.name) is None]
+    return dataclasses.replace(node, **dict.fromkeys(lacks))
+
+
 def absent(node: Any) -> Any:
     """A node of these shapes that adapts nothing, or None if the class declares none."""
     declared = leaves_of(node)

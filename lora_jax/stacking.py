@@ -29,7 +29,7 @@ def stack(deltas: Sequence[Delta]) -> Delta:
     Members may differ
       - in size: LoRA, DoRA and Bottleneck;
       - in targets: these, IA3 and Full, and VeRA where the largest target is of one size;
-      - in what arrays hold: alpha, the kind of scaling, a random init.
+      - in what arrays hold: alpha, the kind of scaling, any init.
     All else must agree on a path: dropout, `train_a`, IA3's side, VeRA's rank and every setting of
     AdaLoRA, prompts, prefixes and fusions, which take the same targets too.
 
@@ -71,21 +71,16 @@ def unstack(stacked: Delta, like: Sequence[Delta] | None = None) -> list[Delta]:
 
 def _trimmed(member: Delta, like: Delta) -> Delta:
     nodes = delta_nodes(member)
-
-    def cut(leaf, wanted):
-        return leaf[tuple(slice(size) for size in wanted.shape)]
-
-    return paths.nest(
-        {path: jax.tree.map(cut, nodes[path], node) for path, node in delta_nodes(like).items()}
-    )
+    return paths.nest({path: nodes[path].trimmed(node) for path, node in delta_nodes(like).items()})
 
 
 def _wider(path: str, one: DeltaNode, other: DeltaNode) -> DeltaNode:
+    one, other = one.matched(other), other.matched(one)
     structures: Any = jax.tree.structure(one), jax.tree.structure(other)
     if structures[0] != structures[1]:
         raise ValueError(
             f"{path}: cannot stack {_kind(one)} with {_kind(other)}: one path takes one method, "
-            "with one dropout rate and one layout."
+            "with one dropout rate, one layout and one base."
         )
     return other if (other.rank or 0) > (one.rank or 0) else one
 

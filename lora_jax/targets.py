@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lora_jax.layouts import Layout
-from lora_jax.paths import nearest
+from lora_jax.paths import is_array, nearest
 
 Targets = str | Sequence[str]
 
@@ -49,7 +49,8 @@ def is_matrix_name(path: str) -> bool:
 
 def guessed_layout(path: str, leaf: Any) -> Layout | None:
     """A leaf of two axes or more is a stack of matrices, unless its name says otherwise."""
-    return Layout() if len(getattr(leaf, "shape", ())) >= 2 and is_matrix_name(path) else None
+    has_two_axes = is_array(leaf) and len(leaf.shape) >= 2
+    return Layout() if has_two_axes and is_matrix_name(path) else None
 
 
 def is_embedding_or_head(path: str) -> bool:

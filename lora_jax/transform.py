@@ -1,5 +1,6 @@
 """A params tree becomes a frozen base and a small delta, and the two become weights again."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,8 +10,10 @@ import jax.numpy as jnp
 from lora_jax import paths
 from lora_jax.layouts import Layout
 from lora_jax.methods import DeltaNode, Extra, Method
+from lora_jax.methods.method import of_values
+from lora_jax.methods.places import inserted, require_free, require_one
 from lora_jax.targets import Targets, as_rules, match_rules
-from lora_jax.weights import PyTree, Shared, Weight, dense_float32, is_shared, is_weight
+from lora_jax.weights import PyTree, Shared, dense_float32, is_shared, is_weight
 
 Delta = dict[str, Any]
 
@@ -25,12 +28,13 @@ def lora_transform(
 ) -> tuple[PyTree, Delta]:
     """Splits `params` into a frozen base and a fresh delta.
 
-    Bound to that base, a fresh delta changes nothing yet, up to the rounding of an init that moves
-    a part of the base into it. Not so `Prompt` and `Prefix`, which put new rows in front of the
-    model's, and `Fusion`, whose adapters are trained already.
+    Bound to that base, a fresh delta changes nothing yet. Not so `Prompt` and `Prefix`, which put
+    new rows in front of the model's, and `Fusion`, whose adapters are trained already.
 
     Args:
-      params: any pytree of arrays, or of quantised weights, concrete or abstract.
+      params: any pytree of arrays, or of quantised weights, concrete or abstract. Other leaves
+        (functions, strings, Python numbers) stay as they are. Where a method begins with the values
+        of an abstract weight (DoRA, PiSSA, OLoRA, a prompt of words), its node is abstract too.
       method: what to put on each target: one method, or an ordered mapping `{target: method}` in
         which the first rule that matches a path wins and None leaves a path frozen.
       targets: for a single method: a preset ("qv", "attention", "mlp", "all-linear"), a regular
@@ -41,12 +45,13 @@ def lora_transform(
         that are none; `infer_layouts` makes it.
 
     Returns:
-      `(base, delta)`: the frozen tree, shaped as `params` (and equal to it unless the method says
-      otherwise), and a nested dict that holds a delta node at each targeted path.
+      `(base, delta)`: the frozen tree, which equals `params`, and a nested dict that holds a delta
+      node at each targeted path.
 
     Raises:
-      ValueError: for a rule that matches nothing, a target that holds integers, a layout of a path
-        that does not exist, a rank larger than a matrix, a key that is none.
+      ValueError: for a rule that matches nothing, a target that holds integers or is no array, a
+        layout of a path that does not exist, a rank larger than a matrix, two parameters at one
+        path, a key that is none.
 
     Source: Hu et al. 2021, arXiv:2106.09685, section 4.
     """
@@ -65,17 +70,23 @@ def lora_transform(
 
     nodes: dict[str, DeltaNode] = {}
     by_method: dict[Method, dict[str, Any]] = {}
+    axes: dict[str, Layout] = {}
     for match in match_rules(flat, rules, layouts):
         weight = flat[match.path]
         layout = layouts.get(match.path) or (weight.layout if is_weight(weight) else Layout())
         _require_float(match.path, weight)
         by_method.setdefault(match.method, {})[match.path] = weight
+        axes[match.path] = layout
         node = _init_node(match.path, weight, match.method, layout, key)
         if node is not None:
             nodes[match.path] = node
+    owners: dict[str, Method] = {}
     for chosen, weights in by_method.items():
-        axes = {path: layouts.get(path) or Layout() for path in weights}
-        nodes.update(chosen.extras(weights, layouts=axes, key=key))
+        make = functools.partial(chosen.extras, layouts=axes, key=key)
+        for path, extra in of_values(chosen, make, weights).items():
+            require_free(path, extra, flat)
+            require_one(path, extra, owners.get(path), chosen)
+            owners[path], nodes[path] = chosen, extra
     return _rebuilt(params, flat), paths.nest(nodes)
 
 
@@ -95,23 +106,25 @@ def bind(
       base: the frozen tree.
       delta: its delta; with `adapter_ids`, several of them from `stack`.
       dropout_key: a typed key, which turns the adapters' dropout on. Each weight and layer derives
-        its own from it.
+        its own from it, and with `adapter_ids` each row.
       adapter_ids: integers `[batch]`, the member of the stack that each row of a batch uses. Axis 0
         of every activation that meets an adapted weight must then be the batch. Ids outside the
         stack are not checked: what such a row gets is undefined.
 
     Raises:
-      ValueError: where the delta has a path that the base lacks, or a node for another shape; with
-        `adapter_ids`, for a `Full` delta.
+      ValueError: where the delta has a path that the base lacks, or a node for another shape, or
+        puts a prompt or a prefix where the base has a leaf; with `adapter_ids`, for a `Full` delta.
     """
     nodes = {path: _only_trainable(node) for path, node in delta_nodes(delta).items()}
     extras = _extras(nodes)
     if dropout_key is not None:
         dropout_key = paths.one_key(dropout_key, "dropout_key")
     flat = {
-        path: jax.lax.stop_gradient(leaf)
+        path: jax.lax.stop_gradient(leaf) if paths.is_array(leaf) else leaf
         for path, leaf in paths.flatten(base, is_leaf=is_weight).items()
     }
+    for path, extra in extras.items():
+        require_free(path, extra, flat)
     for path, node in nodes.items():
         if path in extras:
             continue
@@ -129,7 +142,7 @@ def bind(
     weights = _rebuilt(base, flat)
     for path, extra in extras.items():
         if extra.in_weights:
-            weights = _inserted(weights, path.split("/"), _bound(extra, adapter_ids))
+            weights = inserted(weights, path.split("/"), _bound(extra, adapter_ids))
     return weights
 
 
@@ -200,7 +213,9 @@ def _init_node(
 ) -> DeltaNode | None:
     try:
         stack, _, _ = layout.split(weight.shape) if method.needs_matrix else ((), (), ())
-        return method.init_node(path, weight, layout=layout, key=paths.keys_for(key, path, stack))
+        keys = paths.keys_for(key, path, stack)
+        make = functools.partial(method.init_node, path, layout=layout, key=keys)
+        return of_values(method, make, weight)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -267,16 +282,6 @@ def _rows_behind_layers(node: DeltaNode, layers: int) -> DeltaNode:
     return jax.tree.map(move, node, is_leaf=is_shared)
 
 
-def _inserted(tree: PyTree, parts: list[str], value: Any) -> PyTree:
-    if not isinstance(tree, dict):
-        raise ValueError(
-            f"{'/'.join(parts)} is a parameter that the model reads by itself, and only nested "
-            f"dicts can take one; found {type(tree).__name__}."
-        )
-    first, *rest = parts
-    return {**tree, first: _inserted(tree.get(first, {}), rest, value) if rest else value}
-
-
 def _known(path: str, flat: Mapping[str, Any], what: str) -> None:
     if path not in flat:
         raise ValueError(
@@ -286,7 +291,12 @@ def _known(path: str, flat: Mapping[str, Any], what: str) -> None:
         )
 
 
-def _require_float(path: str, weight: jax.Array | Weight) -> None:
+def _require_float(path: str, weight: Any) -> None:
+    if not paths.is_array(weight):
+        raise ValueError(
+            f"{path} is a {type(weight).__name__}: only arrays and quantised weights can be "
+            f"adapted. Leave it out with {{{path!r}: None, ...}}."
+        )
     if not jnp.issubdtype(weight.dtype, jnp.floating):
         raise ValueError(
             f"{path} holds {weight.dtype}: only floating-point (or quantised) weights can be "

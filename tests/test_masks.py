@@ -143,18 +143,43 @@ def test_b_moves_faster_in_loraplus():
     assert not np.any(plus.scale)
 
 
-def test_projected_gradient_of_b_is_the_nearest_to_the_whole_gradient():
-    """Least squares over the updates `scale * a @ g`; where `a` trains, nothing changes."""
-    delta = moved(cases.transform(cases.nested(), lora.LoRA(rank=2, train_a=False))[1])
-    node = delta["block"]["q_proj"]
+def pair_of(node):
+    """The factors, where a method has them among others."""
+    return getattr(node, "low", node)
+
+
+@pytest.mark.parametrize("kind", [lora.LoRA, lora.DoRA])
+def test_projected_gradient_of_b_is_the_nearest_to_the_whole_gradient(kind):
+    """Least squares over the updates `scale * a @ g`, in a node or inside one; where `a` trains,
+    nothing changes."""
+    rules = {"q_proj": kind(rank=2, train_a=False), "down_proj": lora.LoRA(rank=2)}
+    delta = moved(cases.transform(cases.nested(), rules)[1])
+    node = pair_of(delta["block"]["q_proj"])
     whole = cases.normal(9, 6, 5)
-    plain = delta | {"block": {"q_proj": node.replace(b=node.scale * node.a.T @ whole)}}
+    slope = node.scale * node.a.T @ whole
+    plain = jax.tree.map(lambda leaf: slope if leaf is node.b else leaf, delta)
     tx = lora.project_b()
-    found = tx.update(plain, tx.init(delta), delta)[0]["block"]["q_proj"].b
+    updates = tx.update(plain, tx.init(delta), delta)[0]
+    assert_equal(updates["out"], plain["out"])
+    found = pair_of(updates["block"]["q_proj"]).b
     expected = np.linalg.lstsq(np.asarray(node.scale * node.a), np.asarray(whole), rcond=None)[0]
     assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    trained = moved(cases.transform(cases.nested(), lora.LoRA(rank=2))[1])
-    assert_equal(tx.update(trained, tx.init(trained), trained)[0], trained)
+
+
+def test_nothing_to_project():
+    tx = lora.project_b()
+    trained = cases.transform(cases.nested(), lora.LoRA(rank=2))[1]
+    frozen = cases.transform(cases.nested(), lora.LoRA(rank=2, train_a=False))[1]
+    behind = lora.mask_optimizer(optax.chain(lora.project_b(), optax.sgd(1e-2)), frozen)
+    for delta, update in (
+        (trained, tx.update),
+        (cases.transform(cases.nested(), lora.IA3())[1], tx.update),
+        (frozen, lambda updates, state, _: tx.update(updates, state)),
+        (frozen, behind.update),
+    ):
+        state = (behind if update is behind.update else tx).init(delta)
+        with pytest.raises(ValueError, match="project_b found no frozen factor a in params"):
+            update(delta, state, delta)
 
 
 def test_extra_arguments_reach_the_optimizer():

@@ -1,5 +1,7 @@
 """Methods of every kind in the scanned Llama, which knows none of them."""
 
+import functools
+
 import cases
 import jax
 import jax.numpy as jnp
@@ -139,3 +141,39 @@ def test_a_method_that_cannot_adapt_a_table_says_so():
     delta = transform(lora.IA3(), params, targets="embed")[1]
     with pytest.raises(ValueError, match="IA3Node cannot adapt a tied embedding"):
         llama.output_head(lora.bind(params, delta))
+
+
+DROPPING = {
+    "lora": lora.LoRA(rank=3, dropout=0.5),
+    "pissa": lora.LoRA(rank=3, dropout=0.5, init="pissa"),
+    "dora": lora.DoRA(rank=3, dropout=0.5),
+    "vera": lora.VeRA(rank=3, dropout=0.5),
+    "adalora": lora.AdaLoRA(rank=3, target_rank=1, total_steps=4, dropout=0.5),
+}
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_each_row_has_a_dropout_mask_of_its_own(name):
+    """As often as if it were bound alone: by mean and deviation over many rows of one input."""
+    params, count = {"w": cases.normal(0, 6, 5)}, 4000
+    fresh = transform(DROPPING[name], params, targets="w")[1]
+    deltas = [moved(fresh, seed, size=0.5) for seed in (1, 2)]
+    x = jnp.broadcast_to(cases.normal(1, 6), (count, 6))
+    ids = jnp.arange(count) % 2
+
+    @jax.jit
+    def rows(key):
+        bound = functools.partial(lora.bind, params, lora.stack(deltas))
+        weights = bound(adapter_ids=ids, dropout_key=key), bound(adapter_ids=ids)
+        alone = [lora.linear(x, lora.bind(params, d, dropout_key=key)["w"]) for d in deltas]
+        plain = [lora.linear(x[0], lora.bind(params, d)["w"]) for d in deltas]
+        return *(lora.linear(x, tree["w"]) for tree in weights), alone, plain
+
+    together, without, alone, plain = rows(jax.random.key(3))
+    for i in range(2):
+        ours, theirs = np.asarray(together[i::2]), np.asarray(alone[i])
+        assert len(np.unique(ours.round(4), axis=0)) > 10  # not one mask for all
+        error = theirs.std(axis=0) * np.sqrt(1 / len(ours) + 1 / len(theirs))
+        assert np.all(np.abs(ours.mean(axis=0) - theirs.mean(axis=0)) < 5 * error)
+        np.testing.assert_allclose(ours.std(axis=0), theirs.std(axis=0), rtol=0.1)
+        assert_close(without[i], plain[i], rtol=1e-4, atol=1e-5)

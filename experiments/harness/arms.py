@@ -11,7 +11,6 @@ import lora_jax as lora
 from lora_jax.methods import Method
 
 AnyMethod = Method | Mapping[str, Method | None]
-DRAWN = ("kaiming", "gaussian")  # the starts of LoRA that leave the base as it is
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,12 +54,6 @@ class Arm:
     def step(self) -> Hashable:
         """What arms share that train through one compiled step."""
         return type(self.method), self.label
-
-    @property
-    def base(self) -> Hashable:
-        """What arms share that train over one base: PiSSA and OLoRA take a part of it."""
-        starts = isinstance(self.method, lora.LoRA) and self.method.init not in DRAWN
-        return (self.method, self.seed) if starts else None
 
 
 def rank_arms(config: ConfigDict) -> list[Arm]:
@@ -108,8 +101,8 @@ def same_step(arms: Sequence[Arm]) -> list[Sequence[Arm]]:
 
 
 def same_kind(arms: Sequence[Arm]) -> list[Sequence[Arm]]:
-    """The arms in groups that can train together: of one step, one base and the same batches."""
-    return _grouped(arms, lambda arm: (arm.step, arm.base, arm.data_seed))
+    """The arms in groups that can train together: of one step and the same batches."""
+    return _grouped(arms, lambda arm: (arm.step, arm.data_seed))
 
 
 def _grouped(arms: Sequence[Arm], kind: Callable[[Arm], Hashable]) -> list[Sequence[Arm]]:

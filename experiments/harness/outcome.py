@@ -13,11 +13,8 @@ from lora_jax.transform import Delta
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of an arm: its delta and its progress, at the end of training or, where
-    `config.train.patience` is set, at its best validation.
-
-    The delta is one of the model as loaded, also where training began by correcting that.
-    """
+    """What became of an arm: its delta, its own shapes restored, and its progress, at the end of
+    training or, where `config.train.patience` is set, at its best validation."""
 
     arm: Arm
     delta: Delta

@@ -16,7 +16,7 @@ from experiments.harness import adapters, devices, setup
 from experiments.harness.arms import Arm, same_kind, same_step
 from experiments.harness.outcome import Outcome, best, row
 from experiments.harness.samples import sample
-from lora_jax import data, paths, training
+from lora_jax import data, training
 from lora_jax.interop import Pretrained
 from lora_jax.models.config import LlamaConfig
 from lora_jax.parallel import hosts
@@ -25,7 +25,7 @@ from lora_jax.training.execution import Execution
 from lora_jax.training.fit import ArmProgress, Diverged, Schedule, fit
 from lora_jax.training.sweep import Sweep, make_sweep
 from lora_jax.transform import Delta
-from lora_jax.weights import PyTree, is_weight
+from lora_jax.weights import PyTree
 
 Log = Callable[[dict[str, Any]], None]
 
@@ -178,8 +178,7 @@ def _train(
 ) -> list[Outcome]:
     """Trains arms of one kind through one step."""
     config, model = shared.config, shared.model
-    made = [_fresh(arm, model.params) for arm in arms]
-    base, fresh = shared.execution.base(made[0][0]), [delta for _, delta in made]
+    base, fresh = model.params, [_fresh(arm, model.params) for arm in arms]
     names = [arm.name for arm in arms]
     shared.log({"event": "compiling", "arms": names})
     counts = [lora.describe(base, delta) for delta in fresh]
@@ -204,8 +203,6 @@ def _train(
         lost = [ArmProgress(stopped="diverged") for _ in arms]
         return [Outcome(*parts) for parts in zip(arms, fresh, lost, counts, strict=True)]
     trained = [state.delta for state in states]
-    if arms[0].base is not None:
-        trained = [lora.as_plain_lora(*pair) for pair in zip(trained, fresh, strict=True)]
     return [Outcome(*parts) for parts in zip(arms, trained, progress, counts, strict=True)]
 
 
@@ -219,19 +216,11 @@ def _first_states(
     ]
 
 
-def _fresh(arm: Arm, params: PyTree) -> tuple[PyTree, Delta]:
-    """An arm's base and its delta, in one program, which returns the leaves that the method moved
-    and no copies of the others."""
-
+def _fresh(arm: Arm, params: PyTree) -> Delta:
     def draw(params, key):
-        base, delta = lora.lora_transform(params, arm.method, targets=arm.targets, key=key)
-        flat, found = (paths.flatten(tree, is_leaf=is_weight) for tree in (params, base))
-        return {path: leaf for path, leaf in found.items() if leaf is not flat[path]}, delta
+        return lora.lora_transform(params, arm.method, targets=arm.targets, key=key)[1]
 
-    moved, delta = jax.jit(draw)(params, jax.random.key(arm.seed))
-    flat = paths.flatten(params, is_leaf=is_weight) | moved
-    structure = jax.tree.structure(params, is_leaf=is_weight)
-    return jax.tree.unflatten(structure, flat.values()), delta
+    return jax.jit(draw)(params, jax.random.key(arm.seed))
 
 
 def _without_dropout(loss: training.LossSum, delta: Delta, base: Any, batch: Any):

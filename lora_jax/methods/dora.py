@@ -40,6 +40,10 @@ class DoRA(LoRA):
         if self._decomposes:
             raise ValueError(f"{self._named('init')}: expected one of kaiming, gaussian.")
 
+    @property
+    def reads_values(self) -> bool:
+        return True
+
     def init_node(
         self, path: str, weight: AnyWeight, *, layout: Layout, key: jax.Array
     ) -> DeltaNode:

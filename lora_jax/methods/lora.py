@@ -77,6 +77,10 @@ class LoRA(Method):
         del path
         return LoRANode(**self.leaves(weight, layout=layout, key=key))
 
+    @property
+    def reads_values(self) -> bool:
+        return self._decomposes
+
     def leaves(self, weight: AnyWeight, *, layout: Layout, key: jax.Array) -> dict[str, Any]:
         """The initial fields of a `LoRANode`."""
         stack, d_in, d_out = layout.split(weight.shape)
@@ -100,8 +104,8 @@ class LoRA(Method):
             "a": a,
             "b": b,
             "scale": scale,
-            "a0": a if self._decomposes else None,
-            "b0": b if self._decomposes else None,
+            "a0": jnp.copy(a) if self._decomposes else None,  # of its own: a step may donate a
+            "b0": jnp.copy(b) if self._decomposes else None,
             "dropout": self.dropout,
             "layout": layout,
             "train_a": self.train_a,
@@ -150,6 +154,8 @@ class LowRank(Additive):
       a0, b0: the factors that the init took from the weight, frozen; None where it took none.
       layout: the weight's axes.
       train_a: whether `a` trains.
+      own_base: what made a base that the node belongs to instead of the original ("loftq"); empty
+        for the original. It is a setting like the others: nodes that differ in it do not mix.
     """
 
     own_axes = ("rank",)
@@ -164,6 +170,7 @@ class LowRank(Additive):
     dropout: float = static(0.0)
     layout: Layout = static(Layout())
     train_a: bool = static(True)
+    own_base: str = static("")
 
     def branch(self, x: Any, product: Product) -> jax.Array:
         added = self._low_rank(x, product, self.a, self.b)

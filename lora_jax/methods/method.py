@@ -28,6 +28,12 @@ class Method(abc.ABC):
         del path, weight
         return not self.needs_matrix or layout is not None
 
+    @property
+    def reads_values(self) -> bool:
+        """Whether the initial node depends on the weight's values; of an abstract weight it is then
+        abstract itself."""
+        return False
+
     @abc.abstractmethod
     def init_node(
         self, path: str, weight: AnyWeight, *, layout: Layout, key: jax.Array
@@ -50,11 +56,20 @@ class Method(abc.ABC):
 
         Args:
           weights: `{path: weight}` of all that this method was targeted at.
-          layouts: their axes, by path.
+          layouts: their axes, and maybe others', by path.
           key: the key that `lora_transform` was given.
         """
         del weights, layouts, key
         return {}
+
+
+def of_values(method: Method, make: Callable[[Any], Any], weights: Any) -> Any:
+    """`make(weights)`, or its shapes, where it reads the values of weights that are abstract."""
+    leaves = jax.tree.leaves(weights)
+    is_abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+    if method.reads_values and is_abstract:
+        return jax.eval_shape(make, weights)
+    return make(weights)
 
 
 def over_layers(init: Callable[..., Any], stack: tuple[int, ...]) -> Callable[..., Any]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 
 import flax.struct
@@ -16,6 +17,17 @@ from lora_jax.products import AnyWeight
 from lora_jax.schema import leaf
 from lora_jax.weights import linear
 
+# Names in the trees of Hugging Face, Flax, Haiku, Llama and GPT-2: projections of keys or of
+# values, projections of anything else, an array below the name of its module, other modules.
+_KEYS = re.compile(r"(?:keys?|values?|[kv])(?:_proj(?:ection)?)?|w[kv]|to_[kv]")
+_OTHER = re.compile(
+    r"(?:.+_)?(?:proj|projection|qkv)|q|o|w[qo123]|to_(?:q|out)|query|queries|out|output|gate|up"
+    r"|down|c_attn|c_fc|fc_?\d?|lin\d?|linear\d?|dense.*|embed.*|wte|wpe|.*head",
+    re.I,
+)
+_ARRAY = re.compile(r"kernel|weight|w|array")
+_ELSEWHERE = re.compile(r"(?:.*_)?(?:mlp|ffn|ff|feed_forward|feedforward|experts?|moe)(?:_\d+)?")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prefix(Method):
@@ -23,8 +35,9 @@ class Prefix(Method):
 
     Target the key projections, whose output axes they take: `lora_transform(params,
     Prefix(length=20), targets="k_proj", key=key)`. They stand beside them as `prefix`, for
-    instance `layers/attn/prefix`. Positions are not turned into the keys; tokens begin at position
-    `length`, and every example of a packed row sees the prefix.
+    instance `layers/attn/prefix`, one in each attention layer. Names tell what is no projection of
+    keys or values, and the model tells what it does not read. Positions are not turned into the
+    keys; tokens begin at position `length`, and every example of a packed row sees the prefix.
 
     Attributes:
       length: how many keys and values a layer.
@@ -35,7 +48,8 @@ class Prefix(Method):
     All start normal with deviation 1, but the MLP's matrices, of 1 / sqrt(d_in), and its biases.
 
     Raises:
-      ValueError: for a length or a hidden width below 1.
+      ValueError: for a length or a hidden width below 1; from `lora_transform`, for a target that
+        is named as another projection than of keys or values, and for two in one attention layer.
     """
 
     length: int = 20
@@ -54,6 +68,7 @@ class Prefix(Method):
     def extras(
         self, weights: Mapping[str, AnyWeight], *, layouts: Mapping[str, Layout], key: jax.Array
     ) -> dict[str, Extra]:
+        _require_one_each(list(weights))
         found: dict[str, Extra] = {}
         for path, weight in weights.items():
             stack, _, d_out = layouts[path].split(weight.shape)
@@ -79,6 +94,33 @@ class Prefix(Method):
             w2=layers(lambda k: normal(k, self.hidden, 2 * width, deviation=deviation)),
             b2=jnp.zeros((*stack, 2 * width), jnp.float32),
         )
+
+
+def _require_one_each(targets: list[str]) -> None:
+    """Raises ValueError unless each target may be the key or the value projection of an attention
+    of its own."""
+    way_out = 'Target the key projections alone, such as targets="k_proj".'
+    taken: dict[str, str] = {}
+    for path in targets:
+        *module, name = path.split("/")
+        if _ARRAY.fullmatch(name) and module and _is_projection(module[-1]):
+            *module, name = module
+        is_other = _OTHER.fullmatch(name) and not _KEYS.fullmatch(name)
+        if is_other or any(_ELSEWHERE.fullmatch(part) for part in module):
+            raise ValueError(
+                f"{path}: a Prefix takes the width of an attention layer's keys, and stands beside "
+                f"the projection that makes them, which this one is not by its name. {way_out}"
+            )
+        first = taken.setdefault("/".join(module), path)
+        if first != path:
+            raise ValueError(
+                f"{first} and {path} are targets of a Prefix in one module, and an attention layer "
+                f"has one. {way_out}"
+            )
+
+
+def _is_projection(name: str) -> bool:
+    return bool(_KEYS.fullmatch(name) or _OTHER.fullmatch(name))
 
 
 @flax.struct.dataclass

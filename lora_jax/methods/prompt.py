@@ -47,6 +47,10 @@ class Prompt(Method):
         if self.tokens is not None and not self.tokens:
             raise ValueError("Prompt(tokens=()): the text to start from has no tokens.")
 
+    @property
+    def reads_values(self) -> bool:
+        return self.tokens is not None or self.init == "vocab"
+
     def init_node(self, path: str, weight: AnyWeight, *, layout: Layout, key: jax.Array) -> None:
         del path, weight, layout, key
 

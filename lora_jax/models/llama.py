@@ -38,6 +38,7 @@ from lora_jax.models.mixed_dtypes import along, product, read_out
 from lora_jax.models.remat import LAYER_INPUT, Remat, checkpointed
 from lora_jax.models.rope import rotate
 from lora_jax.models.tying import untie as untie
+from lora_jax.models.unread import require_read
 from lora_jax.paths import one_key
 from lora_jax.weights import embed, scan_layers, transpose
 
@@ -213,8 +214,10 @@ def leading(params: Params, config: LlamaConfig) -> tuple[int, int]:
     """How many keys of a prefix, and how many rows of a prompt, stand in front of the tokens.
 
     Raises:
-      ValueError: if they leave no place in the model's context.
+      ValueError: if they leave no place in the model's context, or a prefix is of another width
+        than the keys; for a parameter of a delta that stands where nothing reads it.
     """
+    require_read(params, config)
     prefix = params["layers"]["attn"].get("prefix")
     prompt = params.get("prompt")
     lengths = (

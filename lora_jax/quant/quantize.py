@@ -137,6 +137,8 @@ def _check(path: str, leaf: Any, layout: Layout, block_size: int) -> None:
     out = f"Leave it out of the targets ({path!r} was matched)."
     if is_weight(leaf):
         raise ValueError(f"{path} is a {type(leaf).__name__} already. {out}")
+    if not paths.is_array(leaf):
+        raise ValueError(f"{path} is a {type(leaf).__name__}, not an array. {out}")
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise ValueError(f"{path} holds {leaf.dtype}: only real floating-point weights can be "
                          f"quantised. {out}")  # fmt: skip

@@ -10,6 +10,7 @@ from orbax.checkpoint import v1 as ocp
 
 from lora_jax import paths
 from lora_jax.fingerprint import fingerprint as fingerprint
+from lora_jax.methods import DeltaNode
 from lora_jax.weights import PyTree
 
 Save = Callable[[int, PyTree, Any], None]
@@ -37,7 +38,7 @@ def saving(folder: Path, *, identity: Mapping[str, Any]) -> Iterator[Save]:
             record = {
                 "layout": LAYOUT,
                 "identity": dict(identity),
-                "leaves": _leaves(states),
+                "leaves": _leaves(states) | _own_bases(states),
                 "position": position,
             }
             checkpointer.wait()  # or a save in progress would have this one skipped
@@ -145,6 +146,13 @@ def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
 
 def _leaves(tree: PyTree) -> dict[str, str]:
     return {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in paths.flatten(tree).items()}
+
+
+def _own_bases(tree: PyTree) -> dict[str, str]:
+    """What the nodes of a delta say of a base that they alone belong to: see `loftq_start`."""
+    flat = paths.flatten(tree, is_leaf=lambda leaf: isinstance(leaf, DeltaNode))
+    names = {path: getattr(node, "own_base", "") for path, node in flat.items()}
+    return {f"{path}/own_base": name for path, name in names.items() if name}
 
 
 def _damaged(folder: Path, step: int, error: Exception) -> ValueError:

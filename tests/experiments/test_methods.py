@@ -102,7 +102,7 @@ def test_a_step_that_the_compiler_refuses_costs_no_results(tmp_path, monkeypatch
 
 
 def test_a_run(tmp_path, monkeypatch):
-    """Of a method that takes a part of the base, which differs from seed to seed."""
+    """Of a method that begins with a part of the base, which adapters have in another form."""
     jax.config.update("jax_disable_most_optimizations", True)
     monkeypatch.chdir(tmp_path)
     command.write_talk(tmp_path)

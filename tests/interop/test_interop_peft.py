@@ -285,3 +285,61 @@ def test_hostile_configs_are_refused(name, tmp_path):
     edited(folder, config=changes)
     with pytest.raises(ValueError, match=message):
         peft.load_adapter(folder, PARAMS, NAMES)
+
+
+STARTS = {
+    "untrained": (lora.LoRA(rank=2, init="pissa"), 0.0),
+    "pissa": (lora.LoRA(rank=2, init="pissa_niter_2", alpha=5), 0.3),
+    "olora": ({"q_proj": lora.LoRA(rank=3, init="olora"), "mlp": lora.LoRA(rank=1)}, 0.3),
+    "layer ranks": (lora.LoRA(rank=(2, 0, 1), init="pissa"), 0.3),
+}
+
+
+@pytest.mark.parametrize("profile", ["peft", "vllm"])
+@pytest.mark.parametrize("name", STARTS)
+def test_what_began_with_a_part_of_the_weight_is_a_plain_adapter(name, profile, tmp_path):
+    """Of the original base: what is read back gives the logits of the delta."""
+    method, size = STARTS[name]
+    targets = "all-linear" if isinstance(method, dict) else ("q_proj", "down_proj")
+    base, delta = jax.jit(lambda p: lora.lora_transform(
+        p, method, targets=targets, key=jax.random.key(0)))(PARAMS)  # fmt: skip
+    if size:
+        kept = jax.tree.map(lambda leaf: leaf != 0, delta) if name == "layer ranks" else None
+        delta = cases.moved(delta, size=size)
+        if kept is not None:
+            delta = jax.tree.map(lambda leaf, k: leaf * k.astype(leaf.dtype), delta, kept)
+    folder = save(tmp_path / "a", delta, profile=profile)
+    back = peft.load_adapter(folder, PARAMS, NAMES)
+    ours, theirs, start = (llama.forward(lora.bind(PARAMS, d), TOKENS, CONFIG)
+                           for d in (back, delta, {}))  # fmt: skip
+    cases.assert_close(ours, theirs, rtol=1e-3, atol=2e-5)
+    assert np.abs(ours - start).max() < 1e-4 if not size else np.abs(ours - start).max() > 1e-2
+    if name == "pissa":
+        four_bits = lora.quantize(PARAMS, "nf4", block_size=8)
+        ours, theirs = (llama.forward(lora.bind(four_bits, d), TOKENS, CONFIG)
+                        for d in (back, delta))  # fmt: skip
+        cases.assert_close(ours, theirs, rtol=1e-3, atol=2e-5)
+    if name == "layer ranks" and profile == "peft":
+        tensors = load_file(folder / "adapter_model.safetensors")
+        assert {value.shape[0] for key, value in tensors.items() if "lora_A" in key} == {4, 2}
+
+
+def test_a_base_of_its_own_is_named_or_refused(tmp_path):
+    base = lora.quantize(PARAMS, "nf4", block_size=8)
+    _, fresh = lora.lora_transform(base, lora.LoRA(rank=2), targets=("q_proj", "o_proj"),
+                                   key=jax.random.key(0))  # fmt: skip
+    moved, delta = lora.loftq_start(PARAMS, base, fresh, iterations=2)
+    for made in (delta, lora.as_plain_lora(delta), lora.combine([delta], [0.5])):
+        for profile in ("peft", "vllm"):
+            with pytest.raises(ValueError, match="layers/attn/.*belongs to the base that loftq_st"):
+                save(tmp_path / "a", made, profile=profile)
+    assert not (tmp_path / "a").exists()
+    with pytest.raises(ValueError, match="own_base=True, but the delta belongs to the original"):
+        save(tmp_path / "a", fresh, own_base=True)
+    peft.save_adapter(tmp_path / "a", delta, moved, NAMES, own_base=True, base_name="moved")
+    back = peft.load_adapter(tmp_path / "a", moved, NAMES)
+    cases.assert_equal(back, delta)
+    with pytest.raises(ValueError, match="was made for another base"):
+        peft.load_adapter(tmp_path / "a", base, NAMES)
+    with pytest.raises(ValueError, match="belongs to the base that loftq_start made"):
+        peft.save_adapter(tmp_path / "b", back, moved, NAMES)

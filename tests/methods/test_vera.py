@@ -106,3 +106,12 @@ def test_errors(call):
 def test_bad_hyperparameters(kwargs):
     with pytest.raises(ValueError, match=rf"VeRA\({next(iter(kwargs))}="):
         lora.VeRA(**kwargs)
+
+
+def test_a_quantised_weight_tells_its_own_axes():
+    """Also to the projection, which is drawn for them."""
+    layouts = {"kernel": lora.Layout(contracted=(-3, -2), output=(-1,))}
+    base = lora.quantize({"kernel": cases.normal(0, 4, 4, 6)}, "nf4", block_size=8, layouts=layouts)
+    _, delta = lora.lora_transform(base, METHOD, targets="kernel", key=jax.random.key(0))
+    assert delta[METHOD.projection].a.shape[0] == 16
+    assert lora.bind(base, delta)["kernel"].shape == (4, 4, 6)

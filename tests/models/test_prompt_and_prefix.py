@@ -1,6 +1,7 @@
 """What a delta puts in front of the tokens: positions, packing, the cache, generation."""
 
 import functools
+import re
 
 import cases
 import jax
@@ -12,6 +13,8 @@ from cases import assert_close, assert_equal, moved
 import lora_jax as lora
 from lora_jax.models import llama
 from lora_jax.models.generate import generate
+from lora_jax.paths import nest
+from lora_jax.transform import delta_nodes
 
 CONFIG, PARAMS, TOKENS = cases.llama_case()
 KEY = jax.random.key(0)
@@ -150,3 +153,107 @@ def test_bad_hyperparameters(make, message):
 def test_a_prompt_wants_one_table(targets):
     with pytest.raises(ValueError, match="one embedding table .*Target the table"):
         lora.lora_transform(PARAMS, lora.Prompt(), targets=targets, key=KEY)
+
+
+NO_KEYS = {
+    "all-linear": "layers/attn/k_proj and layers/attn/(?!k_proj)|not by its name",
+    "attention": "not by its name|in one module",
+    "q_proj": "layers/attn/q_proj: a Prefix takes the width .*keys.*k_proj",
+    "o_proj": "layers/attn/o_proj: .*k_proj",
+    "up_proj": "layers/mlp/up_proj: .*k_proj",
+    "embed": "embed: .*k_proj",
+    "k_proj|v_proj": "layers/attn/k_proj and layers/attn/v_proj are targets of a Prefix in one mod",
+}
+
+
+@pytest.mark.parametrize("targets", NO_KEYS)
+def test_a_prefix_wants_one_key_projection_in_each_attention(targets):
+    shapes = jax.eval_shape(lambda: PARAMS)
+    with pytest.raises(ValueError, match=NO_KEYS[targets]):
+        lora.lora_transform(shapes, lora.Prefix(length=3), targets=targets, key=KEY)
+
+
+def tree(*paths):
+    return nest({path: jax.ShapeDtypeStruct((6, 4), jnp.float32) for path in paths})
+
+
+FOREIGN = {  # whether a prefix can stand there
+    "flax": (("l0/attn/key/kernel", "l1/attn/key/kernel"), True),
+    "haiku": (("l0/mha/value/w", "l1/mha/value/w"), True),
+    "llama": (("layers/0/attention/wk/weight", "layers/1/attention/wk/weight"), True),
+    "hugging face": (("model/layers/0/self_attn/v_proj/weight",), True),
+    "plain": (("layers/0/k", "layers/1/k"), True),
+    "own name": (("layers/0/w", "layers/1/w"), True),
+    "both": (("l0/attn/key/kernel", "l0/attn/value/kernel"), False),
+    "query": (("l0/attn/query/kernel",), False),
+    "fused": (("h/0/attn/c_attn/kernel",), False),
+    "mlp": (("l0/mlp/Dense_0/kernel",), False),
+    "own names": (("layers/0/w", "layers/0/v2"), False),
+    "head": (("lm_head/kernel",), False),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_prefixes_of_trees_by_other_names(name):
+    paths, fits = FOREIGN[name]
+    make = lambda: lora.lora_transform(  # noqa: E731
+        tree(*paths), lora.Prefix(length=3), targets=".*", key=KEY
+    )
+    if fits:
+        found = delta_nodes(make()[1])
+        assert list(found) == [f"{path.rpartition('/')[0]}/prefix" for path in paths]
+    else:
+        with pytest.raises(ValueError, match="Target the key projections alone"):
+            make()
+
+
+def test_what_a_llama_does_not_read():
+    prefix = made("prefix")["layers"]["attn"]["prefix"]
+    unread = {"layers": {"mlp": {"prefix": prefix}}}
+    wide = {"layers": {"attn": {"prefix": jax.tree.map(lambda x: jnp.tile(x, 2), prefix)}}}
+    for delta, message in (
+        (unread, "layers/mlp/prefix: a PrefixNode stands there, where a Llama reads none"),
+        (wide, "layers/attn/prefix is 16 wide, the keys of this model are 8, 2 heads of 4.*k_proj"),
+    ):
+        weights = lora.bind(PARAMS, delta)
+        with pytest.raises(ValueError, match=message):
+            llama.forward(weights, TOKENS, CONFIG)
+        with pytest.raises(ValueError, match=message):
+            generate(weights, TOKENS, jnp.array([4, 4]), CONFIG, max_new_tokens=2, eos_id=0)
+
+
+VERA = lora.VeRA(rank=2)
+TAKEN = {
+    "prompt": ({"prompt": PARAMS["norm"]}, lora.Prompt(length=2), "embed", "prompt"),
+    "prompts": ({"prompt": {"table": PARAMS["norm"]}}, lora.Prompt(length=2), "embed", "prompt"),
+    "prefix": ({"layers": PARAMS["layers"] | {"attn": PARAMS["layers"]["attn"] | {
+        "prefix": PARAMS["norm"]}}}, lora.Prefix(length=2), "k_proj", "layers/attn/prefix"),
+    "vera": ({VERA.projection: PARAMS["norm"]}, VERA, "q_proj", VERA.projection),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_a_leaf_of_the_users_is_not_overwritten(name):
+    more, method, targets, place = TAKEN[name]
+    with pytest.raises(ValueError, match=f"^{place}: a .* of the delta .*params.*'{place}"):
+        lora.lora_transform(PARAMS | more, method, targets=targets, key=KEY)
+    delta = lora.lora_transform(PARAMS, method, targets=targets, key=KEY)[1]
+    with pytest.raises(ValueError, match=f"^{place}: a .* of the delta .*params.*'{place}"):
+        lora.bind(PARAMS | more, delta)
+
+
+def test_weights_are_bound_once():
+    weights = lora.bind(PARAMS, made("prompt"))
+    with pytest.raises(ValueError, match="prompt: a PromptNode .*'prompt/rows'"):
+        lora.bind(weights, made("prompt"))
+
+
+@pytest.mark.parametrize("methods", [
+    {"embed": lora.Prompt(length=2), "lm_head": lora.Prompt(length=3)},
+    {"k_proj": lora.Prefix(length=2), "v_proj": lora.Prefix(length=3)},
+])  # fmt: skip
+def test_two_of_one_place_are_one_too_many(methods):
+    one, other = methods.values()
+    message = f"both {re.escape(str(one))} and {re.escape(str(other))} put a"
+    with pytest.raises(ValueError, match=message):
+        lora.lora_transform(PARAMS, methods, key=KEY)

@@ -204,7 +204,9 @@ def assert_same(name, ours, theirs):
 
 
 # The others differ from LoRA or from one of these by what tests of their own pin down.
-@pytest.mark.parametrize("name", ["dora", "ia3", "vera", "adalora", "prompt", "prefix_mlp"])
+@pytest.mark.parametrize(
+    "name", ["dora", "ia3", "vera", "adalora", "prompt", "prefix_mlp", "pissa"]
+)
 def test_recorded_values(name):
     with np.load(GOLDEN) as file:
         golden = {k.partition(":")[2]: file[k] for k in file.files if k.startswith(f"{name}:")}

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 import small
 
+import lora_jax as lora
 from lora_jax.training import checkpoints, records
 from lora_jax.training.checkpoints import fingerprint
 
@@ -137,3 +138,17 @@ def test_a_checkpoint_of_version_0_1_0_says_that_it_is(tmp_path):
         ValueError, match=r"another version of lora_jax \(0\.1\.0.*Adapters that it"
     ):
         checkpoints.restore(tmp_path, STATE, identity={"base": "b"})
+
+
+def test_a_base_of_its_own_is_part_of_a_checkpoint(tmp_path):
+    params = {"q_proj": cases.normal(0, 8, 6)}
+    base = lora.quantize(params, "nf4", block_size=8)
+    _, plain = lora.lora_transform(base, lora.LoRA(rank=2), key=jax.random.key(0))
+    _, owned = lora.loftq_start(params, base, plain)
+    for name, delta in {"owned": owned, "plain": plain}.items():
+        checkpoints.save(tmp_path / name, 1, {"delta": delta}, identity={}, position=None)
+    _, back, _ = checkpoints.restore(tmp_path / "owned", {"delta": owned}, identity={})
+    assert back["delta"]["q_proj"].own_base == "loftq"
+    for folder, like in (("owned", plain), ("plain", owned)):
+        with pytest.raises(ValueError, match="another run: delta/q_proj/own_base is"):
+            checkpoints.restore(tmp_path / folder, {"delta": like}, identity={})

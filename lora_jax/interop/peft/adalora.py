@@ -53,7 +53,7 @@ def to_peft(nodes: Mapping[str, Any], model: Model) -> tuple[dict[str, Any], Ten
 def from_peft(
     config: Mapping[str, Any], tensors: Mapping[str, Tensors], model: Model
 ) -> dict[str, DeltaNode]:
-    """Triplets that PEFT pruned from its file come back as zeros at the end."""
+    """AdaLoRANode that PEFT pruned from its file come back as zeros at the end."""
     method = _method(config, model)
     rank, masks = method.rank, _masks(config)
     nodes: dict[str, DeltaNode] = {}

@@ -15,6 +15,7 @@ from lora_jax.fingerprint import fingerprint, form
 from lora_jax.interop.digest import KEY, Digest, can_run, digest_of, name_of
 from lora_jax.interop.forward import AnyForward, LlamaForward
 from lora_jax.interop.peft import adalora, full, ia3, lora, prompts, vera
+from lora_jax.interop.peft import own_base as own_bases
 from lora_jax.interop.peft.config import check_values
 from lora_jax.interop.peft.decode import TYPES, decoded
 from lora_jax.interop.peft.model import Model, Tensors, model_of
@@ -93,7 +94,8 @@ def load_adapter(
     try:
         # Version 0.1.0 wrote IA3 that had left the biases alone.
         scales = _FORM not in metadata or _SCALES_BIASES in metadata
-        return nest(decoded(kind, config, tensors, model, scales_biases=scales))
+        nodes = decoded(kind, config, tensors, model, scales_biases=scales)
+        return nest(own_bases.marked(nodes, metadata))
     except ValueError as error:
         if str(folder) in str(error):
             raise
@@ -114,11 +116,13 @@ def save_adapter(
     base_fingerprint: str | None = None,
     forward: AnyForward | None = None,
     digest: Digest | None = None,
+    own_base: bool = False,
 ) -> None:
     """Writes a delta as an adapter that PEFT loads.
 
-    Its metadata carry a digest, the logits that the adapter gives on a fixed probe, which `verify`
-    holds a loaded adapter to. Other programs ignore it.
+    What began as PiSSA or OLoRA is written as the plain LoRA of the original base that it is, of
+    twice the rank. Its metadata carry a digest, the logits that the adapter gives on a fixed probe,
+    which `verify` holds a loaded adapter to. Other programs ignore it.
 
     Args:
       folder: must not hold an adapter yet.
@@ -137,12 +141,16 @@ def save_adapter(
       digest: `digest_of(forward, params, delta)` where it is known, as it must be where params lie
         over several processes. There, for shapes alone, and for a model without a `forward`, none
         is made, and `verify` will say so.
+      own_base: says that `params`, the base that `loftq_start` made, is exported with the adapter,
+        and that `base_name` names that export. The adapter shifts every other base.
 
     Raises:
       FileExistsError: the folder holds an adapter.
-      ValueError: what PEFT, or vLLM, has no form for; a path without a name.
+      ValueError: what PEFT, or vLLM, has no form for; a path without a name; a delta that belongs
+        to a base of its own, unless `own_base` says so.
     """
     folder = Path(folder)
+    owned = own_bases.metadata_of(delta_nodes(delta), own_base)
     if (folder / _CONFIG).exists() or (folder / _TENSORS).exists():
         raise FileExistsError(f"{folder} holds an adapter already: choose another folder.")
     model = model_of(str(folder), params, names, layouts)
@@ -152,7 +160,7 @@ def save_adapter(
         "inference_mode": True,
         "task_type": "CAUSAL_LM",
     }
-    metadata = _base_metadata(params, base_fingerprint)
+    metadata = _base_metadata(params, base_fingerprint) | owned
     if config["peft_type"] == "IA3":
         metadata[_SCALES_BIASES] = "true"
     if forward is None and isinstance(names, LlamaNames):

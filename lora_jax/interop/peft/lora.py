@@ -19,6 +19,8 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def to_peft(nodes: Mapping[str, DeltaNode], model: Model) -> tuple[dict[str, Any], Tensors]:
+    """What began as PiSSA or OLoRA is written as the plain adapter of the original base that it is,
+    of twice the rank."""
     kinds = {type(node) for node in nodes.values()}
     if len(kinds) > 1:
         raise ValueError(
@@ -112,7 +114,13 @@ def from_peft(
 
 
 def used_factors(low: LoRANode) -> tuple[np.ndarray, np.ndarray]:
-    """`a [d_in, r]` and `b [r, d_out]` of one layer, without the padding behind them."""
+    """`a [d_in, r]` and `b [r, d_out]` of one layer, of the same update, without the padding behind
+    them (or behind either half, where they are a plain form of rank 2r)."""
+    if low.a0 is not None and low.b0 is not None:
+        trained = dataclasses.replace(low, a0=None, b0=None)
+        first = dataclasses.replace(trained, a=low.a0, b=-low.b0)
+        (a, b), (a0, b0) = used_factors(trained), used_factors(first)
+        return np.concatenate([a, a0], axis=1), np.concatenate([b, b0])
     a, b = np.asarray(low.a), np.asarray(low.b)
     used = np.flatnonzero(np.any(a != 0, axis=0) | np.any(b != 0, axis=1))
     rank = int(used[-1]) + 1 if used.size else 1

@@ -1,0 +1,36 @@
+"""Where in a tree of weights stands what belongs to no weight: prompts, prefixes."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from lora_jax.methods.method import Method
+from lora_jax.nodes import Extra
+
+
+def inserted(tree: Any, parts: list[str], value: Any) -> Any:
+    """The tree of nested dicts with one more leaf, at the path of these parts."""
+    if not isinstance(tree, dict):
+        raise ValueError(
+            f"{'/'.join(parts)} is a parameter that the model reads by itself, and only nested "
+            f"dicts can take one; found {type(tree).__name__}."
+        )
+    first, *rest = parts
+    return {**tree, first: inserted(tree.get(first, {}), rest, value) if rest else value}
+
+
+def require_free(path: str, extra: Extra, taken: Iterable[str]) -> None:
+    """Raises ValueError where `taken`, the paths of the params, have a leaf at this path."""
+    if found := next((p for p in taken if p == path or p.startswith(f"{path}/")), None):
+        raise ValueError(
+            f"{path}: a {type(extra).__name__} of the delta has its place there, where the params "
+            f"have a leaf of their own, {found!r}. Rename that leaf, or leave the method out."
+        )
+
+
+def require_one(path: str, extra: Extra, first: Method | None, second: Method) -> None:
+    """Raises ValueError where the method `first` has put its own at this path already."""
+    if first is not None:
+        raise ValueError(
+            f"{path}: both {first} and {second} put a {type(extra).__name__} there, and a model "
+            "reads one. Drop one of the two."
+        )
