@@ -18,7 +18,9 @@ from lora_jax.models.rotation import random_rotation
 from lora_jax.training import init_state
 
 CONFIG, PARAMS, TOKENS = cases.llama_case(num_layers=1)
-TREE = {"embed": cases.normal(0, 8, 6), "q_proj": cases.normal(1, 6, 5)}
+TREE = {
+    "embed": cases.normal(0, 8, 6), "q_proj": cases.normal(1, 6, 5), "k_proj": cases.normal(3, 6, 5)
+}  # fmt: skip
 DELTA = cases.moved(lora.lora_transform(TREE, lora.LoRA(rank=2), key=jax.random.key(0))[1])
 LOGITS = cases.normal(2, 3, 9)
 LENGTHS = jnp.array([7, 3])
@@ -59,7 +61,7 @@ CASES = TAKES_A_KEY | {
         "vera": (lora.VeRA(rank=2),),
         "adalora": (lora.AdaLoRA(rank=2, target_rank=1, total_steps=3),),
         "prompt": (lora.Prompt(length=2), "embed"),
-        "prefix": (lora.Prefix(length=2, hidden=3),),
+        "prefix": (lora.Prefix(length=2, hidden=3), "k_proj"),
     }.items()
 }
 
@@ -67,6 +69,7 @@ CASES = TAKES_A_KEY | {
 def test_no_function_with_a_key_is_missing():
     """But methods, which get theirs from `lora_transform`, and what these functions are made of."""
     inner = {("lora_jax.paths", "keys_for"), ("lora_jax.paths", "one_key")}
+    inner |= {("lora_jax.products", "drop")}
     found = set()
     for module in pkgutil.walk_packages(lora.__path__, "lora_jax."):
         if "mosaic" in module.name or ".methods." in module.name:
@@ -117,7 +120,7 @@ def test_raw_keys_under_transformations():
 
 def test_a_state_takes_a_seed():
     def state(seed):
-        return init_state(DELTA, optax.sgd(0.1), learning_rate=0.1, seed=seed)
+        return init_state(DELTA, optax.sgd(0.1), seed=seed)
 
     assert state(2**32 - 1).seed == np.uint32(2**32 - 1) and state(np.int64(7)).seed == 7
     assert jax.jit(state)(jnp.int32(5)).seed == 5

@@ -17,7 +17,7 @@ from experiments.harness.arms import Arm, rank_arms, same_kind
 from experiments.harness.plan import abstract_params
 from experiments.harness.run import loss_of, optimizer, step_of
 from lora_jax import parallel, training
-from lora_jax.parallel import cost, hlo
+from lora_jax.planning import cost, hlo
 from lora_jax.planning.chips import Machine
 from lora_jax.training.execution import AXIS, Execution
 from lora_jax.training.sweep import alike, batched_step, resolve_mode, same_shapes

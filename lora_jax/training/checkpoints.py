@@ -78,7 +78,9 @@ def restore(
         except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
             raise _damaged(folder, latest.step, error) from error
         _require_layout(folder, record)
-        _require_same(folder, {**identity, **_leaves(like)}, theirs, first=identity)
+        _require_same(
+            folder, {**identity, **_leaves(like), **_own_bases(like)}, theirs, first=identity
+        )
         try:
             states = checkpointer.load(latest.step, jax.tree.map(_abstract, like))
         except Exception as error:

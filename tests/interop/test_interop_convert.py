@@ -19,6 +19,7 @@ import lora_jax as lora
 from lora_jax.interop import load, peft, quantized, save_huggingface
 from lora_jax.models import llama
 
+ROOT = Path(__file__).parents[2]
 SCRIPT = "convert.py"
 TOKENS = np.arange(12, dtype=np.int32).reshape(2, 6)
 
@@ -266,10 +267,10 @@ def test_messages_name_options_that_exist(script):
     """The command its own and absl's; what it calls in the library, pip's alone."""
     option = re.compile(r"(?<![\w-])--(?:no)?([a-z]\w*(?:[.-]\w+)*)")
     ours = set(flags.FLAGS) | {"help"}
-    named = {name for text in texts(SCRIPT) for name in option.findall(text)}
+    named = {name for text in texts(ROOT / "scripts" / SCRIPT) for name in option.findall(text)}
     assert {"from", "to", "adapter", "merge", "quantize"} <= named <= ours
     pip = {"dry-run", "quiet", "no-deps", "deps", "ignore-installed", "retries", "report"}
     for folder in ("interop", "quant"):
-        for path in (SCRIPT.parents[1] / "lora_jax" / folder).rglob("*.py"):
+        for path in (ROOT / "lora_jax" / folder).rglob("*.py"):
             found = {name for text in texts(path) for name in option.findall(text)}
             assert found <= (pip if path.name == "fetch.py" else set()), (path, found)

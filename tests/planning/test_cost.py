@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from lora_jax.parallel import cost, hlo
+from lora_jax.planning import cost, hlo
 
 LAYERS, ROWS, WIDTH = 5, 16, 64
 

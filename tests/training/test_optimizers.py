@@ -212,7 +212,7 @@ def test_muon_orthogonalises_each_layer_and_leaves_vectors_to_adam():
         return np.linalg.svd(np.asarray(matrix), compute_uv=False)
 
     for node in (updates["stack"], updates["heads"].as_matrix()):
-        for factor, wide in ((node.low.a, 1), (node.low.b, np.sqrt(6 / 2))):
+        for factor, wide in ((node.a, 1), (node.b, np.sqrt(6 / 2))):
             # Newton and Schulz's five steps leave what is orthogonal between 0.5 and 1.5.
             assert np.all(np.abs(singular(factor) / wide - 1) < 0.5)
     _, layer = lora.lora_transform(

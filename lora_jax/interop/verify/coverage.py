@@ -109,7 +109,8 @@ class Places:
         module = module_of(tensor)
         end = module.rpartition(".")[2]
         known = module in self.matrices or module in self.others or not module
-        return known or end in self.delta_ends or (end == "embed_tokens" and "embed" in self.others)
+        tied = end == "lm_head" and end not in self.matrices  # saved beside the table that it is
+        return known or tied or end in self.delta_ends
 
 
 def asked_for(config: Mapping[str, Any], known: Iterable[str]) -> Iterator[tuple[str, set[str]]]:

@@ -197,7 +197,10 @@ def _targets(
             )
         )
         if zero and len(zero) + len(absent) == len(relative):
-            findings.append(Finding("error", f"{path} does nothing: its update is zero"))
+            # A bias may be zero, and is then scaled to zero; or be saved because its weight is.
+            is_bias = (names or {}).get(path, "").endswith(".bias")
+            text = f"{path} does nothing: its update is zero"
+            findings.append(Finding("warning" if is_bias else "error", text))
         elif zero:
             layers = f"layer(s) {', '.join(map(str, zero))} of {len(relative)}"
             findings.append(Finding("warning", f"{path} does nothing in {layers}"))
