@@ -125,8 +125,8 @@ class DeltaNode:
         return len(self.sizes().get("stack", ()))
 
     @property
-    def rank(self) -> int | None:
-        """The rank, where the word has a meaning."""
+    def rank(self) -> Any:
+        """An int; None where the word has no meaning."""
         return next(iter(self.sizes().get("rank", ())), None)
 
     def check(self, path: str, base: AnyWeight) -> None:

@@ -151,7 +151,7 @@ def fixed_probe(vocab_size: int, room: int | None) -> list[int]:
     return [((i + 1) * 2654435761 % 2**32) * vocab_size >> 32 for i in range(count)]
 
 
-def run(forward: AnyForward, weights: PyTree, tokens: Sequence[int]) -> np.ndarray:
+def run(forward: AnyForward, weights: PyTree, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
     """The logits `[T, V]` of one row, float32 and on this host."""
     with jax.default_matmul_precision("highest"):
         logits = _logits(forward, weights, jnp.asarray(tokens, jnp.int32)[None])

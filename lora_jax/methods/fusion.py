@@ -82,9 +82,8 @@ class Fusion(Method):
                     f"{path}: adapter {number} of the Fusion has {found} here, where another has a "
                     "bottleneck: expected adapters of one base with the same targets."
                 )
-            if type(member) is not type(members[0]) or (
-                jax.tree.structure(member) != jax.tree.structure(members[0])
-            ):
+            structures: Any = jax.tree.structure(member), jax.tree.structure(members[0])
+            if structures[0] != structures[1]:
                 raise ValueError(
                     "the Fusion's adapters differ in activation, placement or layout: fuse "
                     "adapters that differ in size alone."

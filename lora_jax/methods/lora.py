@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import flax.struct
 import jax
@@ -160,7 +160,7 @@ class LowRank(Additive):
 
     own_axes = ("rank",)
     padded_axes = ("rank",)
-    split_axes = ("in", "out")
+    split_axes: ClassVar[tuple[str, ...]] = ("in", "out")
 
     a: jax.Array = leaf("stack in rank", trained="train_a", mirror="b")
     b: jax.Array = leaf("stack rank out", absent=0, mirror="a")

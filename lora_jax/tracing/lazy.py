@@ -224,7 +224,8 @@ class Lazy(Tracked):
         return jnp.moveaxis(y, places, lookup.offset_dims)
 
     def carried(self, after: Any) -> Any:
-        if jax.tree.structure(after) != jax.tree.structure(self):
+        structures: Any = jax.tree.structure(after), jax.tree.structure(self)
+        if structures[0] != structures[1]:
             self._refuse("carries it through a loop, out of which it comes in another form")
         return after
 

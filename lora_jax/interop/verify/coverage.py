@@ -23,7 +23,8 @@ _PREFIX = "base_model.model."
 # Of tensors of PEFT, what stands behind the module's name.
 _LAST = re.compile(r"\.(?:lora_(?:embedding_)?[ABE]|lora_magnitude_vector|ia3_l|vera_lambda_[bd]|"
                    r"base_layer|modules_to_save|weight|bias|default)$")  # fmt: skip
-_WITHOUT_MODULE = ("prompt_embeddings", "base_model.vera_A", "base_model.vera_B")
+_TABLE = "prompt_embeddings"
+_WITHOUT_MODULE = (_TABLE, "base_model.vera_A", "base_model.vera_B")
 _INDEX = re.compile(r"(?<![^/])\d+(?![^/])")
 _FEW = 0.1
 
@@ -56,6 +57,9 @@ class AdapterFile:
         text = metadata.get(KEY)
         digest = None if text is None else Digest.from_json(text, f"the digest in {path}")
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        if _TABLE in names:  # beside which PEFT names modules without its own wrapper
+            own = (n.removeprefix("base_model.") for n in names)
+            names = tuple(n if n == _TABLE else _PREFIX + n for n in own)
         return cls(folder, config, names, name, digest)
 
     def modules(self) -> set[str]:

@@ -25,12 +25,12 @@ class Merged(Weight):
     Attributes:
       adapted: what is merged, in the dtype of its base.
       seen_as: the dtype that the model sees.
-      requantized: whether the sum goes back to its base's format.
+      to_codes: whether the sum goes back to its base's format.
     """
 
     adapted: Adapted
     seen_as: Any = flax.struct.field(pytree_node=False)
-    requantized: bool = flax.struct.field(pytree_node=False, default=False)
+    to_codes: bool = flax.struct.field(pytree_node=False, default=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -54,7 +54,7 @@ class Merged(Weight):
     def dense(self) -> jax.Array:
         merged = self.adapted.dense()
         base = self.adapted.base
-        if self.requantized and isinstance(base, Weight):
+        if self.to_codes and isinstance(base, Weight):
             return dense(base.requantized(merged))
         return merged
 
@@ -88,7 +88,7 @@ def merged_weights(
     def seen(path: str, leaf: Any) -> Any:
         if isinstance(leaf, Adapted):
             jax.eval_shape(dense, leaf)  # raises where there is no merged form
-            return Merged(leaf, seen_as=shown[path].dtype, requantized=requantized)
+            return Merged(leaf, seen_as=shown[path].dtype, to_codes=requantized)
         if path in shown and path not in nodes:
             return shown[path]
         whole = ready[path]

@@ -30,7 +30,8 @@ def update_norms(base: PyTree, delta: Delta) -> dict[str, tuple[np.ndarray, np.n
 def measured_bytes(base: PyTree, delta: Delta) -> int:
     """The bytes of temporaries that `update_norms` takes; base and delta may be abstract."""
     pairs = jax.eval_shape(_pairs, base, delta)
-    return _measured.lower(pairs).compile().memory_analysis().temp_size_in_bytes
+    analysis: Any = _measured.lower(pairs).compile().memory_analysis()
+    return analysis.temp_size_in_bytes
 
 
 def _pairs(base: PyTree, delta: Delta) -> dict[str, tuple[Any, Any]]:

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from lora_jax.tables import aligned
 
+Level = Literal["error", "warning"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Target:
@@ -50,7 +52,7 @@ class Form:
 class Finding:
     """What is wrong, or to be looked at."""
 
-    level: Literal["error", "warning"]
+    level: Level
     text: str
 
 

@@ -15,7 +15,8 @@ from lora_jax.interop.verify.bound import Bound
 from lora_jax.interop.verify.coverage import AdapterFile, Places, reached, unmet
 from lora_jax.interop.verify.forms import kl_divergence
 from lora_jax.interop.verify.norms import update_norms
-from lora_jax.interop.verify.report import Finding, Form, Report, Target
+from lora_jax.interop.verify.report import Finding, Form, Level, Report, Target
+from lora_jax.methods import FullNode
 from lora_jax.layouts import Layout
 from lora_jax.transform import Delta, delta_nodes
 from lora_jax.weights import PyTree
@@ -197,10 +198,10 @@ def _targets(
             )
         )
         if zero and len(zero) + len(absent) == len(relative):
-            # A bias may be zero, and is then scaled to zero; or be saved because its weight is.
+            # A bias that is zero stays zero; a module that is saved whole may be trained in part.
             is_bias = (names or {}).get(path, "").endswith(".bias")
-            text = f"{path} does nothing: its update is zero"
-            findings.append(Finding("warning" if is_bias else "error", text))
+            level: Level = "warning" if is_bias or isinstance(node, FullNode) else "error"
+            findings.append(Finding(level, f"{path} does nothing: its update is zero"))
         elif zero:
             layers = f"layer(s) {', '.join(map(str, zero))} of {len(relative)}"
             findings.append(Finding("warning", f"{path} does nothing in {layers}"))
