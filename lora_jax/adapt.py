@@ -31,12 +31,13 @@ def adapt(fn: Callable) -> Callable:
     =====================================================  ===========
     einsum, matmul: contracted with an activation          applied
     batched einsum over stacked weights (experts)          applied
-    lookup of rows, slices of rows                         applied
+    sum over stacked weights, each with its activation     applied
+    lookup of rows in every mode, slices of rows           applied
     tied table: rows, and its transpose as output head     applied
     transpose, swapaxes, moveaxis                          followed
     reshape within one side of the matrix                  followed
     cast, stop_gradient, copies, barriers, constraints     followed
-    one layer of a stack: index, slice, dynamic index      followed
+    layers of a stack: index, slice, split, unstack        followed
     jit                                                    walked into
     checkpoint                                             walked into
     scan over stacked weights                              walked into
@@ -47,16 +48,26 @@ def adapt(fn: Callable) -> Callable:
     custom_jvp, custom_vjp that take a weight              walked into
     pallas_call, custom_vjp and others without a weight    as they are
     pallas_call that takes a weight                        ValueError
-    convolution with a weight                              ValueError
-    elementwise product, sum or norm of a weight           ValueError
+    convolution with a weight, ragged_dot                  ValueError
+    elementwise operation, sum or norm of a weight         ValueError
+    cast of a weight to integers                           ValueError
+    reversal, padding, concatenation, repetition           ValueError
+    select, write into a weight, lookup of entries         ValueError
+    layers by an array of indices or by a filling take     ValueError
+    lookup or slice that differs from layer to layer       ValueError
     reshape that mixes both sides of the matrix            ValueError
+    slice or scan along a part of a side                   ValueError
+    contraction with a part of a side, or with none        ValueError
     product of two weights                                 ValueError
+    weight out of a branch, a scan or a custom rule        ValueError
+    loop that carries a weight and changes its form        ValueError
     =====================================================  ===========
 
     It composes with jit, grad, vmap, checkpoint, scan, shard_map, pmap, eval_shape and itself. A
     custom gradient of a function that takes a weight is kept, in reverse mode, and gives the dense
-    weight a gradient, as it does in `fn`. Forward mode passes wherever the delta's own rule has it
-    (LoRA's product with B has none). A sharding constraint on a weight is dropped: shard the base.
+    weight a gradient, as it does in `fn`. Out of bounds, slices and lookups read what they read in
+    `fn`. Forward mode passes wherever the delta's own rule has it (LoRA's product with B has none).
+    A sharding constraint on a weight is dropped: shard the base.
 
     Args:
       fn: any function of pytrees. Leaves that are no arrays (numbers, strings, functions) are
@@ -66,8 +77,9 @@ def adapt(fn: Callable) -> Callable:
       A function with the same signature.
 
     Raises:
-      ValueError: from the call, where the program would build a dense weight or contracts other
-        axes than its delta was made for; names the path, the primitive, the line and the ways out.
+      ValueError: from the call, where the program would build a dense weight, contracts other axes
+        than its delta was made for, or returns a weight in another form than it was given; names
+        the path, the primitive, the line and the ways out.
     """
 
     def adapted(*args, **kwargs):

@@ -218,7 +218,8 @@ class Lazy(Tracked):
         y = self._explained(lambda: over_stack(apply, self.weight, ids, [False] * len(stack)))
         y = y.astype(self.dtype).reshape(*y.shape[:-1], *(atom.size for atom in d_out))
         others = self.axes.without((lookup.axis,))
-        y = arranged(y, [*stack, *range(ids.ndim), *d_out], [*range(ids.ndim), *others.all()])
+        labels = [*stack, *range(ids.ndim), *d_out]
+        y = arranged(y, labels, [*range(ids.ndim), *_in(labels, others.all())])
         y = y.reshape(*ids.shape, *others.shape)
         places = range(ids.ndim, y.ndim)
         return jnp.moveaxis(y, places, lookup.offset_dims)

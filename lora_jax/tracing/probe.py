@@ -17,16 +17,18 @@ from lora_jax.tracing.tracked import Lookup, Product, Tracked
 
 @dataclasses.dataclass(frozen=True)
 class Use:
-    """One product or lookup of a leaf, in its own axes.
+    """One product or lookup of a leaf, or one reading of its layers, in its own axes.
 
     Attributes:
       contracted, output: atoms of the leaf; its other axes are stacked here.
       lookup: whether it was an embedding's lookup.
+      layers: atoms along which entries are sliced, scanned or run along with an activation's.
     """
 
-    contracted: tuple[Atom, ...]
-    output: tuple[Atom, ...]
-    lookup: bool
+    contracted: tuple[Atom, ...] = ()
+    output: tuple[Atom, ...] = ()
+    lookup: bool = False
+    layers: tuple[Atom, ...] = ()
 
 
 @flax.struct.dataclass
@@ -52,6 +54,7 @@ class Probe(Tracked):
         return dataclasses.replace(self, value=change(self.value))
 
     def window(self, axis: int, picked: jax.Array | np.ndarray) -> "Probe":
+        self._note(layers=self.axes.atoms[axis])
         sizes = (len(picked), *(1 for _ in self.axes.atoms[axis][1:]))
         atoms = zip(self.axes.atoms[axis], sizes, strict=False)
         resized = tuple(dataclasses.replace(atom, size=size) for atom, size in atoms)
@@ -62,6 +65,7 @@ class Probe(Tracked):
         )
 
     def scanned(self) -> tuple[Any, Callable]:
+        self._note(layers=self.axes.atoms[0])
         inner = self.axes.without((0,))
         return self.value, lambda value: dataclasses.replace(self, value=value, axes=inner)
 
@@ -75,7 +79,8 @@ class Probe(Tracked):
 
     def contract(self, x: jax.Array, product: Product) -> jax.Array:
         gained = self.axes.without((*product.w_contracted, *product.w_batch))
-        self._note(self.axes.chosen(product.w_contracted), gained.all(), lookup=False)
+        layers = self.axes.chosen(product.w_batch)
+        self._note(self.axes.chosen(product.w_contracted), gained.all(), layers=layers)
         return product.of_arrays(x, self.value)
 
     def rows(self, ids: jax.Array, lookup: Lookup) -> jax.Array:
@@ -96,8 +101,15 @@ class Probe(Tracked):
     def dense(self) -> jax.Array:
         return self.value
 
-    def _note(self, contracted: Sequence[Atom], output: Sequence[Atom], *, lookup: bool) -> None:
-        self.note(self.path, Use(tuple(contracted), tuple(output), lookup))
+    def _note(
+        self,
+        contracted: Sequence[Atom] = (),
+        output: Sequence[Atom] = (),
+        *,
+        lookup: bool = False,
+        layers: Sequence[Atom] = (),
+    ) -> None:
+        self.note(self.path, Use(tuple(contracted), tuple(output), lookup, tuple(layers)))
 
 
 def layout_of(path: str, shape: tuple[int, ...], uses: Sequence[Use]) -> Layout | None:
@@ -107,7 +119,8 @@ def layout_of(path: str, shape: tuple[int, ...], uses: Sequence[Use]) -> Layout 
       ValueError: where two uses factor the leaf in different ways.
     """
     lookups_first = sorted(uses, key=lambda use: not use.lookup)
-    roles = [pair for use in lookups_first if (pair := _roles(path, shape, use))]
+    layers = {atom.axis for use in uses for atom in use.layers}
+    roles = [pair for use in lookups_first if (pair := _roles(path, shape, use, layers))]
     if not roles:
         return None
     contracted, output = roles[0]
@@ -121,8 +134,11 @@ def layout_of(path: str, shape: tuple[int, ...], uses: Sequence[Use]) -> Layout 
     return Layout(contracted, output, gathered=any(use.lookup for use in uses))
 
 
-def _roles(path: str, shape: tuple[int, ...], use: Use) -> tuple[tuple[int, ...], ...] | None:
-    """The leaf's contracted and output axes in one use; None where one side has none."""
+def _roles(
+    path: str, shape: tuple[int, ...], use: Use, layers: set[int]
+) -> tuple[tuple[int, ...], ...] | None:
+    """The leaf's contracted and output axes in one use; None where one side has none. `layers` are
+    the axes of which some use reads parts: stacked, unless the side has no others."""
     contracted, output = ({atom.axis for atom in atoms} for atoms in (use.contracted, use.output))
     if both := contracted & output:
         raise ValueError(
@@ -132,4 +148,8 @@ def _roles(path: str, shape: tuple[int, ...], use: Use) -> tuple[tuple[int, ...]
         )
     if not (contracted and output):
         return None
-    return tuple(sorted(contracted)), tuple(sorted(output))
+    matrix = [
+        side - layers if any(shape[axis] > 1 for axis in side - layers) else side
+        for side in (contracted, output)
+    ]
+    return tuple(sorted(matrix[0])), tuple(sorted(matrix[1]))

@@ -70,7 +70,8 @@ class Held:
         return [named[side][0] for side in sides if len(named[side]) == 1]
 
     def slices(self) -> list[int]:
-        return list(range(len(self.axes))) if self.plain else [*self.of("stack"), *self.rows()]
+        every = range(len(self.axes)) if self.plain else [*self.of("stack"), *self.rows()]
+        return [i for i in every if self.axes[i].size]
 
 
 @dataclasses.dataclass
@@ -301,7 +302,7 @@ def indexed(draw, held, args, then):
 
 
 def even(held: Held) -> list[int]:
-    return [i for i in held.slices() if held.axes[i].size % 2 == 0 and held.axes[i].size]
+    return [i for i in held.slices() if held.axes[i].size % 2 == 0]
 
 
 @piece(MOVES, lambda held: bool(even(held)))
@@ -319,11 +320,13 @@ def halved(draw, held, args, then):
     return run
 
 
-@piece(MOVES, lambda held: bool(held.of("stack")) and len(held.axes) > 2)
+def layers(held: Held, *others: str) -> list[int]:
+    return [i for i in held.of("stack", *others) if held.axes[i].size]
+
+
+@piece(MOVES, lambda held: bool(layers(held)) and len(held.axes) > 2)
 def unstacked(draw, held, args, then):
-    place = pick(draw, held.of("stack"))
-    if not held.axes[place].size:
-        return then(held)
+    place = pick(draw, layers(held))
     which = draw(st.integers(0, held.axes[place].size - 1))
     rest = then(held.without(place))
     return lambda w, given: rest(jnp.unstack(w, axis=place)[which], given)
@@ -367,12 +370,10 @@ def scanned(draw, held, args, then):
     return run
 
 
-@piece(MOVES, lambda held: bool(held.of("stack", "new")) and len(held.axes) > 2)
+@piece(MOVES, lambda held: bool(layers(held, "new")) and len(held.axes) > 2)
 def mapped(draw, held, args, then):
-    place = pick(draw, held.of("stack", "new"))
+    place = pick(draw, layers(held, "new"))
     rest = then(held.without(place))
-    if not held.axes[place].size:
-        return then(held)
     return lambda w, given: jax.vmap(lambda w: rest(w, given), in_axes=place)(w)
 
 
@@ -615,4 +616,4 @@ def entries(w):
 
 @refusal("cond", possible=large)
 def from_a_branch(w):
-    return jax.lax.cond(True, lambda: w, lambda: w)
+    return jax.lax.cond(True, lambda: w, lambda: jnp.copy(w))

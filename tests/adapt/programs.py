@@ -16,6 +16,9 @@ W, STACK, TABLE = normal(1, 6, 4) / 2, normal(2, 3, 6, 6) / 2, normal(3, 9, 6)
 HEADS = normal(4, 6, 2, 3)
 X = normal(5, 4, 6)
 IDS = np.array([[1, 0, 8], [3, 3, 2]], np.int32)
+OUTSIDE, LAST = np.array([-10, -1, 0, 8, 9, 100], np.int32), np.int32(5)
+FOUR, IN_HEADS = normal(10, 2, 3, 6, 6) / 2, normal(11, 2, 3, 4)
+EXPLICIT = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,6 +32,31 @@ class Program:
 
 def one(run, weight=W, *args):
     return Program(lambda params, *args: run(params["w"], *args), {"w": weight}, args or (X,))
+
+
+def taken(axis, mode, **fill):
+    return one(lambda w, ids: jnp.take(w, ids, axis=axis, mode=mode, **fill), TABLE, OUTSIDE)
+
+
+def each_layer(w, x):
+    return jnp.einsum("bi,sio->sbo", x, w)
+
+
+def two_layers(w, start, x):
+    return each_layer(jax.lax.dynamic_slice_in_dim(w, start, 2), x)
+
+
+def turning(w, carry):
+    """A loop out of which the weight comes transposed."""
+    return jax.lax.fori_loop(0, 2, lambda i, carry: (carry[0] @ w, w.T), carry)[0]
+
+
+@jax.custom_vjp
+def straight_through(w):
+    return w
+
+
+straight_through.defvjp(lambda w: (w, None), lambda _, dw: (dw,))
 
 
 def scanned(x, w):
@@ -91,6 +119,12 @@ def column_parallel(w, x):
     return jax.shard_map(block, mesh=MESH, **specs)(w, x)
 
 
+def data_parallel(w, x):
+    """A whole weight on every device, which differs along no mesh axis until it meets an x."""
+    specs = dict(in_specs=(P(), P("x")), out_specs=P("x"))
+    return jax.shard_map(lambda w, x: x @ w, mesh=MESH, **specs)(w, x)
+
+
 FOLLOWED = {
     "einsum, matmul: contracted with an activation": [
         one(lambda w, x: x @ w),
@@ -104,11 +138,24 @@ FOLLOWED = {
         one(lambda w, x: jnp.einsum("etd,edf->etf", x, w), STACK, normal(8, 3, 4, 6)),
         one(lambda w, x: jnp.einsum("etd,edf->tef", x, w), STACK, normal(8, 3, 4, 6)),
     ],
-    "lookup of rows, slices of rows": [
+    "sum over stacked weights, each with its activation": [
+        one(lambda w, x: jnp.einsum("bsi,sio->bo", x, w), STACK, normal(8, 4, 3, 6)),
+    ],
+    "lookup of rows in every mode, slices of rows": [
         one(lambda w, ids: jnp.take(w, ids, axis=0), TABLE, IDS),
         one(lambda w, ids: w[ids], TABLE, IDS),
         one(lambda w, ids: jax.vmap(jax.vmap(lambda i: w[i]))(ids), TABLE, IDS),
         one(lambda w, ids: w[1:6:2] + w[ids[0]], TABLE, IDS),
+        *(taken(axis, mode) for axis in (0, 1) for mode in ("fill", "clip", "wrap")),
+        taken(0, "fill", fill_value=7.0),
+        taken(1, "fill", fill_value=-np.inf),
+        one(lambda w, ids: w.at[ids].get(mode="promise_in_bounds"), TABLE, OUTSIDE),
+        one(lambda w, ids: w[ids], normal(1, 1, 4), OUTSIDE),  # of a single row
+        # ids count the merged axis in the program's order, not in the matrix's
+        one(lambda w, ids: w.transpose(1, 0, 2).reshape(6, 4)[ids], IN_HEADS, IDS % 6),
+        one(lambda w, x: x @ w.transpose(1, 0, 2).reshape(6, 4)[1:5], IN_HEADS, X[:, :4]),
+        one(lambda w, ids: jax.vmap(lambda w: w[ids])(w), STACK, OUTSIDE),
+        one(lambda w, i, x: x @ jax.lax.dynamic_slice(w, (i, 0), (4, 4)), W, LAST, X[:, :4]),
     ],
     "tied table: rows, and its transpose as output head": [
         one(lambda w, ids: jnp.tanh(w[ids]) @ w.T, TABLE, IDS),
@@ -122,6 +169,7 @@ FOLLOWED = {
         one(lambda w, x: jnp.einsum("bd,dnh->bnh", x, w.reshape(6, 2, 2))),
         one(lambda w, x: x @ w[None].squeeze(0)),
         one(lambda w, x: x @ w.reshape(2, 3, 4)[:, :, None].reshape(6, 4)),
+        one(lambda w, x: x @ jax.lax.reshape(w, (6, 6), (1, 0)), STACK[0]),
     ],
     "cast, stop_gradient, copies, barriers, constraints": [
         one(lambda w, x: (x.astype(jnp.bfloat16) @ w.astype(jnp.bfloat16)).astype(jnp.float32)),
@@ -135,11 +183,21 @@ FOLLOWED = {
                 )
             )
         ),
+        one(lambda w, x: x @ jax.sharding.reshard(w, jax.sharding.NamedSharding(EXPLICIT, P()))),
     ],
-    "one layer of a stack: index, slice, dynamic index": [
+    "layers of a stack: index, slice, split, unstack": [
         one(lambda w, x: jnp.tanh(x @ w[2]) @ w[0], STACK),
         one(lambda w, x: jnp.tanh(x @ w[1:][0]), STACK),
         one(lambda w, i, x: x @ w[i], STACK, jnp.int32(2), X),
+        *(
+            one(lambda w, i, x: two_layers(w, i, x), STACK, np.dtype(dtype).type(i), X)
+            for dtype, i in (("int32", 2), ("int32", -7), ("int8", -1), ("uint8", 255))
+        ),
+        one(lambda w, i, x: jax.vmap(lambda w: x @ w[i])(w), FOUR, jnp.int32(9), X),
+        one(lambda w, x: each_layer(jnp.split(w, 3)[1], x), STACK),
+        one(lambda w, x: jnp.tanh(x @ jnp.unstack(w)[2]), STACK),
+        one(lambda w, x: each_layer(w[3:], x).sum() + x @ w[0], STACK),
+        one(lambda w, x: x @ jnp.moveaxis(w, 0, 1).reshape(6, 6, 6)[4], FOUR),  # merged stacks
     ],
     "jit": [one(lambda w, x: jax.jit(lambda w: x @ w)(w))],
     "checkpoint": [one(lambda w, x: jax.checkpoint(lambda x: jnp.tanh(x @ w))(x))],
@@ -148,6 +206,8 @@ FOLLOWED = {
         one(lambda w, x: jax.lax.scan(jax.checkpoint(scanned), x, w, reverse=True)[0], STACK),
         one(lambda w, x: jax.lax.scan(scanned, x, jnp.moveaxis(w, 1, 0))[0], STACK.swapaxes(0, 1)),
         one(lambda w, x: jax.lax.scan(lambda x, _: scanned(x, w), x, None, length=2)[0], STACK[0]),
+        one(lambda w, x: jax.lax.scan(scanned, x, w[None])[0], STACK[0]),
+        one(lambda w, x: jax.lax.scan(scanned, x, w.reshape(6, 6, 6))[0], FOUR),
     ],
     "while_loop, fori_loop": [
         one(lambda w, x: jax.lax.fori_loop(0, 3, lambda i, x: scanned(x, w[i])[0], x), STACK),
@@ -159,7 +219,7 @@ FOLLOWED = {
         one(lambda w, x: jax.vmap(lambda w: x @ w)(w), STACK),
         one(lambda w, x: jax.vmap(jnp.matmul)(x, w), STACK, normal(9, 3, 4, 6)),
     ],
-    "shard_map": [one(column_parallel)],
+    "shard_map": [one(column_parallel), one(data_parallel)],
     "custom_jvp, custom_vjp that take a weight": [
         one(lambda w, x: clipped(clipped(x, w[0], 2), w[1], 3), STACK),
         one(
@@ -179,7 +239,7 @@ REFUSED = {
     "pallas_call that takes a weight": [
         ("pallas_call", one(lambda w, x: kernel(x[:, :4], w), normal(1, 4, 4)))
     ],
-    "convolution with a weight": [
+    "convolution with a weight, ragged_dot": [
         (
             "conv_general_dilated",
             one(
@@ -187,15 +247,63 @@ REFUSED = {
                 normal(1, 2, 3, 3),
                 normal(2, 1, 3, 5),
             ),
-        )
+        ),
+        (
+            "ragged_dot_general",
+            one(lambda w, x: jax.lax.ragged_dot(x, w, jnp.array([1, 2, 1])), STACK),
+        ),
     ],
-    "elementwise product, sum or norm of a weight": [
+    "elementwise operation, sum or norm of a weight": [
         ("mul", one(lambda w, x: x @ (w * 2))),
+        ("mul", one(lambda w, x: x @ (w * w))),
         ("add", one(lambda w, x: x @ (w + 1))),
-        ("integer_pow", one(lambda w, x: x @ w + jnp.sum(w**2))),
+        ("add", one(lambda w, x: x @ (w + w.T), STACK[0])),
+        ("integer_pow|square", one(lambda w, x: x @ w + jnp.sum(w**2))),
+        ("mul|square", one(lambda w, x: x @ w / jnp.linalg.norm(w))),
+        ("reduce_precision", one(lambda w, x: x @ jax.lax.reduce_precision(w, 8, 7))),
+    ],
+    "cast of a weight to integers": [
+        ("convert_element_type", one(lambda w, x: x @ w.astype(jnp.int32).astype(jnp.float32)))
+    ],
+    "reversal, padding, concatenation, repetition": [
+        ("rev", one(lambda w, x: x @ w[::-1])),
+        ("pad", one(lambda w, x: x @ jnp.pad(w, ((0, 0), (0, 2))))),
+        ("concatenate", one(lambda w, x: x @ jnp.concatenate([w, w], axis=1))),
+        ("broadcast_in_dim", one(lambda w, x: x @ jnp.repeat(w, 2, axis=1))),
+    ],
+    "select, write into a weight, lookup of entries": [
+        ("select_n", one(lambda w, x: x @ jnp.where(np.eye(6, 4, dtype=bool), w, 0.0))),
+        ("scatter", one(lambda w, x: x @ w.at[0].set(0.0))),
+        ("gather", one(lambda w, x: x[:, :2] * w[np.array([0, 1]), np.array([1, 0])][None])),
+    ],
+    "layers by an array of indices or by a filling take": [
+        ("gather", one(lambda w, x: jnp.einsum("bi,nio->nbo", x, w[np.array([1, 1])]), STACK)),
+        ("gather", one(lambda w, i, x: jax.vmap(lambda i: x @ w[i])(i), STACK, IDS[0], X)),
+        ("gather", one(lambda w, i, x: x @ jnp.take(w, i, axis=0), STACK, jnp.int32(1), X)),
+    ],
+    "lookup or slice that differs from layer to layer": [
+        ("gather", one(lambda w, ids: jax.vmap(lambda w, i: w[i])(w, ids), STACK, IDS.T)),
     ],
     "reshape that mixes both sides of the matrix": [
         ("reshape", one(lambda w, x: x @ w.reshape(-1).reshape(6, 4)))
     ],
+    "slice or scan along a part of a side": [
+        ("scan", one(lambda w, x: jax.lax.scan(lambda s, row: (s + row.sum(), None), 0.0, w)[0])),
+        ("slice", one(lambda w, x: x @ w.reshape(6, 2, 2)[:, 0])),
+    ],
+    "contraction with a part of a side, or with none": [
+        ("dot_general", one(lambda w, x: jnp.einsum("bi,iho->bho", x[:, :2], w.reshape(2, 3, 4)))),
+        ("dot_general", one(lambda w, x: jnp.einsum("bc,io->bcio", x, w))),
+        ("dot_general", one(lambda w, x: jnp.einsum("bi,io->bio", x, w))),
+    ],
     "product of two weights": [("dot_general", one(lambda w, x: x @ (w @ w.T)))],
+    "weight out of a branch, a scan or a custom rule": [
+        ("cond", one(lambda w, x: x @ jax.lax.cond(x[0, 0] > 0, lambda: w, lambda: w.T), STACK[0])),
+        ("scan", one(lambda w, x: x @ jax.lax.scan(lambda c, w: (c, w.T), 0, w)[1][0], STACK)),
+        ("custom_vjp_call", one(lambda w, x: x @ straight_through(w))),
+    ],
+    "loop that carries a weight and changes its form": [
+        ("scan", one(lambda w, x: turning(w, (x, w)), STACK[0])),
+        ("scan", one(lambda w, x: turning(w, (x, jnp.zeros((6, 6)))), STACK[0])),
+    ],
 }

@@ -5,6 +5,7 @@ import functools
 import cases
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from cases import assert_close, moved
 from jax.sharding import PartitionSpec as P
@@ -87,6 +88,26 @@ def test_rows_use_their_own_adapter():
     ours = lora.adapt(layers)(weights, x)
     each = [merged_layers(deltas[i], x[row]) for row, i in enumerate(ids)]
     assert_close(ours, jnp.stack(each), rtol=1e-4, atol=1e-5)
+
+
+def test_a_slice_of_a_table_of_which_each_row_has_its_own():
+    """There is no such array: it would differ from batch row to batch row."""
+    deltas = lora.stack([moved(transformed()[1], seed) for seed in range(2)])
+    weights = lora.bind(transformed()[0], deltas, adapter_ids=jnp.array([1, 0]))
+    with pytest.raises(
+        ValueError, match="^out: slice, at .*slices a table of which each batch row"
+    ):
+        lora.adapt(lambda params: params["out"][:2])(weights)
+
+
+def test_numpy_doubles_are_floats_to_jax():
+    base, delta = transformed()
+    x, ids = np.asarray(X, np.float64), np.array([2, 0])
+    ours = lora.adapt(lambda p, x, ids: (layers(p, x), p["out"][ids]))(
+        lora.bind(base, delta), x, ids
+    )
+    merged = lora.merge(base, delta)
+    assert_close(ours, (layers(merged, X), merged["out"][ids]))
 
 
 def test_without_a_weight_it_is_the_function():

@@ -4,6 +4,7 @@ Twelve kinds of weights share 200 programs in a default run, and 5,000 under `-m
 """
 
 import functools
+import re
 
 import generated
 import hypothesis
@@ -18,7 +19,7 @@ import lora_jax as lora
 from lora_jax.tracing import calls, structure
 
 SHARES = {kind: 60 if kind == "lora" else 20 if kind == "nf4_lora" else 12 for kind in KINDS}
-TOLERANCE = {"float32": (1e-4, 2e-5), "float16": (2e-2, 1e-2), "bfloat16": (1e-1, 6e-2)}
+TOLERANCE = {"float32": (1e-4, 1e-5), "float16": (2e-2, 1e-2), "bfloat16": (1e-1, 6e-2)}
 SETTINGS = settings(
     deadline=None,
     derandomize=True,
@@ -29,17 +30,33 @@ SETTINGS = settings(
 
 def check(program, kind):
     """The same value and gradients, or the error that the program must get."""
-    base, delta = generated.weights(program, kind)
     refused = program.args.refused if not isinstance(kind.method, lora.Full) else ()
+    base, delta = generated.weights(program, kind)
     if refused:
-        names = "|".join(refused)
-        with pytest.raises(ValueError, match=rf"^w: ({names}), at .*pieces\.py:\d+, ") as error:
-            jax.eval_shape(
-                lambda given: lora.adapt(program.run)(lora.bind(base, delta), given),
-                program.args.arrays,
-            )
-        assert "'w'" in str(error.value)
+        with pytest.raises(ValueError, match=error("|".join(refused))):
+            jax.eval_shape(functools.partial(adapted, program, base), delta, program.args.arrays)
         return
+    compare(program, base, delta)
+    asks = program.asked and kind.transposes and not kind.format
+    if asks and (layout := generated.inferred(program)):
+        base, delta = generated.weights(program, kind, layout)
+        try:
+            jax.eval_shape(functools.partial(adapted, program, base), delta, program.args.arrays)
+        except ValueError as refusal:  # what were layers are a side of the matrix then
+            assert re.match(error(".*"), str(refusal))
+            return
+        compare(program, base, delta)
+
+
+def error(primitives):
+    return rf"^w: ({primitives}), at .*pieces\.py:\d+, .*'w'"
+
+
+def adapted(program, base, delta, given):
+    return lora.adapt(program.run)(lora.bind(base, delta), given)
+
+
+def compare(program, base, delta):
     ours, theirs = jax.jit(functools.partial(both, program, base))(delta, program.args.arrays)
     loose = max(program.args.dtypes, key=lambda dtype: TOLERANCE[dtype])
     assert_close(ours, theirs, *TOLERANCE[loose])
@@ -78,7 +95,7 @@ def assert_close(ours, theirs, rtol, atol):
     for mine, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         assert (mine.shape, mine.dtype) == (other.shape, other.dtype)
         mine, other = np.asarray(mine, np.float64), np.asarray(other, np.float64)
-        largest = np.abs(other[np.isfinite(other)]).max(initial=0.1)
+        largest = np.abs(other[np.isfinite(other)]).max(initial=1)
         np.testing.assert_allclose(mine, other, rtol=rtol, atol=atol * largest)
 
 

@@ -117,6 +117,26 @@ def test_two_matrices_in_one_leaf():
         lora.infer_layouts(run, {"w": shaped(6, 2, 2)}, shaped(4, 6))
 
 
+LAYERED = [
+    lambda w, x: jnp.einsum("bi,sio->sbo", x, w[1:]),
+    lambda w, x: jnp.einsum("bi,sio->sbo", x, w) + (x @ w[0])[None],
+    lambda w, x: (
+        jnp.einsum("bi,sio->sbo", x, w) + jnp.einsum("sbi,sio->sbo", jnp.stack([x] * 3), w)
+    ),
+    lambda w, x: jnp.einsum("bi,sio->sbo", x, w) + jax.lax.scan(lambda x, w: (x @ w, x), x, w)[1],
+    lambda w, x: jax.lax.fori_loop(0, 2, lambda _, c: (c[0] @ c[1][0], c[1]), (x, w))[0],
+]
+
+
+@pytest.mark.parametrize("i", range(len(LAYERED)))
+def test_axes_of_which_some_use_reads_parts_are_stacked(i):
+    """Though another use contracts all layers at a time."""
+    found = lora.infer_layouts(
+        lambda p, x: LAYERED[i](p["w"], x), {"w": shaped(3, 6, 6)}, shaped(4, 6)
+    )
+    assert found == {"w": MATRIX}
+
+
 def test_an_axis_used_in_parts():
     def run(params, x):
         return jnp.einsum("bd,dnf->bnf", x, params["w"].reshape(6, 2, 4)[:, :, :, None][..., 0])
