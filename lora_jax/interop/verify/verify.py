@@ -16,8 +16,8 @@ from lora_jax.interop.verify.coverage import AdapterFile, Places, reached, unmet
 from lora_jax.interop.verify.forms import kl_divergence
 from lora_jax.interop.verify.norms import update_norms
 from lora_jax.interop.verify.report import Finding, Form, Level, Report, Target
-from lora_jax.methods import FullNode
 from lora_jax.layouts import Layout
+from lora_jax.methods import FullNode
 from lora_jax.transform import Delta, delta_nodes
 from lora_jax.weights import PyTree
 
