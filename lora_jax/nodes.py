@@ -9,7 +9,7 @@ trains, and its rank.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -197,6 +197,8 @@ class DeltaNode:
 
     def absent(self) -> Self:
         """A node of these shapes that adapts nothing; `stack` puts it where a delta has none."""
+        if not any(jax.tree.leaves(self.trainable())):
+            return self  # what nothing of trains is read by nodes that a delta has
         found = schema.absent(self)
         if found is None:
             raise ValueError(
@@ -253,9 +255,3 @@ class Extra(DeltaNode):
 
     def unmerge(self, merged):
         raise ValueError(f"{type(self).__name__} has no merged form: it belongs to no weight.")
-
-    def absent(self) -> Self:
-        """What no leaf of trains is never missed: only nodes that a delta has read it."""
-        if any(jax.tree.leaves(self.trainable())):
-            return super().absent()
-        return cast(Self, self)

@@ -147,6 +147,3 @@ class IA3BiasNode(DeltaNode):
         """As of `IA3Node`."""
         factor = cast(Shared, self.factor).value
         return (merged.astype(jnp.float32) / factor).astype(merged.dtype)
-
-    def absent(self) -> "IA3BiasNode":
-        return self
