@@ -22,6 +22,7 @@ from lora_jax.methods import Bottleneck as Bottleneck
 from lora_jax.methods import DoRA as DoRA
 from lora_jax.methods import Full as Full
 from lora_jax.methods import Fusion as Fusion
+from lora_jax.methods import LoHa as LoHa
 from lora_jax.methods import LoRA as LoRA
 from lora_jax.methods import Prefix as Prefix
 from lora_jax.methods import Prompt as Prompt

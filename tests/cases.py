@@ -53,6 +53,7 @@ REGISTRY = {
     lora.VeRA: Entry(METHODS["vera"]),
     lora.AdaLoRA: Entry(METHODS["adalora"]),
     lora.IA3: Entry(METHODS["ia3"]),
+    lora.LoHa: Entry(lora.LoHa(rank=2)),
     lora.Bottleneck: Entry(METHODS["bottleneck"]),
     lora.Fusion: Entry(
         lambda params: lora.Fusion(adapters=_bottlenecks(params)), changes_at_once=True

@@ -16,6 +16,8 @@ from lora_jax.methods.ia3 import IA3 as IA3
 from lora_jax.methods.ia3 import IA3BiasNode as IA3BiasNode
 from lora_jax.methods.ia3 import IA3InputNode as IA3InputNode
 from lora_jax.methods.ia3 import IA3Node as IA3Node
+from lora_jax.methods.loha import LoHa as LoHa
+from lora_jax.methods.loha import LoHaNode as LoHaNode
 from lora_jax.methods.lora import LoRA as LoRA
 from lora_jax.methods.lora import LoRANode as LoRANode
 from lora_jax.methods.lora import LowRank as LowRank

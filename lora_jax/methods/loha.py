@@ -1,0 +1,106 @@
+"""LoHa: the Hadamard product of two low-rank updates (Hyeon-Woo et al. 2022, arXiv:2108.06098; for
+adapters Yeh et al. 2024, arXiv:2309.14859)."""
+
+import dataclasses
+import math
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from lora_jax.layouts import Layout
+from lora_jax.methods.method import Method, over_layers
+from lora_jax.nodes import Additive, DeltaNode
+from lora_jax.products import AnyWeight, Product
+from lora_jax.schema import leaf, static
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoHa(Method):
+    """`y = x @ w + scale * x @ ((a1 @ b1) * (a2 @ b2))`, `scale = alpha / rank`.
+
+    The entrywise product has rank up to `rank ** 2`, with the parameters of two LoRAs. It is never
+    built: it equals `a @ b` with `a[i, rs] = a1[i, r] a2[i, s]` and `b[rs, o] = b1[r, o] b2[s, o]`,
+    so that the branch costs what LoRA of rank `rank ** 2` costs.
+
+    Attributes:
+      rank: r of both pairs.
+      alpha: the numerator of the scale.
+      dropout: the rate at which entries of the branch's input are zeroed, as in `LoRA`.
+
+    At first `a1` is uniform on +-1/sqrt(d_in), `b1` and `b2` on +-1/sqrt(rank), and `a2` is zero,
+    as in PEFT (whose `w_a` is our b, and `w_b` our a, transposed).
+
+    Raises:
+      ValueError: for a rank below 1, an alpha that is not positive, a dropout outside [0, 1).
+    """
+
+    rank: int = 8
+    alpha: float = 8.0
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        if not isinstance(self.rank, int) or self.rank < 1:
+            raise ValueError(f"LoHa(rank={self.rank!r}): a rank is an integer of at least 1.")
+        if not self.alpha > 0 or not 0 <= self.dropout < 1:
+            raise ValueError(
+                f"LoHa(alpha={self.alpha}, dropout={self.dropout}): expected a positive alpha and "
+                "a rate in [0, 1)."
+            )
+
+    def init_node(
+        self, path: str, weight: AnyWeight, *, layout: Layout, key: jax.Array
+    ) -> DeltaNode:
+        del path
+        stack, d_in, d_out = layout.split(weight.shape)
+
+        def uniform(key, *shape, fan_in):
+            bound = 1 / math.sqrt(fan_in)
+            return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+        def init(layer_key):
+            keys = jax.random.split(layer_key, 3)
+            a1 = uniform(keys[0], *d_in, self.rank, fan_in=math.prod(d_in))
+            b1, b2 = (uniform(key, self.rank, *d_out, fan_in=self.rank) for key in keys[1:])
+            return a1, b1, b2
+
+        a1, b1, b2 = over_layers(init, stack)(key)
+        return LoHaNode(
+            a1=a1,
+            b1=b1,
+            a2=jnp.zeros_like(a1),
+            b2=b2,
+            scale=jnp.full(stack, self.alpha / self.rank, jnp.float32),
+            dropout=self.dropout,
+            layout=layout,
+        )
+
+
+@flax.struct.dataclass
+class LoHaNode(Additive):
+    """`scale * (a1 @ b1) * (a2 @ b2)`, all float32.
+
+    Attributes:
+      a1, a2: `[stack..., contracted..., r]`.
+      b1, b2: `[stack..., r, output...]`.
+      scale: `[stack...]`.
+    """
+
+    own_axes = ("rank",)
+    padded_axes = ("rank",)
+    split_axes = ("in", "out")
+
+    a1: jax.Array = leaf("stack in rank", mirror="b1")
+    b1: jax.Array = leaf("stack rank out", mirror="a1")
+    a2: jax.Array = leaf("stack in rank", absent=0, mirror="b2")
+    b2: jax.Array = leaf("stack rank out", mirror="a2")
+    scale: jax.Array = leaf("stack", trained=False)
+    dropout: float = static(0.0)
+    layout: Layout = static(Layout())
+
+    def branch(self, x: Any, product: Product) -> jax.Array:
+        a = (self.a1[:, :, None] * self.a2[:, None, :]).reshape(self.a1.shape[0], -1)
+        b = (self.b1[:, None, :] * self.b2[None, :, :]).reshape(-1, self.b1.shape[-1])
+        h = product.narrow(x, a)
+        return product.widen(h * self.scale.astype(h.dtype), b)
