@@ -71,7 +71,10 @@ def test_records_and_another_config(finished):
     losses = [r for r in records if r["arm"] == arms[0]["name"] and "loss" in r]
     assert [r["step"] for r in losses] == [1, 2, 3, 4]
     # Compiled steps are kept for the next run.
-    assert any(path.name.startswith("jit_step-") for path in (folder / "cache/xla").iterdir())
+    assert any(
+        path.name.startswith(("jit_step-", "jit_gradients-"))
+        for path in (folder / "cache/xla").iterdir()
+    )
     # Another config in the same workdir is refused.
     code, output = command.run(folder, "rank_sweep", *SWEEP, "--config.train.steps=5")
     assert code != 0 and "train.steps (4 there, 5 here)" in output and "Traceback" not in output

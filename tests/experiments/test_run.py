@@ -44,14 +44,14 @@ def ran(config, several, folder):
 
 
 def test_what_one_arm_lacks_costs_the_others_nothing(tmp_path, capsys):
-    """An adapter of a tied embedding has no form in PEFT, and full fine-tuning diverges alone."""
+    """A bottleneck has no form in PEFT, and full fine-tuning diverges alone."""
     several = [
-        an_arm("both sides", targets="embed"),
+        an_arm("beside", method=lora.Bottleneck(size=2)),
         an_arm("wild", method=lora.Full(), learning_rate=float("nan"), in_peft=False),
     ]
     results = ran(configured(), several, tmp_path / "run")
     told = capsys.readouterr().out
-    assert "no adapter folder for both sides" in told and "wild diverged at step 2" in told
+    assert "no adapter folder for beside" in told and "wild diverged at step 2" in told
     kept, lost = json.loads((tmp_path / "run/results.json").read_text())["arms"]
     assert kept["val_loss"] > 0 and lost["stopped"] == "diverged" and lost["val_loss"] is None
     assert results["arms"][0] == kept

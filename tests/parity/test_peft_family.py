@@ -69,7 +69,8 @@ LEAVES = {
         "lora_B.default": lambda node: node.b.T,
         "lora_E.default/mask": lambda node: node.mask,
     },
-    "IA3Node": {"ia3_l.default": lambda node: node.l[None] if node.input else node.l[:, None]},
+    "IA3Node": {"ia3_l.default": lambda node: node.l[:, None]},
+    "IA3InputNode": {"ia3_l.default": lambda node: node.l[None]},
     "VeRANode": {
         "vera_lambda_b.default": lambda node: node.lambda_b,
         "vera_lambda_d.default": lambda node: node.lambda_d,
@@ -89,7 +90,7 @@ EXTRAS = {
         f"{ENCODER}.transform.2.weight": jnp.swapaxes(node.w2, -1, -2).reshape(-1, 12),
         f"{ENCODER}.transform.2.bias": node.b2.reshape(-1),
     },
-    "Projection": lambda node: {
+    "VeRAProjection": lambda node: {
         "base_model.vera_A.default": node.a.T,
         "base_model.vera_B.default": node.b.T,
     },
