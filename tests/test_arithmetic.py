@@ -75,6 +75,7 @@ def test_ties():
     assert_updates(combined, {"layers/q_proj": np.stack(layers), "down_proj": down})
 
 
+@pytest.mark.slow
 def test_dare_keeps_a_random_part_and_the_mean():
     delta, rounds = DELTAS[0], 60
 

@@ -51,7 +51,7 @@ def assert_rounded_once(rounded, exact):
     assert (np.abs(rounded - exact) <= 1.001 * half + 1e-6 * np.abs(exact)).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", MERGEABLE)
 def test_a_merged_weight(name, dtype):
     delta = delta_of(name)

@@ -119,6 +119,7 @@ def test_gradients_through_a_quantised_base(base):
     assert_close(gradient(delta, base, "elementwise"), expected, rtol=1e-3, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_dropout_over_a_quantised_base(base):
     delta, key = delta_over(base, lora.LoRA(rank=2, dropout=0.5)), jax.random.key(3)
     ours = FORWARD(lora.bind(base, delta, dropout_key=key), TOKENS, CONFIG)

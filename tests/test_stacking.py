@@ -56,6 +56,7 @@ def test_stack_under_jit_and_eval_shape(case):
     assert jax.tree.map(jnp.shape, lora.stack(deltas)) == jax.tree.map(lambda s: s.shape, shapes)
 
 
+@pytest.mark.slow
 @pytest.mark.mixed_dtypes
 def test_training_through_vmap_is_training_alone():
     """Several steps of AdamW with decay and a clip; padding and absent targets stay zero."""

@@ -99,6 +99,7 @@ def test_olora_takes_leading_rows_and_columns_of_qr():
     assert_close(delta["out"].b, q[:, :3].T, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_trained_one_in_every_form():
     """Bound, merged, looked up, transposed, merged back, plain, and in arithmetic."""
     base, start = made("pissa")
@@ -121,6 +122,7 @@ def test_a_trained_one_in_every_form():
     assert_close(lora.merge(base, again), merged, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_arms_of_any_init_share_a_base_and_a_stack():
     """Padding is exact here too, throughout training."""
     inits = ("kaiming", "pissa", "olora")

@@ -106,6 +106,7 @@ def test_under_vmap():
     assert_close(gradients(chunked), gradients(naive), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_under_vmap_of_every_input():
     masks, hidden = jnp.stack([MASK, ~MASK]), jnp.stack([HIDDEN, -HIDDEN])
 

@@ -96,8 +96,9 @@ MESHES = {
     "sequence": {"fsdp": 2, "sequence": 2, "tensor": 2},
     "arms": {"arms": 2, "fsdp": 2, "tensor": 2},
 }
-QUICK = [("sequence", "float32", "in_turn"), ("arms", "nf4, double", "batched")]
+QUICK = [("arms", "nf4, double", "batched")]
 MORE = [
+    ("sequence", "float32", "in_turn"),
     *((name, "nf4, double", "in_turn") for name in ("fsdp", "tensor", "fsdp+tensor", "sequence")),
     *((name, "float32", "in_turn") for name in ("fsdp", "tensor")),
     ("fsdp+tensor", "nf4", "batched"),

@@ -157,7 +157,7 @@ def test_what_a_caller_changed_holds_or_is_refused(tmp_path, mode):
     ("mode", "same"),
     [
         ("in_turn", False),
-        ("batched", True),
+        pytest.param("batched", True, marks=pytest.mark.slow),
         *MORE,
     ],
 )
