@@ -30,3 +30,12 @@ def script(request) -> Iterator[ModuleType]:
     yield module
     for name in set(flags.FLAGS) - before:
         delattr(flags.FLAGS, name)
+
+
+@pytest.fixture(autouse=True)
+def float32_kernels_of_bitsandbytes(monkeypatch):
+    """On a CPU with AVX512-BF16 its 4-bit layers compute in bfloat16 instead."""
+    if importlib.util.find_spec("bitsandbytes"):
+        import bitsandbytes.nn.modules
+
+        monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: False)
