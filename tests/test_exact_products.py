@@ -28,7 +28,7 @@ METHODS = {kind.__name__: (entry.method, entry.targets) for kind, entry in REGIS
     init: (lora.LoRA(rank=2, init=init), "k_proj") for init in ("pissa", "pissa_niter_2", "olora")
 } | {"encoded prefix": (lora.Prefix(length=2, hidden=3), "k_proj")}  # fmt: skip
 # What makes an update, or keys and values, of factors.
-MULTIPLIES = {"LoRA", "DoRA", "VeRA", "AdaLoRA", "pissa", "pissa_niter_2", "olora"}
+MULTIPLIES = {"LoHa", "LoRA", "DoRA", "VeRA", "AdaLoRA", "pissa", "pissa_niter_2", "olora"}
 
 
 def products(function, *arguments):

@@ -43,9 +43,16 @@ def assert_keeps(function, dtype, *arguments):
     scans = [eqn for eqn in jaxprs.equations(program) if eqn.primitive.name == "scan"]
     assert scans
     for eqn in scans:
-        first = eqn.params["num_consts"]
-        carried = [var.aval.dtype for var in eqn.invars[first : first + eqn.params["num_carry"]]]
-        assert {kind for kind in carried if jnp.issubdtype(kind, jnp.floating)} <= {dtype}
+        # The carry comes first of what a scan returns; what it stacks has the scan's axis more.
+        body = [
+            var.aval for var in getattr(eqn.params["jaxpr"], "jaxpr", eqn.params["jaxpr"]).outvars
+        ]
+        carried = [
+            new.dtype
+            for new, var in zip(body, eqn.outvars, strict=True)
+            if new.shape == var.aval.shape and jnp.issubdtype(new.dtype, jnp.floating)
+        ]
+        assert set(carried) <= {dtype}
     return shapes
 
 
