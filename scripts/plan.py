@@ -6,7 +6,7 @@
 
 Compiles the config's real step, kernels and parallel mode included, for devices that need not be
 there, with nothing but abstract arrays: no weights, no data. Topologies are those of
-lora_jax/parallel/chips.py: TPUs (v4, v5e, v5p, v6e, tpu7x), h100:N, h200:N, cpu and cpu:N. All but
+lora_jax/planning/chips.py: TPUs (v4, v5e, v5p, v6e, tpu7x), h100:N, h200:N, cpu and cpu:N. All but
 cpu need the compilers of requirements-aot.txt. A step that does not fit is an error.
 """
 
