@@ -59,6 +59,11 @@ class Adapted(Weight):
             self, base=as_matrix(self.base, layout), node=self.node.as_matrix()
         )
 
+    def for_part(self, index: jax.Array) -> "Adapted":
+        if self.dropout_key is None:
+            return self
+        return dataclasses.replace(self, dropout_key=jax.random.fold_in(self.dropout_key, index))
+
     def cast(self, dtype: Any) -> "Adapted":
         return dataclasses.replace(self, base=cast(self.base, dtype))
 

@@ -105,6 +105,12 @@ class Weight(abc.ABC):
         with an entry for each of its axes."""
         return schema.specs(self, *self.layout.split(tuple(spec)))
 
+    def for_part(self, index: jax.Array) -> "Weight":
+        """The weight for one part of an input that is multiplied in parts: with dropout, each part
+        has a mask of its own."""
+        del index
+        return self
+
     def cast(self, dtype: Any) -> "Weight":
         """The weight with a frozen array in `dtype`; what is quantised or adapts follows its
         input."""

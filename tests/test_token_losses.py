@@ -1,5 +1,7 @@
 """The chunked loss against the cross-entropy of all logits at once."""
 
+import itertools
+
 import cases
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ import pytest
 from cases import assert_close
 
 import lora_jax as lora
+from lora_jax.models import llama
 from lora_jax.training.loss import token_losses
 from lora_jax.weights import linear, transpose
 
@@ -132,3 +135,32 @@ def test_bf16_hidden_and_head():
 
 def test_large_logits_do_not_overflow():
     assert np.isclose(chunked(1e3 * HIDDEN, TABLE.T), naive(1e3 * HIDDEN, TABLE.T), rtol=1e-5)
+
+
+def test_each_chunk_drops_anew():
+    """Of equal rows: one mask for all chunks would give each chunk the same loss."""
+    table = {"lm_head": cases.normal(0, 6, 9)}
+    base, delta = lora.lora_transform(
+        table, lora.LoRA(rank=2, dropout=0.5), targets="lm_head", key=jax.random.key(0)
+    )
+    weights = lora.bind(base, cases.moved(delta), dropout_key=jax.random.key(1))
+    hidden = jnp.broadcast_to(cases.normal(1, 6), (1, 8, 6))
+    targets, counted = jnp.zeros((1, 8), jnp.int32), jnp.arange(8)[None]
+
+    def loss(count):
+        return token_losses(hidden, weights["lm_head"], targets, counted < count, chunk=2)[0]
+
+    sums = [float(loss(count)) for count in (0, 2, 4, 6, 8)]
+    assert len({round(after - before, 4) for before, after in itertools.pairwise(sums)}) == 4
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_that_rows_adapt_differently(tied):
+    table = {"embed": cases.normal(0, 9, 6)} if tied else {"lm_head": cases.normal(0, 6, 9)}
+    base, delta = lora.lora_transform(
+        table, lora.LoRA(rank=2), targets=next(iter(table)), key=jax.random.key(0)
+    )
+    weights = lora.bind(base, lora.stack([delta, delta]), adapter_ids=jnp.array([0, 1]))
+    hidden, ids = cases.normal(1, 2, 4, 6), jnp.zeros((2, 4), jnp.int32)
+    with pytest.raises(ValueError, match="an adapter for each row.*leave the head"):
+        token_losses(hidden, llama.output_head(weights), ids, ids == 0)

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_jax.adapted import Adapted
 from lora_jax.context_mesh import FSDP, SEQUENCE, constrain, size
 from lora_jax.models.mixed_dtypes import read_out
 from lora_jax.weights import Weight
@@ -41,8 +42,15 @@ def token_losses(
       accumulated micro-batches needs.
 
     Raises:
-      ValueError: for rows or positions that the mesh of the context does not divide.
+      ValueError: for rows or positions that the mesh of the context does not divide; for a head
+        that rows adapt differently.
     """
+    if isinstance(head, Adapted) and head.adapter_ids is not None:
+        raise ValueError(
+            "the output head was bound with adapter_ids, an adapter for each row, and the loss "
+            "multiplies it with positions of all rows together. Bind one adapter at a time, or "
+            "leave the head (a tied embedding) out of the targets."
+        )
     over = size(FSDP), size(SEQUENCE)
     # Rows and positions that lie on one device are a group of their own, [G, S, n].
     hidden, targets, counts = (_grouped(x, *over) for x in (hidden, targets, loss_mask))
@@ -73,20 +81,23 @@ def _grouped(x: jax.Array, groups: int, spans: int) -> jax.Array:
     return constrain(x, FSDP, SEQUENCE)
 
 
-def _chunk_loss(treedef, rows: jax.Array, targets, counted, leaves: list[Any]) -> jax.Array:
-    logits = read_out(rows, treedef.unflatten(leaves)).astype(jnp.float32)
+def _chunk_loss(treedef, rows: jax.Array, targets, counted, index, leaves: list[Any]) -> jax.Array:
+    head = treedef.unflatten(leaves)
+    head = head.for_part(index) if isinstance(head, Weight) else head
+    logits = read_out(rows, head).astype(jnp.float32)
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return jnp.sum(jnp.where(counted, jax.nn.logsumexp(logits, axis=-1) - picked, 0.0))
 
 
 def _chunks(length: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """`[G, S, n, ...]` as `[n / length, G, S, length, ...]`."""
+    """`[G, S, n, ...]` as `[n / length, G, S, length, ...]`, and the index of each chunk."""
 
     def cut(array):
         groups, spans, _, *rest = array.shape
         return jnp.moveaxis(array.reshape(groups, spans, -1, length, *rest), 2, 0)
 
-    return tuple(cut(array) for array in arrays)
+    chunks = [cut(array) for array in arrays]
+    return *chunks, jnp.arange(len(chunks[0]))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -109,23 +120,23 @@ def _summed_forward(length: int, treedef, rows, targets, counted, leaves):
     leaves = [leaf.value for leaf in leaves]
     rows, targets, counted = rows.value, targets.value, counted.value
 
-    def loss(chunk_rows, train_leaves, chunk_targets, chunk_counted):
+    def loss(chunk_rows, train_leaves, chunk_targets, chunk_counted, index):
         moving = iter(train_leaves)
         mixed = [
             next(moving) if trains else leaf for trains, leaf in zip(trained, leaves, strict=True)
         ]
-        return _chunk_loss(treedef, chunk_rows, chunk_targets, chunk_counted, mixed)
+        return _chunk_loss(treedef, chunk_rows, chunk_targets, chunk_counted, index, mixed)
 
     train_leaves = [leaf for trains, leaf in zip(trained, leaves, strict=True) if trains]
     zero = [jnp.zeros(leaf.shape, jnp.float32) for leaf in train_leaves]
 
     def step(carry, chunk):
         total, head_gradient = carry
-        chunk_rows, chunk_targets, chunk_counted = chunk
+        chunk_rows, chunk_targets, chunk_counted, index = chunk
 
         def counts():
             value, (row_gradient, more) = jax.value_and_grad(loss, argnums=(0, 1))(
-                chunk_rows, train_leaves, chunk_targets, chunk_counted
+                chunk_rows, train_leaves, chunk_targets, chunk_counted, index
             )
             return value, row_gradient, [leaf.astype(jnp.float32) for leaf in more]
 
