@@ -44,7 +44,8 @@ def check(program, kind):
         try:
             jax.eval_shape(functools.partial(adapted, program, base), delta, program.args.arrays)
         except ValueError as refusal:  # what were layers are a side of the matrix then
-            assert re.match(error(".*"), str(refusal))
+            returned = "w: the function returns this weight in another form"  # at no line
+            assert re.match(error(".*"), str(refusal)) or str(refusal).startswith(returned)
             return
         compare(program, base, delta)
 
