@@ -230,24 +230,19 @@ def cast(draw, held, args, then):
     return lambda w, given: rest(w.astype(dtype), given)
 
 
-def constrained(w):
-    return jax.lax.with_sharding_constraint(w, NamedSharding(MESH, P()))
-
-
 @piece(MOVES)
 def passed_on(draw, held, args, then):
     """What a program does to a weight for the compiler's sake."""
-    how = pick(
-        draw,
-        [
-            jnp.copy,
-            jax.lax.stop_gradient,
-            jax.lax.optimization_barrier,
-            *([] if held.on_mesh else [constrained]),
-        ],
-    )
+    how = pick(draw, [jnp.copy, jax.lax.stop_gradient, jax.lax.optimization_barrier])
     rest = then(held)
     return lambda w, given: rest(how(w), given)
+
+
+@piece(MOVES, lambda held: not held.on_mesh)
+def constrained(draw, held, args, then):
+    sharding = NamedSharding(MESH, P())
+    rest = then(held)
+    return lambda w, given: rest(jax.lax.with_sharding_constraint(w, sharding), given)
 
 
 # Moves: parts are read. Of a stack these are layers; along a side of the matrix, an array of rows.
