@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec
 from lora_jax import schema
 from lora_jax.adapted import Adapted
 from lora_jax.layouts import Layout
+from lora_jax.paths import naming
 from lora_jax.products import AnyWeight, Product, Rows
 from lora_jax.weights import UNSCALED, Shared, dense_float32, is_shared
 
@@ -131,10 +132,8 @@ class DeltaNode:
 
     def check(self, path: str, base: AnyWeight) -> None:
         """Raises ValueError if this node was not made for a weight of this shape."""
-        try:
+        with naming(path):
             ours = self.sizes()
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
         groups = zip(schema.GROUPS, self.layout.split(base.shape), strict=True)
         made_for = self.layout.joined(*(ours.get(name, theirs) for name, theirs in groups))
         if made_for != tuple(base.shape):
@@ -145,7 +144,7 @@ class DeltaNode:
 
     def trainable(self) -> Self:
         """The same node with a bool for each leaf: True where an optimizer may move it."""
-        return schema.each(self, lambda leaf: leaf.trained)
+        return jax.tree.map(lambda leaf: leaf.trained, schema.leaves_of(self))
 
     def as_matrix(self) -> Self:
         """The node of the weight `[stack..., d_in, d_out]` that `layout` makes of this one's."""
@@ -255,3 +254,12 @@ class Extra(DeltaNode):
 
     def unmerge(self, merged):
         raise ValueError(f"{type(self).__name__} has no merged form: it belongs to no weight.")
+
+
+def rows_behind_layers(node: DeltaNode, layers: int) -> DeltaNode:
+    """A node stacked over adapters, `[n, stack...]`, with that axis behind the layers' axes."""
+
+    def move(leaf):
+        return leaf if is_shared(leaf) else jnp.moveaxis(leaf, 0, layers)
+
+    return jax.tree.map(move, node, is_leaf=is_shared)

@@ -1,8 +1,9 @@
 """Paths name the leaves of a tree: `layers/attn/q_proj`, whatever the tree is made of."""
 
+import contextlib
 import difflib
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -95,6 +96,15 @@ def keys_for(key: jax.Array, path: str, stack: tuple[int, ...]) -> jax.Array:
 def stable_hash(text: str) -> int:
     """A 32-bit number that depends on the text alone, the same in every process and version."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+
+
+@contextlib.contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Puts the path in front of the message of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def nearest(name: str, candidates: Iterable[str], count: int = 5) -> list[str]:

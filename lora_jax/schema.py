@@ -13,7 +13,7 @@ the class's own, listed in its `own_axes`.
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
@@ -294,8 +294,3 @@ def absent(node: Any) -> Any:
     if all(one.absent is None for one in jax.tree.leaves(declared)):
         return None
     return jax.tree.map(lambda array, one: jnp.full_like(array, one.absent or 0), node, declared)
-
-
-def each(node: Any, change: Callable[[Leaf], Any]) -> Any:
-    """A tree like `node` of what `change` makes of each declaration."""
-    return jax.tree.map(change, leaves_of(node))

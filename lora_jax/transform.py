@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import paths
+from lora_jax.extras import bound, inserted, require_free, require_one
 from lora_jax.layouts import Layout
 from lora_jax.methods import DeltaNode, Extra, Method
 from lora_jax.methods.method import of_values
-from lora_jax.methods.places import inserted, require_free, require_one
+from lora_jax.nodes import rows_behind_layers
 from lora_jax.targets import Targets, as_rules, match_rules
-from lora_jax.weights import PyTree, Shared, dense_float32, is_shared, is_weight
+from lora_jax.weights import PyTree, Shared, dense_float32, is_weight
 
 Delta = dict[str, Any]
 
@@ -132,9 +133,10 @@ def bind(
         weight, ids = flat[path], None
         one = node if adapter_ids is None else jax.tree.map(lambda leaf: leaf[0], node)
         one.check(path, weight)
-        node = _resolved(path, node, weight, nodes)
+        with paths.naming(path):
+            node = node.resolve(weight, nodes)
         if adapter_ids is not None:
-            node, ids = _rows_behind_layers(node, one.stack_ndim), Shared(adapter_ids)
+            node, ids = rows_behind_layers(node, one.stack_ndim), Shared(adapter_ids)
         keys = dropout_key
         if keys is not None:
             keys = paths.keys_for(keys, path, one.sizes().get("stack", ()))
@@ -142,7 +144,7 @@ def bind(
     weights = _rebuilt(base, flat)
     for path, extra in extras.items():
         if extra.in_weights:
-            weights = inserted(weights, path.split("/"), _bound(extra, adapter_ids))
+            weights = inserted(weights, path.split("/"), bound(extra, adapter_ids))
     return weights
 
 
@@ -211,20 +213,11 @@ def delta_nodes(delta: Delta) -> dict[str, DeltaNode]:
 def _init_node(
     path: str, weight: Any, method: Method, layout: Layout, key: jax.Array
 ) -> DeltaNode | None:
-    try:
+    with paths.naming(path):
         stack, _, _ = layout.split(weight.shape) if method.needs_matrix else ((), (), ())
         keys = paths.keys_for(key, path, stack)
         make = functools.partial(method.init_node, path, layout=layout, key=keys)
         return of_values(method, make, weight)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _resolved(path: str, node: DeltaNode, weight: Any, nodes: Mapping[str, DeltaNode]) -> DeltaNode:
-    try:
-        return node.resolve(weight, nodes)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def _map_adapted(tree: PyTree, delta: Delta, change) -> PyTree:
@@ -236,11 +229,9 @@ def _map_adapted(tree: PyTree, delta: Delta, change) -> PyTree:
         if not isinstance(node, Extra):
             _known(path, flat, "the delta adapts")
             node.check(path, flat[path])
-            node = _resolved(path, node, flat[path], nodes)
-        try:
-            flat[path] = change(node, flat.get(path))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+        weight: Any = flat.get(path)  # an extra has none
+        with paths.naming(path):
+            flat[path] = change(node.resolve(weight, nodes), weight)
     return _rebuilt(tree, flat)
 
 
@@ -261,25 +252,6 @@ def _only_trainable(node: DeltaNode) -> DeltaNode:
         return leaf if trains else jax.lax.stop_gradient(leaf)
 
     return jax.tree.map(stop, node, node.trainable())
-
-
-def _bound(extra: Extra, adapter_ids: jax.Array | None) -> Extra:
-    """What a model reads of an extra: of a stack, a member for each batch row, `[layers..., B]`."""
-    if adapter_ids is None:
-        return extra.bound()
-    members = jax.vmap(lambda member: member.bound())(extra)
-    layers = members.stack_ndim - 1
-    members = _rows_behind_layers(members, layers)
-    return jax.tree.map(lambda leaf: jnp.take(leaf, adapter_ids, axis=layers), members)
-
-
-def _rows_behind_layers(node: DeltaNode, layers: int) -> DeltaNode:
-    """A node stacked over adapters, `[n, stack...]`, with that axis behind the layers' axes."""
-
-    def move(leaf):
-        return leaf if is_shared(leaf) else jnp.moveaxis(leaf, 0, layers)
-
-    return jax.tree.map(move, node, is_leaf=is_shared)
 
 
 def _known(path: str, flat: Mapping[str, Any], what: str) -> None:

@@ -22,6 +22,7 @@ LAYERS = [
     ["adapted"],
     ["nodes"],
     ["methods", "tracing"],
+    ["extras"],
     ["transform", "adapt"],
     ["masks", "stacking", "arithmetic", "allocation", "starts", "fingerprint"],
     ["describe"],

@@ -79,7 +79,7 @@ def save(
 
 
 def _digest(model: Pretrained, outcome: Outcome, delta: Delta, log: Log) -> Digest | None:
-    """Computed by all processes together, where the base lies over them."""
+    """Computed by all processes together, where the base is sharded over them."""
     try:
         return digest_of(LlamaForward(model.config), model.params, delta)
     except ValueError as error:
@@ -90,8 +90,8 @@ def _digest(model: Pretrained, outcome: Outcome, delta: Delta, log: Log) -> Dige
 def _verified(
     model: Pretrained, outcome: Outcome, delta: Delta, folder: Path, log: Log
 ) -> dict[str, Any]:
-    """The report: of the files, or where the base lies over several processes, which reading them
-    does not allow, of the delta."""
+    """The report of the files; where the base is sharded over several processes, which cannot read
+    them so, that of the delta."""
     name = outcome.arm.name
     adapter = folder / outcome.arm.folder if can_run(model.params) else delta
     try:

@@ -13,7 +13,7 @@ from lora_jax.transform import Delta
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of an arm: its delta, its own shapes restored, and its progress, at the end of
+    """An arm after training: its delta, in its own shapes, and its progress, at the end of
     training or, where `config.train.patience` is set, at its best validation."""
 
     arm: Arm

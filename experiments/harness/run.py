@@ -178,7 +178,7 @@ def _train(
 ) -> list[Outcome]:
     """Trains arms of one kind through one step."""
     config, model = shared.config, shared.model
-    base, fresh = model.params, [_fresh(arm, model.params) for arm in arms]
+    base, fresh = model.params, [_init_delta(arm, model.params) for arm in arms]
     names = [arm.name for arm in arms]
     shared.log({"event": "compiling", "arms": names})
     counts = [lora.describe(base, delta) for delta in fresh]
@@ -216,11 +216,11 @@ def _first_states(
     ]
 
 
-def _fresh(arm: Arm, params: PyTree) -> Delta:
-    def draw(params, key):
+def _init_delta(arm: Arm, params: PyTree) -> Delta:
+    def init(params, key):
         return lora.lora_transform(params, arm.method, targets=arm.targets, key=key)[1]
 
-    return jax.jit(draw)(params, jax.random.key(arm.seed))
+    return jax.jit(init)(params, jax.random.key(arm.seed))
 
 
 def _without_dropout(loss: training.LossSum, delta: Delta, base: Any, batch: Any):

@@ -92,7 +92,7 @@ def digest_of(
 ) -> Digest:
     """The digest of a delta over its base.
 
-    Where the base lies over several processes, all of them must call it.
+    Where the base is sharded over several processes, all of them must call it.
 
     Args:
       forward: the model.

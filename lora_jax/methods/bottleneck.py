@@ -44,13 +44,9 @@ class Bottleneck(Method):
     scale: float = 1.0
 
     def __post_init__(self):
-        if not isinstance(self.size, int) or self.size < 1:
-            raise ValueError(f"Bottleneck(size={self.size!r}): expected an integer of at least 1.")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(
-                f"Bottleneck(activation={self.activation!r}): expected one of "
-                f"{', '.join(ACTIVATIONS)}."
-            )
+        self._require_count("size")
+        expected = f"expected one of {', '.join(ACTIVATIONS)}."
+        self._require("activation", self.activation in ACTIVATIONS, expected)
 
     def init_node(
         self, path: str, weight: AnyWeight, *, layout: Layout, key: jax.Array

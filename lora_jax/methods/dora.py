@@ -37,8 +37,7 @@ class DoRA(LoRA):
 
     def __post_init__(self):
         super().__post_init__()
-        if self._decomposes:
-            raise ValueError(f"{self._named('init')}: expected one of kaiming, gaussian.")
+        self._require("init", not self._decomposes, "expected one of kaiming, gaussian.")
 
     @property
     def reads_values(self) -> bool:

@@ -34,8 +34,8 @@ class IA3(Method):
     scales: str = "output"
 
     def __post_init__(self):
-        if self.scales not in ("output", "input"):
-            raise ValueError(f"IA3(scales={self.scales!r}): expected 'output' or 'input'.")
+        known = self.scales in ("output", "input")
+        self._require("scales", known, "expected 'output' or 'input'.")
 
     def init_node(
         self, path: str, weight: AnyWeight, *, layout: Layout, key: jax.Array

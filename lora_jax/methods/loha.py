@@ -41,13 +41,9 @@ class LoHa(Method):
     dropout: float = 0.0
 
     def __post_init__(self):
-        if not isinstance(self.rank, int) or self.rank < 1:
-            raise ValueError(f"LoHa(rank={self.rank!r}): a rank is an integer of at least 1.")
-        if not self.alpha > 0 or not 0 <= self.dropout < 1:
-            raise ValueError(
-                f"LoHa(alpha={self.alpha}, dropout={self.dropout}): expected a positive alpha and "
-                "a rate in [0, 1)."
-            )
+        self._require_count("rank", "a rank is an integer of at least 1.")
+        self._require("alpha", self.alpha > 0, "expected a positive alpha.")
+        self._require("dropout", 0 <= self.dropout < 1, "expected a rate in [0, 1).")
 
     def init_node(
         self, path: str, weight: AnyWeight, *, layout: Layout, key: jax.Array

@@ -54,22 +54,19 @@ class LoRA(Method):
     def __post_init__(self):
         ranks = self.rank if isinstance(self.rank, tuple) else (self.rank,)
         fits = all(isinstance(rank, int) and rank >= 0 for rank in ranks)
-        if not fits or max(ranks, default=0) < 1:
-            raise ValueError(
-                f"{self._named('rank')}: a rank is an integer of at least 1, or a tuple of one for "
-                "each stacked layer. To leave a target unadapted, map it to None."
-            )
-        if not self.alpha > 0:
-            raise ValueError(f"{self._named('alpha')}: alpha must be positive.")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"{self._named('dropout')}: the rate must lie in [0, 1).")
-        if self.scaling not in ("lora", "rslora"):
-            raise ValueError(f"{self._named('scaling')}: expected one of lora, rslora.")
-        if self.init not in ("kaiming", "gaussian") and not self._decomposes:
-            raise ValueError(
-                f"{self._named('init')}: expected one of kaiming, gaussian, pissa, pissa_niter_N, "
-                "olora."
-            )
+        self._require(
+            "rank",
+            fits and max(ranks, default=0) >= 1,
+            "a rank is an integer of at least 1, or a tuple of one for each stacked layer. To "
+            "leave a target unadapted, map it to None.",
+        )
+        self._require("alpha", self.alpha > 0, "alpha must be positive.")
+        self._require("dropout", 0 <= self.dropout < 1, "the rate must lie in [0, 1).")
+        known = self.scaling in ("lora", "rslora")
+        self._require("scaling", known, "expected one of lora, rslora.")
+        known = self.init in ("kaiming", "gaussian") or self._decomposes
+        expected = "expected one of kaiming, gaussian, pissa, pissa_niter_N, olora."
+        self._require("init", known, expected)
 
     def init_node(
         self, path: str, weight: AnyWeight, *, layout: Layout, key: jax.Array
@@ -138,9 +135,6 @@ class LoRA(Method):
                 f"{{target: {type(self).__name__}(rank=...)}}, or use Full."
             )
         return rank
-
-    def _named(self, field: str) -> str:
-        return f"{type(self).__name__}({field}={getattr(self, field)!r})"
 
 
 @flax.struct.dataclass

@@ -11,6 +11,8 @@ from lora_jax.layouts import Layout
 from lora_jax.nodes import DeltaNode, Extra
 from lora_jax.products import AnyWeight
 
+_COUNT = "expected an integer of at least 1."
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method(abc.ABC):
@@ -27,6 +29,18 @@ class Method(abc.ABC):
         that is no matrix."""
         del path, weight
         return not self.needs_matrix or layout is not None
+
+    def _named(self, field: str) -> str:
+        return f"{type(self).__name__}({field}={getattr(self, field)!r})"
+
+    def _require(self, field: str, fits: Any, expected: str) -> None:
+        """Raises ValueError, naming the field and its value, unless it fits."""
+        if not fits:
+            raise ValueError(f"{self._named(field)}: {expected}")
+
+    def _require_count(self, field: str, expected: str = _COUNT) -> None:
+        value = getattr(self, field)
+        self._require(field, isinstance(value, int) and value >= 1, expected)
 
     @property
     def reads_values(self) -> bool:

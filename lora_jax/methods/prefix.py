@@ -56,11 +56,9 @@ class Prefix(Method):
     hidden: int | None = None
 
     def __post_init__(self):
-        for name, value in (("length", self.length), ("hidden", self.hidden)):
-            if not (name == "hidden" and value is None) and (
-                not isinstance(value, int) or value < 1
-            ):
-                raise ValueError(f"Prefix({name}={value!r}): expected an integer of at least 1.")
+        self._require_count("length")
+        if self.hidden is not None:
+            self._require_count("hidden")
 
     def init_node(self, path: str, weight: AnyWeight, *, layout: Layout, key: jax.Array) -> None:
         del path, weight, layout, key

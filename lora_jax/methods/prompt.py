@@ -40,12 +40,11 @@ class Prompt(Method):
     tokens: tuple[int, ...] | None = None
 
     def __post_init__(self):
-        if not isinstance(self.length, int) or self.length < 1:
-            raise ValueError(f"Prompt(length={self.length!r}): expected an integer of at least 1.")
-        if self.init not in ("vocab", "normal"):
-            raise ValueError(f"Prompt(init={self.init!r}): expected 'vocab' or 'normal'.")
-        if self.tokens is not None and not self.tokens:
-            raise ValueError("Prompt(tokens=()): the text to start from has no tokens.")
+        self._require_count("length")
+        known = self.init in ("vocab", "normal")
+        self._require("init", known, "expected 'vocab' or 'normal'.")
+        given = self.tokens is None or self.tokens
+        self._require("tokens", given, "the text to start from has no tokens.")
 
     @property
     def reads_values(self) -> bool:

@@ -41,10 +41,8 @@ class VeRA(Method):
     dropout: float = 0.0
 
     def __post_init__(self):
-        if not isinstance(self.rank, int) or self.rank < 1:
-            raise ValueError(f"VeRA(rank={self.rank!r}): a rank is an integer of at least 1.")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"VeRA(dropout={self.dropout!r}): the rate must lie in [0, 1).")
+        self._require_count("rank", "a rank is an integer of at least 1.")
+        self._require("dropout", 0 <= self.dropout < 1, "the rate must lie in [0, 1).")
 
     @property
     def projection(self) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from lora_jax.parallel import hosts
+from lora_jax.paths import naming
 from lora_jax.quant import storage
 from lora_jax.quant.blockwise import Blockwise
 from lora_jax.quant.double import DoubleQuantized
@@ -43,10 +44,8 @@ def quantized_in_parts(
         if not isinstance(like, Blockwise):
             return otherwise(path, leaf)
         lying = sharding(path, like)
-        try:
+        with naming(path):
             return _made(like, lying, leaf.read)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
 
     return place
 

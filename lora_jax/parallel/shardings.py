@@ -30,10 +30,8 @@ def base_shardings(mesh: Mesh, base: PyTree, specs: Specs) -> PyTree:
 
 def leaf_sharding(mesh: Mesh, path: str, leaf: Any, spec: PartitionSpec) -> Any:
     """What `base_shardings` says of one array or weight."""
-    try:
+    with paths.naming(path):
         placed = leaf.placement(spec) if is_weight(leaf) else spec
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
     return _shardings(mesh, path, leaf, placed)
 
 
@@ -62,8 +60,8 @@ def delta_shardings(mesh: Mesh, delta: Delta, specs: Specs, *, arms: bool = Fals
 
 def state_shardings(mesh: Mesh, state: Any, specs: Specs, *, arms: bool = False) -> Any:
     """A tree like a train state, which has a `delta`. Whatever mirrors the delta's leaves, as
-    Adam's moments do, lies as they do; all else, such as Adafactor's statistics of rows and
-    columns, lies whole."""
+    Adam's moments do, is sharded as they are; all else, such as Adafactor's statistics of rows and
+    columns, is replicated."""
     of_delta = delta_shardings(mesh, state.delta, specs, arms=arms)
     shapes = jax.tree_util.tree_leaves_with_path(jax.tree.map(jnp.shape, state.delta), _is_shape)
     known = {

@@ -104,12 +104,10 @@ def quantizer(
         if layout is None or not any(matches(path) for matches in matchers):
             return jnp.asarray(leaf)
         _check(path, leaf, layout, block_size)
-        try:
+        with paths.naming(path):
             return FORMATS[format].of(
                 leaf, layout=layout, block_size=block_size, double_quant=double_quant
             )
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
 
     return finish
 
@@ -142,10 +140,8 @@ def _check(path: str, leaf: Any, layout: Layout, block_size: int) -> None:
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise ValueError(f"{path} holds {leaf.dtype}: only real floating-point weights can be "
                          f"quantised. {out}")  # fmt: skip
-    try:
+    with paths.naming(path):
         _, contracted, _ = layout.split(leaf.shape)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
     rows = math.prod(contracted)
     if rows % block_size:
         fitting = [size for size in BLOCK_SIZES if rows % size == 0]

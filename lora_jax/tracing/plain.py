@@ -39,7 +39,7 @@ def run_one(eqn: Any, operands: Sequence[Any]) -> list[Any]:
 
 
 def read_whole(eqn: Any, operands: Sequence[Any]) -> list[Any]:
-    """An equation without a rule: each tracked operand is asked for its plain array."""
+    """An equation without a rule, which gets the plain array of each tracked operand."""
     return run_one(eqn, [v.read() if is_tracked(v) else v for v in operands])
 
 

@@ -115,7 +115,7 @@ def _require_same(
 
 
 def _raise_as_it_is_unless_damaged(folder: Path, step: int, like: PyTree, error: Exception) -> None:
-    """Raises what lies behind an error of Orbax's, if that is no fault of the files: if it is one
+    """Raises the cause of an error of Orbax's, if that is no fault of the files: if it is one
     of memory, rights or devices, or if the files can be read into the host's memory."""
     cause: BaseException = error
     while (deeper := cause.__cause__ or cause.__context__) is not None:

@@ -53,6 +53,9 @@ OURS = {
 }
 
 
+LIMITS = {"rslora": 3e-5}  # 1.9e-5 was measured on a CPU with AVX-512
+
+
 def our_logits(delta):
     logits = jax.jit(llama.forward, static_argnums=2)(lora.bind(PARAMS, delta), TOKENS, CONFIG)
     return np.asarray(logits)
@@ -76,7 +79,7 @@ def test_theirs_loads_here(name, tmp_path, recwarn):
     model.save_pretrained(tmp_path)
     delta = ours.load_adapter(tmp_path, PARAMS, NAMES)
     recwarn.clear()
-    assert relative(our_logits(delta), their_logits(model)) < 3e-5
+    assert relative(our_logits(delta), their_logits(model)) < 1e-5
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -93,7 +96,7 @@ def test_ours_loads_there(name, tmp_path, recwarn):
     ours.save_adapter(tmp_path, delta, PARAMS, NAMES, num_kv_heads=CONFIG.num_kv_heads)
     model = peft.PeftModel.from_pretrained(family_model.base(), tmp_path)
     recwarn.clear()
-    assert relative(our_logits(delta), their_logits(model)) < 3e-5
+    assert relative(our_logits(delta), their_logits(model)) < LIMITS.get(name, 1e-5)
     model.save_pretrained(tmp_path / "back")
     first, back = (ours.load_adapter(f, PARAMS, NAMES) for f in (tmp_path, tmp_path / "back"))
     recwarn.clear()

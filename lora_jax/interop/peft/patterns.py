@@ -1,4 +1,4 @@
-"""Regular expressions of strangers, matched against module names in a bounded time."""
+"""Regular expressions of an adapter's config, matched against module names in bounded time."""
 
 import json
 import re

@@ -1,10 +1,14 @@
-"""Where in a tree of weights stands what belongs to no weight: prompts, prefixes."""
+"""Entries of a delta that belong to no weight, prompts and prefixes: their paths in the tree of
+weights, and what a model reads there."""
 
 from collections.abc import Iterable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from lora_jax.methods.method import Method
-from lora_jax.nodes import Extra
+from lora_jax.nodes import Extra, rows_behind_layers
 
 
 def inserted(tree: Any, parts: list[str], value: Any) -> Any:
@@ -34,3 +38,13 @@ def require_one(path: str, extra: Extra, first: Method | None, second: Method) -
             f"{path}: both {first} and {second} put a {type(extra).__name__} there, and a model "
             "reads one. Drop one of the two."
         )
+
+
+def bound(extra: Extra, adapter_ids: jax.Array | None) -> Extra:
+    """What a model reads of an extra: of a stack, a member for each batch row, `[layers..., B]`."""
+    if adapter_ids is None:
+        return extra.bound()
+    members = jax.vmap(lambda member: member.bound())(extra)
+    layers = members.stack_ndim - 1
+    members = rows_behind_layers(members, layers)
+    return jax.tree.map(lambda leaf: jnp.take(leaf, adapter_ids, axis=layers), members)
