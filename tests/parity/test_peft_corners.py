@@ -23,6 +23,7 @@ from lora_jax.transform import delta_nodes
 peft = pytest.importorskip("peft", reason="needs requirements-parity.txt")
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from logits import relative, their_logits  # noqa: E402
 
 TOKENS = family_cases.TOKENS
 pytestmark = pytest.mark.mixed_dtypes
@@ -167,16 +168,6 @@ def our_logits(weights, config):
     return np.asarray(jax.jit(llama.forward, static_argnums=2)(weights, TOKENS, config))
 
 
-def their_logits(model):
-    model.eval()
-    with torch.no_grad():
-        return model(torch.from_numpy(TOKENS)).logits[:, -TOKENS.shape[1] :].numpy()
-
-
-def relative(found, expected):
-    return np.abs(found - expected).max() / np.abs(expected).max()
-
-
 @pytest.fixture(autouse=True)
 def quiet():
     with warnings.catch_warnings():
@@ -196,7 +187,7 @@ def test_theirs_loads_here_and_ours_goes_back(name, tmp_path):
     variant, (kind, arguments), untied = THEIRS[name]
     model = their_adapter(variant, kind, arguments)
     model.save_pretrained(tmp_path / "a")
-    expected = their_logits(model)
+    expected = their_logits(model, TOKENS)
     if untied:
         with pytest.raises(ValueError, match="untie"):
             load(tmp_path / "a", variant)
@@ -210,7 +201,7 @@ def test_theirs_loads_here_and_ours_goes_back(name, tmp_path):
         tmp_path / "b", delta, params, ours.llama_names(config), num_kv_heads=config.num_kv_heads
     )
     again = peft.PeftModel.from_pretrained(their_base(variant), tmp_path / "b")
-    assert relative(their_logits(again), expected) < 1e-5
+    assert relative(their_logits(again, TOKENS), expected) < 1e-5
     back, *_ = load(tmp_path / "b", variant, untied)
     assert relative(our_logits(lora.bind(params, back), config), expected) < 1e-5
 
@@ -222,7 +213,7 @@ def test_tables_saved_because_they_were_asked_for(variant, tmp_path):
     delta, params, config = load(tmp_path / "a", variant)
     assert list(delta) == ["layers"]
     found = our_logits(lora.bind(params, delta), config)
-    assert relative(found, their_logits(model)) < 1e-5
+    assert relative(found, their_logits(model, TOKENS)) < 1e-5
     model.resize_token_embeddings(96)
     model.save_pretrained(tmp_path / "b", save_embedding_layers=True)
     with pytest.raises(ValueError, match=r"has shape \(96, 64\)"):
@@ -241,7 +232,7 @@ def test_pruned_triplets(alpha, tmp_path):
         module.lora_E["default"].data[~torch.tensor(mask)] = 0
         pattern[f"{name}.lora_E.default"] = mask
     model.peft_config["default"].rank_pattern = pattern
-    expected = their_logits(model)
+    expected = their_logits(model, TOKENS)
     model.save_pretrained(tmp_path)
     delta, params, config = load(tmp_path, UNTIED)
     assert relative(our_logits(lora.bind(params, delta), config), expected) < 1e-5
@@ -301,7 +292,7 @@ def test_ours_with_whole_weights_loads_there(method, untied, tmp_path):
         save()
         expected = our_logits(lora.bind(params, delta), config)
         theirs = peft.PeftModel.from_pretrained(their_base(BIASED), folder)
-        assert relative(their_logits(theirs), expected) < 1e-5, what
+        assert relative(their_logits(theirs, TOKENS), expected) < 1e-5, what
         back = ours.load_adapter(folder, params, names)
         assert relative(our_logits(lora.bind(params, back), config), expected) < 1e-5, what
         theirs.save_pretrained(folder / "again")

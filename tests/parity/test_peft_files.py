@@ -14,7 +14,7 @@ from lora_jax.interop.llama_leaves import assemble
 from lora_jax.models import llama
 
 peft = pytest.importorskip("peft", reason="needs requirements-parity.txt")
-import torch  # noqa: E402
+from logits import relative, their_logits  # noqa: E402
 
 VALUES = small_llamas.VARIANTS[family_cases.MODEL]
 CONFIG = config_of(VALUES)
@@ -61,16 +61,6 @@ def our_logits(delta):
     return np.asarray(logits)
 
 
-def their_logits(model):
-    model.eval()
-    with torch.no_grad():
-        return model(torch.from_numpy(TOKENS)).logits[:, -TOKENS.shape[1] :].numpy()
-
-
-def relative(found, expected):
-    return np.abs(found - expected).max() / np.abs(expected).max()
-
-
 @pytest.mark.parametrize("name", THEIRS)
 def test_theirs_loads_here(name, tmp_path, recwarn):
     import family_model
@@ -79,7 +69,7 @@ def test_theirs_loads_here(name, tmp_path, recwarn):
     model.save_pretrained(tmp_path)
     delta = ours.load_adapter(tmp_path, PARAMS, NAMES)
     recwarn.clear()
-    assert relative(our_logits(delta), their_logits(model)) < 1e-5
+    assert relative(our_logits(delta), their_logits(model, TOKENS)) < 1e-5
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -96,7 +86,7 @@ def test_ours_loads_there(name, tmp_path, recwarn):
     ours.save_adapter(tmp_path, delta, PARAMS, NAMES, num_kv_heads=CONFIG.num_kv_heads)
     model = peft.PeftModel.from_pretrained(family_model.base(), tmp_path)
     recwarn.clear()
-    assert relative(our_logits(delta), their_logits(model)) < LIMITS.get(name, 1e-5)
+    assert relative(our_logits(delta), their_logits(model, TOKENS)) < LIMITS.get(name, 1e-5)
     model.save_pretrained(tmp_path / "back")
     first, back = (ours.load_adapter(f, PARAMS, NAMES) for f in (tmp_path, tmp_path / "back"))
     recwarn.clear()
