@@ -56,6 +56,7 @@ def adapt(fn: Callable) -> Callable:
     layers by an array of indices or by a filling take     ValueError
     lookup or slice that differs from layer to layer       ValueError
     reshape that mixes both sides of the matrix            ValueError
+    reshape that splits a side where it was not            ValueError
     slice or scan along a part of a side                   ValueError
     contraction with a part of a side, or with none        ValueError
     product of two weights                                 ValueError

@@ -24,10 +24,12 @@ INTEGERS = ("int8", "uint8", "int16", "int32", "uint32")
 @dataclasses.dataclass(frozen=True)
 class Axis:
     """`side` is "stack", "in" or "out" for an axis of the leaf or a part of one, "new" for an axis
-    of size 1 that the program has added."""
+    of size 1 that the program has added. One that is `merged` of others is split where they were
+    joined alone."""
 
     side: str
     size: int
+    merged: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,9 +185,13 @@ def squeezed(draw, held, args, then):
     return run
 
 
-@piece(MOVES, lambda held: any(axis.size in (4, 6) for axis in held.axes) and len(held.axes) < 6)
+def splittable(held: Held) -> list[int]:
+    return [i for i, axis in enumerate(held.axes) if axis.size in (4, 6) and not axis.merged]
+
+
+@piece(MOVES, lambda held: bool(splittable(held)) and len(held.axes) < 6)
 def split_axis(draw, held, args, then):
-    place = pick(draw, [i for i, axis in enumerate(held.axes) if axis.size in (4, 6)])
+    place = pick(draw, splittable(held))
     axis = held.axes[place]
     first = pick(draw, [n for n in (1, 2, 3) if axis.size % n == 0])
     parts = [Axis(axis.side, first), Axis(axis.side, axis.size // first)]
@@ -203,7 +209,7 @@ def mergeable(held: Held) -> list[int]:
 def merged_axes(draw, held, args, then):
     place = pick(draw, mergeable(held))
     first, second = held.axes[place : place + 2]
-    merged = Axis(first.side, first.size * second.size)
+    merged = Axis(first.side, first.size * second.size, merged=True)
     axes = [*held.axes[:place], merged, *held.axes[place + 2 :]]
     rest = then(held.having(*axes))
     return lambda w, given: rest(w.reshape([axis.size for axis in axes]), given)

@@ -89,7 +89,8 @@ def both(program, base, delta, arrays):
 def _summed(y):
     y = y.astype(jnp.float32)
     finite = jnp.isfinite(y)  # fill values may not be
-    return jnp.sum(jnp.where(finite, jnp.sin(jnp.where(finite, y, 0)), 0))
+    # Slowly curved, or the last bit of a 16-bit y would change its cotangent by several per cent.
+    return jnp.sum(jnp.where(finite, 4 * jnp.sin(jnp.where(finite, y, 0) / 4), 0))
 
 
 def assert_close(ours, theirs, rtol, atol):
