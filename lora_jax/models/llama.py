@@ -38,7 +38,7 @@ from lora_jax.models.mixed_dtypes import along, product, read_out
 from lora_jax.models.remat import LAYER_INPUT, Remat, checkpointed
 from lora_jax.models.rope import rotate
 from lora_jax.models.tying import untie as untie
-from lora_jax.models.unread import require_read
+from lora_jax.models.unread_extras import require_read
 from lora_jax.paths import one_key
 from lora_jax.weights import embed, scan_layers, transpose
 

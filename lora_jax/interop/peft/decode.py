@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 
 from lora_jax.interop.peft import adalora, full, ia3, lora, prompts, tokens, vera
+from lora_jax.interop.peft.complete import check_saved, check_targets, without_base
 from lora_jax.interop.peft.config import check_supported
 from lora_jax.interop.peft.model import Model, Tensors
 from lora_jax.interop.peft.names import HEAD, TABLE, parents
 from lora_jax.interop.peft.targeted import saved
 from lora_jax.interop.peft.tied import without_head
-from lora_jax.interop.peft.whole import check_saved, check_targets, without_base
 from lora_jax.methods import FullNode
 from lora_jax.paths import nearest, nest
 from lora_jax.transform import delta_nodes
