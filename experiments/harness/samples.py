@@ -71,6 +71,13 @@ def _answering(
 
     def answers(params: llama.Params) -> list[str]:
         tokens = hosts.whole(answer(params, rows, lengths)).tolist()
-        return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in tokens]
+        return [said(tokenizer, row) for row in tokens]
 
     return answers
+
+
+def said(tokenizer: data.Tokenizer, tokens: list[int]) -> str:
+    """The text of an answer; -1 among its tokens stands for logits that are no numbers."""
+    if -1 in tokens:
+        return "(its logits are not numbers)"
+    return tokenizer.decode(tokens, skip_special_tokens=True).strip()
