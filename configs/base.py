@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
             # "smollm2-135m", a .gguf file, a Hugging Face folder, a cached hub name, or "random".
             "source": "smollm2-135m",
             # What --plan, random weights and arms of equal parameters go by: a name in
-            # lora_jax/models/shapes.py.
+            # lora_jax/models (a family's `shapes`).
             "shape": "smollm2-135m",
             "dtype": "float32",  # of the base and of all compute; deltas are float32
             # What the backward pass recomputes: none, elementwise, full; offload: as full, but the

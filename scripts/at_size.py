@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import lora_jax as lora
 from lora_jax import training
-from lora_jax.models import llama
-from lora_jax.models.config import LlamaConfig
+from lora_jax.models import DecoderConfig, llama
+from lora_jax.models.remat import Remat
 from lora_jax.quant import quantize
 from lora_jax.weights import PyTree
 
@@ -25,7 +25,7 @@ RANK = 16
 OPTIMIZER = training.adamw(steps=10_000, schedule="constant")
 
 
-def abstract_base(config: LlamaConfig, quantized: bool) -> PyTree:
+def abstract_base(config: DecoderConfig, quantized: bool) -> PyTree:
     """The shapes of a base in bfloat16, its linear layers in doubly quantised NF4 or not."""
 
     def make(key):
@@ -35,7 +35,7 @@ def abstract_base(config: LlamaConfig, quantized: bool) -> PyTree:
     return jax.eval_shape(make, jax.random.key(0))
 
 
-def random_base(config: LlamaConfig, quantized: bool) -> PyTree:
+def random_base(config: DecoderConfig, quantized: bool) -> PyTree:
     """Such a base, drawn on the device leaf by leaf and layer by layer: nothing larger ever stands
     there. Codes are random bytes and everything else is normal, which is as quick as real weights.
     """
@@ -67,7 +67,7 @@ def states_of(base: PyTree, arms: int) -> list[training.TrainState]:
     return [jax.jit(state, static_argnums=0)(seed, base) for seed in range(arms)]
 
 
-def batch(config: LlamaConfig, rows: int, length: int) -> dict[str, jax.Array]:
+def batch(config: DecoderConfig, rows: int, length: int) -> dict[str, jax.Array]:
     """Random tokens, every one of which counts; one example a row."""
     tokens = jax.random.randint(jax.random.key(1), (rows, length + 1), 0, config.vocab_size)
     return {
@@ -79,12 +79,12 @@ def batch(config: LlamaConfig, rows: int, length: int) -> dict[str, jax.Array]:
     }
 
 
-def step_of(config: LlamaConfig, remat: llama.Remat) -> Callable:
+def step_of(config: DecoderConfig, remat: Remat) -> Callable:
     """The step to be jitted, `(state, base, batch) -> (state, metrics)`."""
     return training.train_step(training.llama_loss(config, remat=remat), OPTIMIZER)
 
 
-def model_flops_per_token(config: LlamaConfig, length: int) -> float:
+def model_flops_per_token(config: DecoderConfig, length: int) -> float:
     """FLOPs that a LoRA step needs for a token, whatever an implementation recomputes.
 
     `4 P + 6 p + 6 L N H T`: the P weights of the products with the base, head included, forward and

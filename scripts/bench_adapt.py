@@ -26,8 +26,7 @@ import jax
 import jax.numpy as jnp
 
 import lora_jax as lora
-from lora_jax.models import llama
-from lora_jax.models.shapes import SHAPES
+from lora_jax.models import SHAPES, llama
 
 LORA = lora.LoRA(rank=16)
 

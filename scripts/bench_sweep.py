@@ -29,16 +29,14 @@ import jax
 from jax.experimental import topologies
 
 from lora_jax import training
-from lora_jax.models import llama
-from lora_jax.models.config import LlamaConfig
-from lora_jax.models.shapes import SHAPES
+from lora_jax.models import SHAPES, DecoderConfig, llama
 from lora_jax.training.sweep import Mode, make_sweep
 from lora_jax.transform import bind
 
 MODES: tuple[Mode, ...] = ("in_turn", "batched")
 
 
-def measure(config: LlamaConfig, quantized: bool, arms: int, tokens: int, blocks: int) -> dict:
+def measure(config: DecoderConfig, quantized: bool, arms: int, tokens: int, blocks: int) -> dict:
     """Seconds of a step of all arms, either way, and how much sooner the batch is done."""
     base = at_size.random_base(config, quantized)
     batch = at_size.batch(config, 1, tokens)
@@ -67,7 +65,7 @@ def measure(config: LlamaConfig, quantized: bool, arms: int, tokens: int, blocks
     }
 
 
-def counted(config: LlamaConfig, quantized: bool, arms: int, tokens: int, chip: str) -> dict:
+def counted(config: DecoderConfig, quantized: bool, arms: int, tokens: int, chip: str) -> dict:
     """FLOPs and bytes of a step of all arms, either way, from the compiler of `chip`."""
     mesh, platform = target(chip)
     one, two = (

@@ -46,8 +46,7 @@ def ours() -> tuple[str, Callable[[], float]]:
 
     import lora_jax as lora
     from lora_jax import training
-    from lora_jax.models import llama
-    from lora_jax.models.shapes import SHAPES
+    from lora_jax.models import SHAPES, llama
 
     config = SHAPES["smollm2-135m"]
     params = jax.jit(lambda key: llama.init(config, key=key))(jax.random.key(0))
@@ -183,7 +182,7 @@ def measure(setting: str, shape: str, blocks: int, steps: int) -> dict:
     import jax
     from bench_kernels import LIMITS
 
-    from lora_jax.models.shapes import SHAPES
+    from lora_jax.models import SHAPES
 
     config = SHAPES[shape]
     quantized, rows, length, remat = SETTINGS[setting]
@@ -248,7 +247,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="steps a block")
     parser.add_argument("--output", type=Path, help="also write the result here, as JSON")
-    parser.add_argument("--shape", help="a name in lora_jax/models/shapes.py: times it at size")
+    parser.add_argument("--shape", help="a name in lora_jax.models.SHAPES: times it at size")
     parser.add_argument("--setting", choices=SETTINGS, help="with --shape: this one, here")
     parser.add_argument("--serve", choices=("ours", "peft"), help=argparse.SUPPRESS)
     args = parser.parse_args()

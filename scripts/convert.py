@@ -31,7 +31,7 @@ from rich.table import Table
 import lora_jax as lora
 from lora_jax.interop import (
     Digest,
-    LlamaForward,
+    ModelForward,
     Pretrained,
     digest_of,
     load,
@@ -75,11 +75,11 @@ def convert() -> dict[str, str]:
     said = {"model": f"{model.name}, {parameters(model):,} parameters", "read from": model.source}
     if _ADAPTER.value is None:
         return said | write_model(as_asked(model, held), target)
-    names = peft.llama_names(model.config)
+    names = peft.model_names(model.config)
     delta = load_adapter(model, names)
     said["adapter"] = str(lora.describe(model.params, delta)).splitlines()[-1]
     if _MERGE.value:
-        digest = digest_of(LlamaForward(model.config), model.params, delta)
+        digest = digest_of(ModelForward(model.config), model.params, delta)
         # Of the base's own format, what was not adapted keeps its bits.
         params = lora.merge(model.params, delta, requantize=held == {_QUANTIZE.value})
         model = as_asked(dataclasses.replace(model, params=params), held)

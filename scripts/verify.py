@@ -27,7 +27,7 @@ from absl import app, flags, logging
 from lora_jax import dequantize
 from lora_jax.interop import (
     Digest,
-    LlamaForward,
+    ModelForward,
     Pretrained,
     check_digest,
     load,
@@ -55,13 +55,13 @@ def check(adapter: Path) -> tuple[str, bool]:
         return check_merged(adapter)
     place = {"place": quantized(_QUANTIZE.value)} if _QUANTIZE.value else {}
     model = load(_BASE.value, dtype=jnp.dtype(_DTYPE.value), **place)
-    forward = LlamaForward(model.config)
+    forward = ModelForward(model.config)
     probe = None if _PROBE.value is None else model.tokenizer.encode(_PROBE.value)
     digest = read_digest(adapter)
     report = verify(
         adapter,
         model.params,
-        peft.llama_names(model.config),
+        peft.model_names(model.config),
         probe=probe,
         against={name: elsewhere(name, forward, digest) for name in _AGAINST.value},
         peers=peers(adapter, model),
@@ -79,12 +79,12 @@ def check_merged(folder: Path) -> tuple[str, bool]:
     if digest is None:
         return f"{folder} carries no digest: give --base and the adapter that was merged.", True
     model = load(folder, dtype=jnp.dtype(_DTYPE.value))
-    forward, stored = LlamaForward(model.config), stored_formats(model.source)
+    forward, stored = ModelForward(model.config), stored_formats(model.source)
     wrong = check_digest(digest, forward, model.params, weights=stored)
     return f"{folder}: {wrong or 'computes what it was exported with'}", wrong is None
 
 
-def elsewhere(name: str, forward: LlamaForward, digest: Digest | None) -> Digest:
+def elsewhere(name: str, forward: ModelForward, digest: Digest | None) -> Digest:
     """What runs elsewhere, as a digest."""
     path = Path(name)
     if path.suffix == ".json":
@@ -101,7 +101,7 @@ def elsewhere(name: str, forward: LlamaForward, digest: Digest | None) -> Digest
     model = load(name, dtype=jnp.dtype(_DTYPE.value))
     if model.config.vocab_size < forward.vocab_size:
         raise ValueError(f"{name} has another vocabulary than the base.")
-    forward, stored = LlamaForward(model.config), stored_formats(model.source)
+    forward, stored = ModelForward(model.config), stored_formats(model.source)
     return observed(forward, model.params, digest, weights=stored)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 import lora_jax as lora
 from lora_jax.models import llama
-from lora_jax.models.config import LlamaConfig
+from lora_jax.models.llama import LlamaConfig
 from lora_jax.weights import scan_layers
 
 METHODS = {

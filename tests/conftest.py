@@ -55,13 +55,13 @@ def verified_exports(request, monkeypatch):
         return  # which plants what verify finds
     from lora_jax.interop import peft, verify
     from lora_jax.interop.digest import can_run
-    from lora_jax.interop.peft.names import LlamaNames
+    from lora_jax.interop.peft.names import ModelNames
 
     save = peft.save_adapter
 
     def save_and_verify(folder, delta, params, names, **kwargs):
         save(folder, delta, params, names, **kwargs)
-        if can_run(params) and isinstance(names, LlamaNames):
+        if can_run(params) and isinstance(names, ModelNames):
             report = verify(folder, params, names, forms=())
             assert report.ok and report.digest == "agrees", report
             assert report.matched == report.tensors, report

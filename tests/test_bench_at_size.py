@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import bench_sweep
 import bench_train
 
-from lora_jax.models.shapes import SHAPES
+from lora_jax.models import SHAPES
 
 pytestmark = pytest.mark.mixed_dtypes
 TINY = SHAPES["tiny"]

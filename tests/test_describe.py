@@ -7,7 +7,7 @@ import pytest
 
 import lora_jax as lora
 from lora_jax.models import llama
-from lora_jax.models.config import LlamaConfig
+from lora_jax.models.llama import LlamaConfig
 
 LLAMA3_8B = LlamaConfig(
     vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_layers=32, num_heads=32,

@@ -49,7 +49,7 @@ TAKES_A_KEY = {
     ("lora_jax.transform", "lora_transform"): transformed(lora.LoRA(rank=2)),
     ("lora_jax.transform", "bind"): bound,
     ("lora_jax.arithmetic", "combine"): combined,
-    ("lora_jax.models.llama", "init"): lambda key: llama.init(CONFIG, key=key),
+    ("lora_jax.models.decoder", "init"): lambda key: llama.init(CONFIG, key=key),
     ("lora_jax.models.rotation", "random_rotation"): lambda key: random_rotation(4, key=key),
     ("lora_jax.models.generate", "generate"): written,
     ("lora_jax.models.generate", "choose"): lambda key: choose(LOGITS, key, temperature=1.0),

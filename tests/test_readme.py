@@ -8,8 +8,7 @@ import pytest
 
 from lora_jax.data import byte_tokenizer
 from lora_jax.interop import Pretrained
-from lora_jax.models import llama
-from lora_jax.models.shapes import SHAPES
+from lora_jax.models import SHAPES, llama
 
 README = Path(__file__).parents[1] / "README.md"
 

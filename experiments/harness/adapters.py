@@ -9,7 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments.harness.outcome import Outcome
-from lora_jax.interop import Digest, LlamaForward, Pretrained, digest_of, peft, verify
+from lora_jax.interop import Digest, ModelForward, Pretrained, digest_of, peft, verify
 from lora_jax.interop.digest import can_run
 from lora_jax.interop.writing import appearing
 from lora_jax.parallel import hosts
@@ -52,7 +52,7 @@ def save(
                 partial,
                 delta,
                 model.params,
-                peft.llama_names(model.config),
+                peft.model_names(model.config),
                 base_name=model.name,
                 num_kv_heads=model.config.num_kv_heads,
                 card=card,
@@ -81,7 +81,7 @@ def save(
 def _digest(model: Pretrained, outcome: Outcome, delta: Delta, log: Log) -> Digest | None:
     """Computed by all processes together, where the base is sharded over them."""
     try:
-        return digest_of(LlamaForward(model.config), model.params, delta)
+        return digest_of(ModelForward(model.config), model.params, delta)
     except ValueError as error:
         log({"event": "unverified", "arm": outcome.arm.name, "why": str(error)})
         return None
@@ -96,7 +96,7 @@ def _verified(
     adapter = folder / outcome.arm.folder if can_run(model.params) else delta
     try:
         report = verify(
-            adapter, model.params, peft.llama_names(model.config), forms=(), check_base=False
+            adapter, model.params, peft.model_names(model.config), forms=(), check_base=False
         )
     except (ValueError, FileNotFoundError) as error:
         log({"event": "unverified", "arm": name, "why": str(error)})

@@ -126,7 +126,7 @@ def abstract_step(config: ConfigDict, machine: Machine) -> Step:
         whole = NamedSharding(mesh, PartitionSpec())
         lying = jax.tree.map(lambda _: whole, (state, base))
     else:
-        specs = parallel.match_specs(base, parallel.LLAMA_RULES)
+        specs = parallel.match_specs(base, devices.rules(config))
         lying = (
             tuple(parallel.state_shardings(mesh, arm, specs) for arm in state)
             if isinstance(state, tuple)

@@ -12,12 +12,11 @@ import lora_jax as lora
 from experiments.harness.arms import Arm
 from experiments.harness.run import optimizer, step_of
 from experiments.harness.setup import as_configured
-from lora_jax import training
-from lora_jax.models import llama
-from lora_jax.models.config import LlamaConfig
+from lora_jax import models, training
+from lora_jax.models import DecoderConfig
 
 
-def step_costs(config: ConfigDict, arm: Arm, model: LlamaConfig) -> dict[str, float | None]:
+def step_costs(config: ConfigDict, arm: Arm, model: DecoderConfig) -> dict[str, float | None]:
     """FLOPs and memory of a step of the configured batch; nothing is allocated.
 
     Returns:
@@ -46,9 +45,9 @@ def step_costs(config: ConfigDict, arm: Arm, model: LlamaConfig) -> dict[str, fl
     }
 
 
-def _lowered(config: ConfigDict, arm: Arm, model: LlamaConfig, **options: Any) -> Any:
+def _lowered(config: ConfigDict, arm: Arm, model: DecoderConfig, **options: Any) -> Any:
     def make(key):
-        params = llama.init(model, key=key, dtype=jnp.dtype(config.model.dtype))
+        params = models.init(model, key=key, dtype=jnp.dtype(config.model.dtype))
         params = as_configured(config, params)
         base, delta = lora.lora_transform(params, arm.method, targets=arm.targets, key=key)
         tx = optimizer(config, arm)

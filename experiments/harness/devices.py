@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from experiments.harness.arms import Arm, same_kind
-from lora_jax import parallel, training
+from lora_jax import models, parallel, training
 from lora_jax.context_mesh import FSDP
 from lora_jax.interop import Place, on_device, quantized, sharded
 from lora_jax.quant import quantizer
@@ -67,7 +67,7 @@ def execution(config: ConfigDict, params: PyTree, devices: Devices = None) -> Ex
     mesh = mesh_of(config, devices)
     _require_rows(config, mesh, devices)
     if mesh is not None:
-        return parallel.on_mesh(mesh, parallel.match_specs(params, parallel.LLAMA_RULES))
+        return parallel.on_mesh(mesh, parallel.match_specs(params, rules(config)))
     return parallel.replicated(devices) if config.parallel.mode == "pmap" else single()
 
 
@@ -112,11 +112,16 @@ def require_even_arms(config: ConfigDict, arms: Sequence[Arm], mode: Mode | None
             )
 
 
+def rules(config: ConfigDict) -> parallel.Rules:
+    """Which axes of the model's leaves lie over which axes of the mesh."""
+    return models.SHAPES[config.model.shape].family.sharding
+
+
 def over_devices(config: ConfigDict, params: PyTree, loss: training.LossSum) -> training.LossSum:
     """The loss for a base that lies over the run's devices."""
     if config.parallel.mode in ("single", "pmap"):
         return loss
-    return parallel.over_mesh(loss, parallel.match_specs(params, parallel.LLAMA_RULES))
+    return parallel.over_mesh(loss, parallel.match_specs(params, rules(config)))
 
 
 def placed(config: ConfigDict, format: Mapping[str, Any] | None) -> Place:
@@ -126,7 +131,7 @@ def placed(config: ConfigDict, format: Mapping[str, Any] | None) -> Place:
         return on_device if format is None else quantized(**format)
 
     def sharding(path: str, leaf: Any) -> Any:
-        spec = parallel.spec_of(path, leaf, parallel.LLAMA_RULES)
+        spec = parallel.spec_of(path, leaf, rules(config))
         return parallel.leaf_sharding(mesh, path, leaf, spec)
 
     place = sharded(sharding)

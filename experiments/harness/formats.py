@@ -13,8 +13,7 @@ from ml_collections import ConfigDict
 import lora_jax as lora
 from experiments.harness import report, setup
 from experiments.harness.progress import console
-from lora_jax import data, training
-from lora_jax.models import llama
+from lora_jax import data, models, training
 from lora_jax.models.rotation import random_rotation, rotated
 from lora_jax.tables import aligned
 from lora_jax.training import records
@@ -107,6 +106,6 @@ def row(record: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _mean_loss(loss: Any, params: llama.Params, validation: Sequence[data.Batch]) -> float:
+def _mean_loss(loss: Any, params: models.Params, validation: Sequence[data.Batch]) -> float:
     sums = [jax.device_get(loss(params, batch)) for batch in validation]
     return setup.mean_loss(sums)

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 import lora_jax as lora
 from experiments.harness.arms import AnyMethod, Arm
 from experiments.harness.setup import as_configured, shape_of
-from lora_jax.models import llama
+from lora_jax import models
 from lora_jax.tables import aligned
 from lora_jax.targets import Targets
 from lora_jax.weights import PyTree, is_weight
@@ -23,7 +23,7 @@ def abstract_params(config: ConfigDict) -> PyTree:
     shape, dtype = shape_of(config), jnp.dtype(config.model.dtype)
 
     def make(key):
-        return as_configured(config, llama.init(shape, key=key, dtype=dtype))
+        return as_configured(config, models.init(shape, key=key, dtype=dtype))
 
     return jax.eval_shape(make, jax.random.key(0))
 

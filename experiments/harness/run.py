@@ -18,7 +18,7 @@ from experiments.harness.outcome import Outcome, best, row
 from experiments.harness.samples import sample
 from lora_jax import data, training
 from lora_jax.interop import Pretrained
-from lora_jax.models.config import LlamaConfig
+from lora_jax.models import DecoderConfig
 from lora_jax.parallel import hosts
 from lora_jax.training import checkpoints
 from lora_jax.training.execution import Execution
@@ -143,7 +143,7 @@ def step_of(
     )
 
 
-def loss_of(config: ConfigDict, shape: LlamaConfig, params: PyTree) -> training.LossSum:
+def loss_of(config: ConfigDict, shape: DecoderConfig, params: PyTree) -> training.LossSum:
     """The loss of a model of this shape, over the run's devices."""
     loss = training.llama_loss(
         shape,

@@ -10,9 +10,8 @@ from ml_collections import ConfigDict
 import lora_jax as lora
 from experiments.harness import setup
 from experiments.harness.outcome import Outcome
-from lora_jax import data
+from lora_jax import data, models
 from lora_jax.interop import Pretrained
-from lora_jax.models import llama
 from lora_jax.models.generate import generate
 from lora_jax.parallel import hosts
 
@@ -50,7 +49,7 @@ def sample(
 
 def _answering(
     config: ConfigDict, model: Pretrained, prompts: list[str]
-) -> Callable[[llama.Params], list[str]]:
+) -> Callable[[models.Params], list[str]]:
     """The function from params to the greedy answers to `prompts`."""
     tokenizer = model.tokenizer
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
@@ -69,7 +68,7 @@ def _answering(
             eos_id=tokenizer.eos_id,
         )
 
-    def answers(params: llama.Params) -> list[str]:
+    def answers(params: models.Params) -> list[str]:
         tokens = hosts.whole(answer(params, rows, lengths)).tolist()
         return [said(tokenizer, row) for row in tokens]
 

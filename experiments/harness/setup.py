@@ -10,17 +10,15 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments.harness import devices
-from lora_jax import data, paths
+from lora_jax import data, models, paths
 from lora_jax.interop import Pretrained, load
-from lora_jax.models import llama
-from lora_jax.models.config import LlamaConfig
-from lora_jax.models.shapes import SHAPES
+from lora_jax.models import SHAPES, DecoderConfig
 from lora_jax.quant import quantize
 from lora_jax.training.resuming import digest
 from lora_jax.weights import is_weight
 
 
-def shape_of(config: ConfigDict) -> LlamaConfig:
+def shape_of(config: ConfigDict) -> DecoderConfig:
     """The model's shape, by name, without its weights."""
     name = config.model.shape
     if name not in SHAPES:
@@ -30,7 +28,7 @@ def shape_of(config: ConfigDict) -> LlamaConfig:
 
 def require_shape(config: ConfigDict, model: Pretrained) -> None:
     """Raises ValueError unless `config.model.shape` has the loaded model's sizes."""
-    named = jax.eval_shape(lambda: llama.init(shape_of(config), key=jax.random.key(0)))
+    named = jax.eval_shape(lambda: models.init(shape_of(config), key=jax.random.key(0)))
     sizes = [
         {path: leaf.shape for path, leaf in paths.flatten(tree, is_leaf=is_weight).items()}
         for tree in (named, model.params)
@@ -39,7 +37,7 @@ def require_shape(config: ConfigDict, model: Pretrained) -> None:
         raise ValueError(
             f"config.model.shape={config.model.shape!r}, by which the arms were sized, is not the "
             f"shape of {model.name}. Give the model's own: one of {', '.join(SHAPES)}; for another "
-            "model, enter its shape in lora_jax/models/shapes.py."
+            "model, enter its shape in the `_SHAPES` of its family in lora_jax/models."
         )
 
 
@@ -56,7 +54,7 @@ def load_model(config: ConfigDict) -> Pretrained:
             raise FileNotFoundError(f"{error} The option is --config.model.source=PATH.") from None
     shape = shape_of(config)
     return Pretrained(
-        params=as_configured(config, llama.init(shape, key=jax.random.key(0), dtype=dtype)),
+        params=as_configured(config, models.init(shape, key=jax.random.key(0), dtype=dtype)),
         config=shape,
         tokenizer=data.byte_tokenizer(),
         name=config.model.shape,
@@ -64,7 +62,7 @@ def load_model(config: ConfigDict) -> Pretrained:
     )
 
 
-def as_configured(config: ConfigDict, params: llama.Params) -> llama.Params:
+def as_configured(config: ConfigDict, params: models.Params) -> models.Params:
     """The params with the base's format, concrete or abstract."""
     return params if config.base.quantize == "none" else quantize(params, **_format(config))
 

@@ -7,7 +7,7 @@ from lora_jax.interop.digest import observed as observed
 from lora_jax.interop.export_gguf import save_gguf as save_gguf
 from lora_jax.interop.export_huggingface import save_huggingface as save_huggingface
 from lora_jax.interop.forward import Forward as Forward
-from lora_jax.interop.forward import LlamaForward as LlamaForward
+from lora_jax.interop.forward import ModelForward as ModelForward
 from lora_jax.interop.gguf import load_gguf as load_gguf
 from lora_jax.interop.huggingface import load_huggingface as load_huggingface
 from lora_jax.interop.model import Pretrained as Pretrained

@@ -19,11 +19,11 @@ from lora_jax.interop.digest import KEY, Digest
 from lora_jax.interop.gguf_config import ROPE_FACTORS, rope_divisors
 from lora_jax.interop.gguf_tensors import permuted_rows
 from lora_jax.interop.gguf_tokenizer import tokenizer_to_gguf
-from lora_jax.interop.llama_leaves import FileTensor, disassemble, family_of
 from lora_jax.interop.model import Pretrained
+from lora_jax.interop.model_tensors import FileTensor, disassemble
 from lora_jax.interop.progress import byte_progress
 from lora_jax.interop.writing import appearing, cast
-from lora_jax.models.config import LlamaConfig
+from lora_jax.models.config import DecoderConfig
 
 Kind = Literal["F16", "Q8_0"]
 _FILE_TYPES = {"F16": LlamaFileType.MOSTLY_F16, "Q8_0": LlamaFileType.MOSTLY_Q8_0}
@@ -39,7 +39,7 @@ def save_gguf(
     """Writes `model` as a GGUF file with its tokenizer and chat template inside.
 
     Matrices are written as `kind`, but as F16 where rows do not fill blocks of Q8_0; vectors as
-    F32. Names, and the order of a Llama's query and key rows, are llama.cpp's. The file appears
+    F32. Names, and the order of query and key rows, are llama.cpp's. The file appears
     when all is written, or not at all; the host holds one tensor at a time.
 
     Args:
@@ -58,11 +58,15 @@ def save_gguf(
         raise ValueError(f"kind={kind!r}: expected one of {', '.join(_FILE_TYPES)}.")
     tensors = disassemble(model.params, model.config, "gguf")
     vocabulary = tokenizer_to_gguf(model.tokenizer, model.config.vocab_size)
-    factors = _rope_factors(model.config)
+    form: Any = model.config.family.gguf  # `disassemble` has refused a family without one
+    architecture = form.architecture_of(model.config)
+    factors = _rope_factors(model.config, architecture in form.interleaved, architecture)
     with appearing(path) as temporary:
-        writer = GGUFWriter(temporary, family_of(model.config))
+        writer = GGUFWriter(temporary, architecture)
         try:
             _add_metadata(writer, model.config, model.name, kind)
+            for key, value in form.metadata(model.config).items():
+                writer.add_uint32(f"{architecture}.{key}", value)
             _add_vocabulary(writer, vocabulary)
             if digest is not None:
                 writer.add_string(KEY, digest.to_json())
@@ -71,7 +75,7 @@ def save_gguf(
             writer.close()
 
 
-def _add_metadata(writer: GGUFWriter, config: LlamaConfig, name: str, kind: Kind) -> None:
+def _add_metadata(writer: GGUFWriter, config: DecoderConfig, name: str, kind: Kind) -> None:
     writer.add_name(name)
     writer.add_file_type(_FILE_TYPES[kind])
     writer.add_quantization_version(GGML_QUANT_VERSION)
@@ -87,8 +91,6 @@ def _add_metadata(writer: GGUFWriter, config: LlamaConfig, name: str, kind: Kind
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope_theta)
-    if config.attention_window is not None:
-        writer.add_sliding_window(config.attention_window)
     if config.rope_scaling is not None:
         writer.add_rope_scaling_orig_ctx_len(config.rope_scaling.original_context)
 
@@ -105,12 +107,14 @@ def _add_vocabulary(writer: GGUFWriter, metadata: Mapping[str, Any]) -> None:
             writer.add_array(key, value)
 
 
-def _rope_factors(config: LlamaConfig) -> dict[str, FileTensor]:
+def _rope_factors(
+    config: DecoderConfig, has_place: bool, architecture: str
+) -> dict[str, FileTensor]:
     """Llama 3.1's scaling, as its effect on each frequency."""
     if config.rope_scaling is None:
         return {}
-    if family_of(config) != "llama":
-        raise ValueError(f"GGUF has no place for {config.rope_scaling} in a {family_of(config)}.")
+    if not has_place:
+        raise ValueError(f"GGUF has no place for {config.rope_scaling} in a {architecture}.")
     divisors = rope_divisors(config.rope_scaling, config.rope_theta, config.head_dim)
     return {ROPE_FACTORS: FileTensor(shape=divisors.shape, fetch=lambda: divisors)}
 
@@ -118,7 +122,7 @@ def _rope_factors(config: LlamaConfig) -> dict[str, FileTensor]:
 def _write_tensors(
     writer: GGUFWriter,
     tensors: Mapping[str, FileTensor],
-    config: LlamaConfig,
+    config: DecoderConfig,
     kind: GGMLQuantizationType,
 ) -> None:
     kinds = {name: _kind_of(tensor, kind) for name, tensor in tensors.items()}

@@ -14,9 +14,9 @@ from safetensors.numpy import save_file
 
 from lora_jax.data.tokenizer import Tokenizer
 from lora_jax.interop.digest import KEY, Digest
-from lora_jax.interop.huggingface_config import config_from_huggingface, config_to_huggingface
-from lora_jax.interop.llama_leaves import FileTensor, disassemble
+from lora_jax.interop.huggingface_config import config_from_huggingface
 from lora_jax.interop.model import Pretrained
+from lora_jax.interop.model_tensors import FileTensor, disassemble
 from lora_jax.interop.progress import byte_progress
 from lora_jax.interop.quantization_config import quantization_config
 from lora_jax.interop.read_json import read_json
@@ -139,7 +139,7 @@ def _config(model: Pretrained, source: Path) -> dict[str, Any]:
     if (source / "config.json").is_file() and config_from_huggingface(source) == model.config:
         stated = read_json(source / "config.json")
         return {key: value for key, value in stated.items() if key not in _LEFT_OUT}
-    return config_to_huggingface(model.config) | _special_ids(model.tokenizer)
+    return model.config.family.config_json(model.config) | _special_ids(model.tokenizer)
 
 
 def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 
 from lora_jax import paths
 from lora_jax.layouts import Layout
-from lora_jax.models import llama
-from lora_jax.models.config import LlamaConfig
+from lora_jax.models import decoder
+from lora_jax.models.config import DecoderConfig
+from lora_jax.models.leading import leading
 from lora_jax.quant import Blockwise
 from lora_jax.targets import guessed_layout
 from lora_jax.weights import PyTree, Transposed, Weight, as_matrix, dense, embed, is_weight
@@ -46,27 +47,27 @@ class Forward:
 
 
 @dataclasses.dataclass(frozen=True)
-class LlamaForward:
-    """Our Llama, run with float32 activations whatever the dtype of its weights, so that what a
-    bfloat16 and a float32 copy of one checkpoint compute can be compared."""
+class ModelForward:
+    """One of our models, run with float32 activations whatever the dtype of its weights, so that
+    what a bfloat16 and a float32 copy of one checkpoint compute can be compared."""
 
-    config: LlamaConfig
+    config: DecoderConfig
 
     @property
     def vocab_size(self) -> int:
         return self.config.vocab_size
 
     def logits(self, weights: PyTree, tokens: jax.Array) -> jax.Array:
-        return llama.forward(weights, tokens, self.config)
+        return decoder.forward(weights, tokens, self.config)
 
     def prepared(self, params: PyTree) -> PyTree:
         return in_float32(params)
 
     def room(self, weights: PyTree) -> int | None:
-        return self.config.context_length - sum(llama.leading(weights, self.config))
+        return self.config.context_length - sum(leading(weights, self.config))
 
 
-AnyForward = Forward | LlamaForward
+AnyForward = Forward | ModelForward
 
 
 def in_float32(params: PyTree) -> PyTree:

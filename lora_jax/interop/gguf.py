@@ -1,4 +1,4 @@
-"""Llama models from GGUF files, dequantised."""
+"""Models from GGUF files, dequantised."""
 
 import os
 from pathlib import Path
@@ -10,8 +10,8 @@ from lora_jax.interop.gguf_config import ROPE_FACTORS, config_from_gguf
 from lora_jax.interop.gguf_header import read_header
 from lora_jax.interop.gguf_tensors import StoredTensor, permuted_rows
 from lora_jax.interop.gguf_tokenizer import tokenizer_from_gguf
-from lora_jax.interop.llama_leaves import assemble, check_tensors
 from lora_jax.interop.model import Pretrained
+from lora_jax.interop.model_tensors import assemble, check_tensors
 from lora_jax.interop.placing import Place, on_device
 from lora_jax.interop.tokenizers import fit_vocabulary
 
@@ -19,12 +19,12 @@ from lora_jax.interop.tokenizers import fit_vocabulary
 def load_gguf(
     path: str | os.PathLike, *, dtype: DTypeLike = jnp.float32, place: Place = on_device
 ) -> Pretrained:
-    """Loads a Llama from a GGUF file of any ggml type, one tensor at a time, as `dtype`.
+    """Loads a model from a GGUF file of any ggml type, one tensor at a time, as `dtype`.
 
     `place(path, leaf)` makes each leaf of the tree from what lies in the file.
 
     Query and key rows come back from llama.cpp's interleaved rotary order to the rotate-half
-    order of our model (and of Hugging Face's).
+    order of our models (and of Hugging Face's).
 
     Raises:
       FileNotFoundError: there is no such file.

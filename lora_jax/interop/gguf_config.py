@@ -10,20 +10,20 @@ import numpy as np
 from lora_jax.interop.gguf_header import Header
 from lora_jax.interop.gguf_keys import check_keys
 from lora_jax.interop.gguf_tensors import StoredTensor
-from lora_jax.models.config import LlamaConfig, RopeScaling
+from lora_jax.models.config import DecoderConfig, RopeScaling
+from lora_jax.models.families import ARCHITECTURES
 
 ROPE_FACTORS = "rope_freqs.weight"
-_FAMILIES = ("llama", "qwen2", "qwen3")
 
 
-def config_from_gguf(path: Path, header: Header) -> LlamaConfig:
+def config_from_gguf(path: Path, header: Header) -> DecoderConfig:
     """The model's shape, from a GGUF's metadata and its tensor table."""
     metadata = header.metadata
     family = metadata.get("general.architecture")
-    if family not in _FAMILIES:
+    if family not in ARCHITECTURES:
         raise ValueError(
-            f"{path} holds the architecture {family!r}; supported: 'llama' (Llama 2, Llama 3.x, "
-            "SmolLM2, Mistral), 'qwen2' and 'qwen3'."
+            f"{path} holds the architecture {family!r}; supported: "
+            f"{', '.join(map(repr, ARCHITECTURES))}."
         )
 
     def count(key: str, default: int | None = None) -> int:
@@ -34,8 +34,6 @@ def config_from_gguf(path: Path, header: Header) -> LlamaConfig:
     rope_theta = _positive(path, metadata, f"{family}.rope.freq_base", 10_000.0, float)
     original_context = count("rope.scaling.original_context_length", 8192)
     check_keys(path, metadata, family, head_dim)
-    context = count("context_length")
-    window = _window(metadata.get(f"{family}.attention.sliding_window"), path)
     fields = {
         "vocab_size": _vocab_size(path, header),
         "hidden_size": hidden_size,
@@ -44,19 +42,21 @@ def config_from_gguf(path: Path, header: Header) -> LlamaConfig:
         "num_heads": num_heads,
         "num_kv_heads": count("attention.head_count_kv", num_heads),
         "head_dim": head_dim,
-        "context_length": min(context, window or context),
-        "attention_window": window,
+        "context_length": count("context_length"),
         "rope_theta": rope_theta,
         "rope_scaling": _rope_scaling(path, header, rope_theta, head_dim, original_context),
         "norm_eps": _positive(
             path, metadata, f"{family}.attention.layer_norm_rms_epsilon", None, float
         ),
         "tie_embeddings": "output.weight" not in header.tensors,
-        "qkv_bias": family == "qwen2",
-        "qk_norm": family == "qwen3",
+    }
+    own = {
+        key.removeprefix(f"{family}."): value
+        for key, value in metadata.items()
+        if key.startswith(f"{family}.")
     }
     try:
-        return LlamaConfig(**fields)
+        return ARCHITECTURES[family].read(family, fields, own)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -77,15 +77,6 @@ def _vocab_size(path: Path, header: Header) -> int:
     return header.tensors["token_embd.weight"].shape[0]
 
 
-def _window(stated: Any, path: Path) -> int | None:
-    """As in a Hugging Face config: a shorter window becomes the context."""
-    if stated in (None, 0):
-        return None
-    if type(stated) is not int or stated < 0:
-        raise ValueError(f"{path}: attention.sliding_window is {stated!r}, expected a count.")
-    return stated
-
-
 def _rope_scaling(
     path: Path, header: Header, theta: float, head_dim: int, context: int
 ) -> RopeScaling | None:
@@ -96,7 +87,8 @@ def _rope_scaling(
     """
     if ROPE_FACTORS not in header.tensors:
         return None
-    if (family := header.metadata["general.architecture"]) != "llama":
+    family = header.metadata["general.architecture"]
+    if family not in ARCHITECTURES[family].interleaved:
         raise ValueError(f"{path} holds {ROPE_FACTORS}, which llama.cpp does not read in {family}.")
     info = header.tensors[ROPE_FACTORS]
     if info.shape != (head_dim // 2,):

@@ -9,8 +9,7 @@ from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import dequantize
 
 from lora_jax.interop.gguf_header import TensorInfo
-from lora_jax.interop.llama_leaves import family_of
-from lora_jax.models.config import LlamaConfig
+from lora_jax.models.config import DecoderConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,13 +60,14 @@ class StoredTensor:
         return tensor.reshape(stop - start, -1)
 
 
-def permuted_rows(config: LlamaConfig) -> dict[str, np.ndarray]:
+def permuted_rows(config: DecoderConfig) -> dict[str, np.ndarray]:
     """Where llama.cpp keeps the rows of our queries and keys, for the names of those tensors.
 
-    In a Llama it rotates neighbours, (pair, half), where we rotate halves, (half, pair); in the
-    other families it rotates as we do.
+    In some architectures it rotates neighbours, (pair, half), where we rotate halves, (half,
+    pair).
     """
-    if family_of(config) != "llama":
+    form = config.family.gguf
+    if form is None or form.architecture_of(config) not in form.interleaved:
         return {}
     heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}
     rows = {name: np.arange(n * config.head_dim).reshape(n, -1, 2) for name, n in heads.items()}

@@ -1,4 +1,4 @@
-"""Llama models from a local Hugging Face folder of safetensors."""
+"""Models from a local Hugging Face folder of safetensors."""
 
 import contextlib
 import dataclasses
@@ -11,13 +11,13 @@ from jax.typing import DTypeLike
 
 from lora_jax.interop.huggingface_config import config_from_huggingface, is_in_four_bits
 from lora_jax.interop.huggingface_files import has_head_of_its_own, open_tensors
-from lora_jax.interop.llama_leaves import assemble, check_tensors
 from lora_jax.interop.model import Pretrained
+from lora_jax.interop.model_tensors import assemble, check_tensors
 from lora_jax.interop.packed import keep_packed, take_packed
 from lora_jax.interop.placing import Place, on_device
 from lora_jax.interop.read_json import read_json
 from lora_jax.interop.tokenizers import fit_vocabulary, tokenizer_from_huggingface
-from lora_jax.models.config import LlamaConfig
+from lora_jax.models.config import DecoderConfig
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -25,7 +25,7 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 def load_huggingface(
     folder: str | os.PathLike, *, dtype: DTypeLike = jnp.float32, place: Place = on_device
 ) -> Pretrained:
-    """Loads a Llama from a folder that holds config.json, safetensors and tokenizer.json.
+    """Loads a model from a folder that holds config.json, safetensors and tokenizer.json.
 
     One file or many shards with an index; any float type, read tensor by tensor as `dtype`. A head
     that the config calls tied is the embedding only where it holds the same values, as in
@@ -69,8 +69,8 @@ def load_huggingface(
 
 
 def _open_tensors(
-    folder: Path, config: LlamaConfig, stack: contextlib.ExitStack
-) -> tuple[dict[str, Any], LlamaConfig]:
+    folder: Path, config: DecoderConfig, stack: contextlib.ExitStack
+) -> tuple[dict[str, Any], DecoderConfig]:
     """Every tensor and the shard that holds it, without what follows from the config; and that
     config, untied where the head is not the embedding."""
     tensors = open_tensors(folder, stack)

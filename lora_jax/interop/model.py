@@ -3,7 +3,7 @@
 import dataclasses
 
 from lora_jax.data.tokenizer import Tokenizer
-from lora_jax.models.config import LlamaConfig
+from lora_jax.models.config import DecoderConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,7 +15,7 @@ class Pretrained:
     """
 
     params: dict
-    config: LlamaConfig
+    config: DecoderConfig
     tokenizer: Tokenizer
     name: str
     source: str

@@ -27,7 +27,7 @@ def load(
     dtype: DTypeLike = jnp.float32,
     place: Place = on_device,
 ) -> Pretrained:
-    """Loads a pretrained Llama, its params as `dtype`.
+    """Loads a pretrained model, its params as `dtype`.
 
     `place(path, leaf)` makes each leaf of the tree as soon as its turn comes, from a `StoredLeaf`
     that reads as much of the file as it is asked for: the host holds one leaf beside what is

@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax.interop.llama_leaves import llama_leaves
-from lora_jax.models.config import LlamaConfig
+from lora_jax.models.config import DecoderConfig
 from lora_jax.paths import flatten
 from lora_jax.quant import FP4, NF4, Blockwise, DoubleQuantized
 from lora_jax.weights import is_weight
@@ -12,7 +11,7 @@ from lora_jax.weights import is_weight
 _BLOCK_SIZES = tuple(2**power for power in range(5, 13))  # that bitsandbytes decodes
 
 
-def quantization_config(params: Any, config: LlamaConfig, dtype: str) -> dict[str, Any] | None:
+def quantization_config(params: Any, config: DecoderConfig, dtype: str) -> dict[str, Any] | None:
     """What config.json says of the 4-bit weights in `params`; None if there are none.
 
     Raises:
@@ -61,13 +60,13 @@ def _unsayable(path: str, weight: Blockwise) -> str | None:
     return None
 
 
-def _plain_linears(config: LlamaConfig, weights: Mapping[str, Blockwise]) -> list[str]:
+def _plain_linears(config: DecoderConfig, weights: Mapping[str, Blockwise]) -> list[str]:
     """The names of the linears left in floats; that of a tied head too, which is no leaf."""
     quantized = set(weights)
     linears = {
-        "/".join(leaf.path): leaf.huggingface.split(".")[-2]
-        for leaf in llama_leaves(config)
-        if len(leaf.shape) == 2 and leaf.is_transposed
+        leaf.path: leaf.huggingface.split(".")[-2]
+        for leaf in config.family.parameters(config)
+        if leaf.is_transposed
     }
     linears["lm_head"] = "lm_head"
     return [name for path, name in linears.items() if path not in quantized]

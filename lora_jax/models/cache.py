@@ -9,7 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from lora_jax.models.config import LlamaConfig
+from lora_jax.models.config import DecoderConfig
 from lora_jax.paths import is_known
 
 
@@ -27,7 +27,7 @@ class Cache:
     lengths: jax.Array
 
 
-def init_cache(config: LlamaConfig, batch: int, length: int, dtype: Any) -> Cache:
+def init_cache(config: DecoderConfig, batch: int, length: int, dtype: Any) -> Cache:
     """An empty cache for `batch` rows of up to `length` positions."""
     shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))

@@ -1,6 +1,10 @@
-"""Hyperparameters of a Llama-family model."""
+"""The shape of a decoder: what the config of every family has."""
 
 import dataclasses
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lora_jax.models.family import Family
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,14 +22,9 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LlamaConfig:
-    """The shape of a Llama 2, Llama 3.x, SmolLM2, Mistral, Qwen2 or Qwen3; a static argument of
-    `jit`.
-
-    `qkv_bias` adds biases to queries, keys and values (Qwen2), `qk_norm` an RMS norm over each
-    head of queries and keys before they are rotated (Qwen3). Beyond `attention_window` positions
-    the checkpoint's layers slide a window, which this model does not: longer rows are refused.
-    """
+class DecoderConfig:
+    """The shape of a decoder; a static argument of `jit`. A family's own config adds what it has
+    beyond this, and names its `family`."""
 
     vocab_size: int
     hidden_size: int
@@ -39,9 +38,6 @@ class LlamaConfig:
     rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    attention_window: int | None = None
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
@@ -52,12 +48,31 @@ class LlamaConfig:
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: RoPE rotates pairs.")
 
+    @property
+    def family(self) -> "Family":
+        """Whose functions compute a model of this shape."""
+        raise NotImplementedError
+
+    @property
+    def attention(self) -> "Attention":
+        """How its layers attend."""
+        return Attention()
+
     def check_length(self, positions: int) -> None:
-        """Raises ValueError if a row of so many positions would need a sliding window."""
-        if self.attention_window is not None and positions > self.attention_window:
-            raise ValueError(
-                f"a row of {positions} positions is longer than the model's attention window of "
-                f"{self.attention_window}, beyond which its layers slide that window; that is not "
-                "supported. Use shorter rows; where the weights know no window, remove "
-                "sliding_window from the checkpoint's config."
-            )
+        """Raises ValueError if the model cannot read a row of so many positions."""
+        del positions
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Attention:
+    """What a model's attention has beside a causal softmax of `q k^T / sqrt(H)`.
+
+    Attributes:
+      scale: of the scores; None is `1 / sqrt(H)`.
+      cap: scores s become `cap * tanh(s / cap)`.
+      windows: for each layer, how many keys a query sees, its own included; None sees all.
+    """
+
+    scale: float | None = None
+    cap: float | None = None
+    windows: tuple[int | None, ...] | None = None

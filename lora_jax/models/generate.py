@@ -8,19 +8,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.models import llama
-from lora_jax.models.config import LlamaConfig
-from lora_jax.models.mixed_dtypes import read_out
+from lora_jax.models.config import DecoderConfig
+from lora_jax.models.decoder import extend, output_head, start_cache
+from lora_jax.models.family import Params
+from lora_jax.models.leading import leading
 from lora_jax.paths import is_known, one_key
 
 NONE = -1  # stands where a token should, and there is none
 
 
 def generate(
-    params: llama.Params,
+    params: Params,
     prompts: jax.Array,
     lengths: jax.Array,
-    config: LlamaConfig,
+    config: DecoderConfig,
     *,
     max_new_tokens: int,
     eos_id: int,
@@ -54,7 +55,7 @@ def generate(
     """
     check_sampling(temperature, top_p)
     batch, width = _checked_shape(prompts, lengths, max_new_tokens)
-    before = sum(llama.leading(params, config))
+    before = sum(leading(params, config))
     if before + width + max_new_tokens > config.context_length:
         taken = f", of which a prefix or soft prompt takes {before}" if before else ""
         raise ValueError(
@@ -65,15 +66,15 @@ def generate(
         raise ValueError(f"temperature={temperature} samples, which needs a key.")
     keys = jax.random.split(jax.random.key(0) if key is None else one_key(key), max_new_tokens)
     prompts, possible_B = _counted(prompts, lengths, config.vocab_size)
-    head = llama.output_head(params)
+    head = output_head(params)
 
     def pick(hidden_BD: jax.Array, key: jax.Array) -> jax.Array:
-        logits_BV = read_out(hidden_BD, head)
+        logits_BV = config.family.read_out(hidden_BD, head, config)
         return choose(logits_BV, key, temperature=temperature, top_p=top_p)
 
-    cache = llama.start_cache(params, config, batch, width + max_new_tokens)
+    cache = start_cache(params, config, batch, width + max_new_tokens)
     last_B, lengths = lengths - 1, cache.lengths + lengths
-    hidden_BTD, cache = llama.extend(params, prompts, cache, config)
+    hidden_BTD, cache = extend(params, prompts, cache, config)
     last_BD = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0]
     # What padding wrote behind a row's end lies ahead of its positions until it is overwritten.
     cache = dataclasses.replace(cache, lengths=lengths)
@@ -81,7 +82,7 @@ def generate(
     def step(carry: Any, key: jax.Array):
         cache, hidden_BD, done_B, token_B = carry
         token_B = jnp.where(done_B, token_B, pick(hidden_BD, key))
-        hidden_BTD, cache = llama.extend(params, token_B[:, None], cache, config)
+        hidden_BTD, cache = extend(params, token_B[:, None], cache, config)
         done_B = done_B | (token_B == eos_id) | (token_B == NONE)
         return (cache, hidden_BTD[:, 0], done_B, token_B), token_B
 

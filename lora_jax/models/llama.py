@@ -15,243 +15,103 @@ The tree, with weights applied from the right and layers stacked on the leading 
     norm [D]
     lm_head [D, V]                      (absent where the embedding is tied; `untie` adds it)
 
-Every weight may be an array or any `Weight`: quantised, adapted, or both. A delta may add `prompt`,
-rows read in front of the tokens, and `layers/attn/prefix`, keys and values in front of a layer's.
-Leaves may be of several dtypes: activations keep that of `embed`, and logits have the wider of
-theirs and the head's.
+`forward` and the others come from `decoder`, which serves every family.
 """
 
-import math
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from lora_jax.context_mesh import FSDP, SEQUENCE, constrain
-from lora_jax.kernels.attention import Implementation, attend, masked_attention
 from lora_jax.models.cache import Cache as Cache
 from lora_jax.models.cache import init_cache as init_cache
-from lora_jax.models.cache import require_room
-from lora_jax.models.config import LlamaConfig
-from lora_jax.models.mixed_dtypes import along, product, read_out
-from lora_jax.models.remat import LAYER_INPUT, Remat, checkpointed
+from lora_jax.models.config import DecoderConfig
+from lora_jax.models.config_fields import FULL, SLIDING, layer_types, read_fields, written_fields
+from lora_jax.models.config_json import ModelType, Stated
+from lora_jax.models.decoder import extend as extend
+from lora_jax.models.decoder import forward as forward
+from lora_jax.models.decoder import hidden_states as hidden_states
+from lora_jax.models.decoder import init as init
+from lora_jax.models.decoder import output_head as output_head
+from lora_jax.models.decoder import start_cache as start_cache
+from lora_jax.models.family import GGUF, Family, Parameter, Params
+from lora_jax.models.mixed_dtypes import along, product
 from lora_jax.models.rope import rotate
 from lora_jax.models.tying import untie as untie
-from lora_jax.models.unread_extras import require_read
-from lora_jax.paths import one_key
-from lora_jax.weights import embed, scan_layers, transpose
-
-Params = dict[str, Any]
 
 
-def init(config: LlamaConfig, *, key: jax.Array, dtype: Any = jnp.float32) -> Params:
-    """Random params: normal weights of deviation `1 / sqrt(d_in)`, unit norm scales."""
-    D, F, L = config.hidden_size, config.intermediate_size, config.num_layers
-    q_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    keys = iter(jax.random.split(one_key(key), 9))
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlamaConfig(DecoderConfig):
+    """The shape of a Llama 2, Llama 3.x, SmolLM2, Mistral, Qwen2 or Qwen3.
 
-    def normal(*shape: int, fan_in: int) -> jax.Array:
-        draw = jax.random.normal(next(keys), shape, jnp.float32) / math.sqrt(fan_in)
-        return draw.astype(dtype)
-
-    params: Params = {
-        "embed": normal(config.vocab_size, D, fan_in=D),
-        "layers": {
-            "attn_norm": jnp.ones((L, D), dtype),
-            "attn": {
-                "q_proj": normal(L, D, q_width, fan_in=D),
-                "k_proj": normal(L, D, kv_width, fan_in=D),
-                "v_proj": normal(L, D, kv_width, fan_in=D),
-                "o_proj": normal(L, q_width, D, fan_in=q_width),
-            },
-            "mlp_norm": jnp.ones((L, D), dtype),
-            "mlp": {
-                "gate_proj": normal(L, D, F, fan_in=D),
-                "up_proj": normal(L, D, F, fan_in=D),
-                "down_proj": normal(L, F, D, fan_in=F),
-            },
-        },
-        "norm": jnp.ones((D,), dtype),
-    }
-    attn = params["layers"]["attn"]
-    if config.qkv_bias:
-        attn |= {f"{name}_bias": jnp.zeros_like(attn[f"{name}_proj"][:, 0]) for name in "qkv"}
-    if config.qk_norm:
-        attn |= {f"{name}_norm": jnp.ones((L, config.head_dim), dtype) for name in "qk"}
-    if not config.tie_embeddings:
-        params["lm_head"] = normal(D, config.vocab_size, fan_in=D)
-    return params
-
-
-def forward(
-    params: Params,
-    tokens: jax.Array,
-    config: LlamaConfig,
-    *,
-    positions: jax.Array | None = None,
-    segment_ids: jax.Array | None = None,
-    remat: Remat = "none",
-) -> jax.Array:
-    """Logits `[B, T, V]` of the next token after each of `tokens [B, T]`.
-
-    Args:
-      params: the tree above.
-      tokens: int32.
-      config: the shape of the model.
-      positions: `[B, T]`, counted from 0 along each row unless given.
-      segment_ids: `[B, T]`, the example that a packed position belongs to; attention stays inside.
-      remat: what the backward pass recomputes: "none", "elementwise" (norms, activations and
-        attention scores, but no product with a weight), "full" (whole layers, whose inputs stay on
-        the device), "offload" (whole layers, whose inputs wait in host memory).
+    `qkv_bias` adds biases to queries, keys and values (Qwen2), `qk_norm` an RMS norm over each
+    head of queries and keys before they are rotated (Qwen3). Beyond `attention_window` positions
+    the checkpoint's layers slide a window, which this model does not: longer rows are refused.
     """
-    x = hidden_states(
-        params, tokens, config, positions=positions, segment_ids=segment_ids, remat=remat
+
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    attention_window: int | None = None
+
+    @property
+    def family(self) -> Family:
+        return FAMILY
+
+    def check_length(self, positions: int) -> None:
+        """Raises ValueError if a row of so many positions would need a sliding window."""
+        if self.attention_window is not None and positions > self.attention_window:
+            raise ValueError(
+                f"a row of {positions} positions is longer than the model's attention window of "
+                f"{self.attention_window}, beyond which its layers slide that window; that is not "
+                "supported. Use shorter rows; where the weights know no window, remove "
+                "sliding_window from the checkpoint's config."
+            )
+
+
+def parameters(config: LlamaConfig) -> tuple[Parameter, ...]:
+    """The leaves of a model of this shape."""
+    d, f, v, h = config.hidden_size, config.intermediate_size, config.vocab_size, config.head_dim
+    q, k = config.num_heads * h, config.num_kv_heads * h
+    layer, block = "model.layers.{}.", "blk.{}."
+    attn, mlp = layer + "self_attn.", layer + "mlp."
+    rows = [
+        ("embed", (v, d), "model.embed_tokens.weight", "token_embd.weight"),
+        ("layers/attn_norm", (d,), layer + "input_layernorm.weight", block + "attn_norm.weight"),
+        ("layers/attn/q_proj", (q, d), attn + "q_proj.weight", block + "attn_q.weight"),
+        ("layers/attn/k_proj", (k, d), attn + "k_proj.weight", block + "attn_k.weight"),
+        ("layers/attn/v_proj", (k, d), attn + "v_proj.weight", block + "attn_v.weight"),
+        ("layers/attn/o_proj", (d, q), attn + "o_proj.weight", block + "attn_output.weight"),
+        (
+            "layers/mlp_norm",
+            (d,),
+            layer + "post_attention_layernorm.weight",
+            block + "ffn_norm.weight",
+        ),
+        ("layers/mlp/gate_proj", (f, d), mlp + "gate_proj.weight", block + "ffn_gate.weight"),
+        ("layers/mlp/up_proj", (f, d), mlp + "up_proj.weight", block + "ffn_up.weight"),
+        ("layers/mlp/down_proj", (d, f), mlp + "down_proj.weight", block + "ffn_down.weight"),
+        ("norm", (d,), "model.norm.weight", "output_norm.weight"),
+    ]
+    biases = [
+        ("layers/attn/q_bias", (q,), attn + "q_proj.bias", block + "attn_q.bias", 0.0),
+        ("layers/attn/k_bias", (k,), attn + "k_proj.bias", block + "attn_k.bias", 0.0),
+        ("layers/attn/v_bias", (k,), attn + "v_proj.bias", block + "attn_v.bias", 0.0),
+    ]
+    norms = [
+        ("layers/attn/q_norm", (h,), attn + "q_norm.weight", block + "attn_q_norm.weight"),
+        ("layers/attn/k_norm", (h,), attn + "k_norm.weight", block + "attn_k_norm.weight"),
+    ]
+    head = [("lm_head", (v, d), "lm_head.weight", "output.weight")]
+    present = (
+        *rows,
+        *(biases if config.qkv_bias else ()),
+        *(norms if config.qk_norm else ()),
+        *(() if config.tie_embeddings else head),
     )
-    return read_out(x, output_head(params))
-
-
-def hidden_states(
-    params: Params,
-    tokens: jax.Array,
-    config: LlamaConfig,
-    *,
-    positions: jax.Array | None = None,
-    segment_ids: jax.Array | None = None,
-    remat: Remat = "none",
-    attention: Implementation | None = None,
-    unroll: int = 1,
-) -> jax.Array:
-    """What the output head reads, `[B, T, D]`: `forward` short of its product with the vocabulary.
-
-    `attention` names an implementation of `lora_jax.kernels.attention`; None chooses by platform.
-    `unroll` layers of the scan are laid out one after another in the program.
-    """
-    if positions is None:
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    prefix, prompt = leading(params, config)
-    config.check_length(prefix + prompt + tokens.shape[1])
-    x_BTD = constrain(embed(tokens, params["embed"]), FSDP, SEQUENCE)
-    if prompt:
-        rows_BPD = prompt_rows(params, x_BTD)
-        first = jnp.broadcast_to(jnp.arange(prompt), rows_BPD.shape[:2])
-        positions = jnp.concatenate([first, positions + prompt], axis=1)
-        x_BTD = jnp.concatenate([rows_BPD, x_BTD], axis=1)
-
-    def layer(x_BTD, weights):
-        x_BTD = checkpoint_name(x_BTD, LAYER_INPUT)
-        q, k, v = project(x_BTD, weights, positions + prefix, config)
-        if prefix:
-            before = [prefix_heads(leaf, k) for leaf in prefix_of(weights)]
-            k, v = (jnp.concatenate(pair, axis=1) for pair in zip(before, (k, v), strict=True))
-        attended = attend(
-            q, k, v, segment_ids, prompt=prompt, prefix=prefix, implementation=attention
-        )
-        x_BTD = finish_layer(x_BTD, attended, weights, config)
-        return constrain(x_BTD, FSDP, SEQUENCE), None
-
-    x_BTD, _ = scan_layers(checkpointed(layer, remat), x_BTD, params["layers"], unroll=unroll)
-    return rms_norm(x_BTD[:, prompt:], params["norm"], config.norm_eps)
-
-
-def extend(
-    params: Params, tokens: jax.Array, cache: Cache, config: LlamaConfig
-) -> tuple[jax.Array, Cache]:
-    """Reads `tokens [B, T]` on from a cache.
-
-    Returns:
-      What the output head reads, `[B, T, D]`, and the cache with T more positions in every row.
-      Under a transformation, positions that exceed the cache give NaN.
-
-    Raises:
-      ValueError: if the cache has no room for T more positions.
-    """
-    require_room(cache, tokens.shape[1])
-    return _read(params, embed(tokens, params["embed"]), cache, config)
-
-
-def _read(params: Params, x_BTD: jax.Array, cache: Cache, config: LlamaConfig):
-    B, T = x_BTD.shape[:2]
-    config.check_length(cache.k.shape[2])
-    positions = cache.lengths[:, None] + jnp.arange(T)[None]
-    slots = jnp.arange(cache.k.shape[2])
-    mask = (slots[None, None, :] <= positions[:, :, None])[:, None]
-    rows = jnp.arange(B)[:, None]
-
-    def layer(x_BTD, scanned):
-        weights, k_cache, v_cache = scanned
-        q, k, v = project(x_BTD, weights, positions, config)
-        k_cache = k_cache.at[rows, positions].set(k.astype(k_cache.dtype))
-        v_cache = v_cache.at[rows, positions].set(v.astype(v_cache.dtype))
-        keys, values = k_cache.astype(q.dtype), v_cache.astype(q.dtype)
-        x_BTD = finish_layer(x_BTD, masked_attention(q, keys, values, mask), weights, config)
-        return x_BTD, (k_cache, v_cache)
-
-    x_BTD, (k, v) = scan_layers(layer, x_BTD, (params["layers"], cache.k, cache.v))
-    fits_BT1 = (positions < cache.k.shape[2])[..., None]
-    x_BTD = rms_norm(jnp.where(fits_BT1, x_BTD, jnp.nan), params["norm"], config.norm_eps)
-    return x_BTD, Cache(k, v, cache.lengths + T)
-
-
-def start_cache(params: Params, config: LlamaConfig, batch: int, length: int) -> Cache:
-    """A cache for `length` more positions, in which what a delta puts in front is read already."""
-    prefix, prompt = leading(params, config)
-    dtype = params["embed"].dtype
-    cache = init_cache(config, batch, prefix + prompt + length, dtype)
-    if prefix:
-        k, v = (
-            jax.vmap(prefix_heads)(leaf, cache.k[:, :, :0]) for leaf in prefix_of(params["layers"])
-        )
-        k, v = cache.k.at[:, :, :prefix].set(k), cache.v.at[:, :, :prefix].set(v)
-        cache = Cache(k, v, cache.lengths + prefix)
-    if prompt:
-        like = jnp.zeros((batch, 0, config.hidden_size), dtype)
-        _, cache = _read(params, prompt_rows(params, like), cache, config)
-    return cache
-
-
-def leading(params: Params, config: LlamaConfig) -> tuple[int, int]:
-    """How many keys of a prefix, and how many rows of a prompt, stand in front of the tokens.
-
-    Raises:
-      ValueError: if they leave no place in the model's context, or a prefix is of another width
-        than the keys; for a parameter of a delta that stands where nothing reads it.
-    """
-    require_read(params, config)
-    prefix = params["layers"]["attn"].get("prefix")
-    prompt = params.get("prompt")
-    lengths = (
-        0 if prefix is None else prefix.k.shape[-2],
-        0 if prompt is None else prompt.rows.shape[-2],
-    )
-    if sum(lengths) >= config.context_length:
-        raise ValueError(
-            f"a prefix of {lengths[0]} and a prompt of {lengths[1]} leave no token in the model's "
-            f"context of {config.context_length}: make them shorter."
-        )
-    return lengths
-
-
-def prompt_rows(params: Params, x_BTD: jax.Array) -> jax.Array:
-    """The prompt `[B, P, D]`, in the type of the embedded tokens."""
-    rows = params["prompt"].rows.astype(x_BTD.dtype)
-    return jnp.broadcast_to(rows, (x_BTD.shape[0], *rows.shape[-2:]))
-
-
-def prefix_of(weights: Params) -> tuple[jax.Array, jax.Array]:
-    return weights["attn"]["prefix"].k, weights["attn"]["prefix"].v
-
-
-def prefix_heads(leaf: jax.Array, k_BSKH: jax.Array) -> jax.Array:
-    """Keys or values of a prefix, `[P, K*H]` or `[B, P, K*H]`, as `[B, P, K, H]`."""
-    B, _, K, H = k_BSKH.shape
-    heads = leaf.reshape(*leaf.shape[:-1], K, H).astype(k_BSKH.dtype)
-    return jnp.broadcast_to(heads, (B, *heads.shape[-3:]))
-
-
-def output_head(params: Params) -> Any:
-    """The weight `[D, V]` of the output head: its own, or the embedding's transpose."""
-    return params["lm_head"] if "lm_head" in params else transpose(params["embed"])
+    return tuple(Parameter(*row) for row in present)
 
 
 def project(
@@ -259,7 +119,7 @@ def project(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries `[B, T, N, H]`, keys and values `[B, T, K, H]` of one layer, positions turned in."""
     attn = weights["attn"]
-    x_BTD = rms_norm(x_BTD, weights["attn_norm"], config.norm_eps)
+    x_BTD = rms_norm(x_BTD, weights["attn_norm"], config)
 
     def heads(name, count):
         y = product(x_BTD, attn[f"{name}_proj"])
@@ -267,7 +127,7 @@ def project(
             y = along(jnp.add, y, attn[f"{name}_bias"])
         y = y.reshape(*x_BTD.shape[:2], count, config.head_dim)
         if config.qk_norm and name != "v":
-            y = rms_norm(checkpoint_name(y, "projected"), attn[f"{name}_norm"], config.norm_eps)
+            y = rms_norm(checkpoint_name(y, "projected"), attn[f"{name}_norm"], config)
         return y
 
     q_BTNH = rotate(heads("q", config.num_heads), positions_BT, config)
@@ -280,7 +140,7 @@ def project(
     )
 
 
-def finish_layer(
+def finish(
     x_BTD: jax.Array, attended_BTNH: jax.Array, weights: Params, config: LlamaConfig
 ) -> jax.Array:
     """The rest of a layer after attention: the output projection, then the gated MLP."""
@@ -288,14 +148,203 @@ def finish_layer(
     x_BTD = x_BTD + product(attended_BTE, weights["attn"]["o_proj"])
     x_BTD = checkpoint_name(x_BTD, "residual")
     mlp = weights["mlp"]
-    y_BTD = rms_norm(x_BTD, weights["mlp_norm"], config.norm_eps)
+    y_BTD = rms_norm(x_BTD, weights["mlp_norm"], config)
     gate_BTF = checkpoint_name(product(y_BTD, mlp["gate_proj"]), "gate")
     up_BTF = checkpoint_name(product(y_BTD, mlp["up_proj"]), "up")
     return x_BTD + product(jax.nn.silu(gate_BTF) * up_BTF, mlp["down_proj"])
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+def rms_norm(x: jax.Array, scale: jax.Array, config: DecoderConfig) -> jax.Array:
     """`x / sqrt(mean(x^2) + eps) * scale` over the last axis, in float32, in the dtype of `x`."""
     x32 = x.astype(jnp.float32)
-    normed = x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + eps)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + config.norm_eps)
     return along(jnp.multiply, normed.astype(x.dtype), scale)
+
+
+def _of_type(name: str, fields: dict[str, Any], window: int | None) -> LlamaConfig:
+    """A sliding window below the context becomes the context: texts within it see what they would
+    see without a window, and longer ones are refused by the model."""
+    context = fields["context_length"]
+    return LlamaConfig(
+        **fields | {"context_length": min(context, window or context)},
+        attention_window=window,
+        qkv_bias=name == "qwen2",
+        qk_norm=name == "qwen3",
+    )
+
+
+def _type_of(config: LlamaConfig) -> str:
+    """ "llama", "qwen2" or "qwen3": what config.json and GGUF call models of this shape.
+
+    Raises:
+      ValueError: none has both biases and query/key norms.
+    """
+    if config.qkv_bias and config.qk_norm:
+        raise ValueError("no family has both qkv_bias and qk_norm; no other program would load it.")
+    return "qwen2" if config.qkv_bias else "qwen3" if config.qk_norm else "llama"
+
+
+def _read(stated: Stated) -> LlamaConfig:
+    fields = read_fields(stated)
+    return _of_type(stated.get("model_type"), fields, _window(stated, fields["num_layers"]))
+
+
+def _window(stated: Stated, num_layers: int) -> int | None:
+    """The window that some layer slides.
+
+    Qwen has a switch and a first layer for it. Mistral looks at neither, nor at layer_types; a
+    Llama's window shortens the cache that it generates with.
+    """
+    family = stated.get("model_type")
+    is_qwen = family in ("qwen2", "qwen3")
+    given = (
+        None if is_qwen and not stated.flag("use_sliding_window") else stated.get("sliding_window")
+    )
+    window = None if given is None else stated.count("sliding_window")
+    layers = layer_types(stated, num_layers)
+    if layers is None:
+        first = num_layers if window is None else 0
+        if is_qwen and window is not None:
+            first = stated.get("max_window_layers")
+            if type(first) is not int:
+                raise ValueError(f"{stated.path}: max_window_layers is {first!r}, not a count.")
+        layers = [SLIDING if i >= first else FULL for i in range(min(num_layers, 1 << 16))]
+    slides = SLIDING in layers
+    if slides and window is None:
+        raise ValueError(
+            f"{stated.path}: layer_types names {SLIDING!r} without a sliding_window in use."
+        )
+    slides |= family == "mistral" and window is not None
+    return window if slides else None
+
+
+def _from_gguf(
+    architecture: str, fields: dict[str, Any], metadata: Mapping[str, Any]
+) -> LlamaConfig:
+    window = metadata.get("attention.sliding_window")
+    if type(window) not in (type(None), int) or (window or 0) < 0:
+        raise ValueError(f"attention.sliding_window is {window!r}, expected a count.")
+    return _of_type(architecture, fields, window or None)
+
+
+def _gguf_metadata(config: LlamaConfig) -> dict[str, int]:
+    window = config.attention_window
+    return {} if window is None else {"attention.sliding_window": window}
+
+
+def _config_json(config: LlamaConfig) -> dict[str, Any]:
+    """What transformers 4 and 5 read; Mistral's is a Llama's, unless it has a window."""
+    family = _type_of(config)
+    windowed: dict[str, Any] = {}
+    if config.attention_window is not None:
+        family = "mistral" if family == "llama" else family
+        windowed = {"sliding_window": config.attention_window}
+        if family != "mistral":
+            windowed |= {"use_sliding_window": True, "max_window_layers": 0}
+    return {
+        "architectures": [_MODEL_TYPES[family].architecture],
+        "model_type": family,
+        **written_fields(config),
+        **windowed,
+        "hidden_act": "silu",
+        "attention_bias": False,
+    }
+
+
+_QWEN = {
+    "max_position_embeddings": 32_768,
+    "num_key_value_heads": 32,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+# Biases have a switch in Llama and Qwen3 alone; the others do not look at it.
+_MODEL_TYPES = {
+    "llama": ModelType(
+        architecture="LlamaForCausalLM",
+        read=_read,
+        defaults={"max_position_embeddings": 2048},
+        supported={"attention_bias": (False,), "mlp_bias": (False,)},
+    ),
+    "mistral": ModelType(
+        architecture="MistralForCausalLM",
+        read=_read,
+        defaults={
+            "max_position_embeddings": 131_072,
+            "num_key_value_heads": 8,
+            "sliding_window": 4096,
+        },
+    ),
+    "qwen2": ModelType(architecture="Qwen2ForCausalLM", read=_read, defaults=_QWEN),
+    "qwen3": ModelType(
+        architecture="Qwen3ForCausalLM",
+        read=_read,
+        defaults=_QWEN | {"head_dim": 128},
+        supported={"attention_bias": (False,)},
+    ),
+}
+_SHAPES = {
+    "tiny": LlamaConfig(
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=128,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        context_length=1024,
+        tie_embeddings=True,
+    ),
+    "smollm2-135m": LlamaConfig(
+        vocab_size=49_152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_layers=30,
+        num_heads=9,
+        num_kv_heads=3,
+        head_dim=64,
+        context_length=8192,
+        rope_theta=100_000.0,
+        tie_embeddings=True,
+    ),
+    "llama-3-8b": LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        context_length=8192,
+        rope_theta=500_000.0,
+    ),
+    "llama-3-70b": LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=8192,
+        intermediate_size=28_672,
+        num_layers=80,
+        num_heads=64,
+        num_kv_heads=8,
+        head_dim=128,
+        context_length=8192,
+        rope_theta=500_000.0,
+    ),
+}
+
+FAMILY = Family(
+    config=LlamaConfig,
+    parameters=parameters,
+    project=project,
+    finish=finish,
+    norm=rms_norm,
+    model_types=_MODEL_TYPES,
+    config_json=_config_json,
+    gguf=GGUF(
+        architectures=("llama", "qwen2", "qwen3"),
+        architecture_of=_type_of,
+        read=_from_gguf,
+        metadata=_gguf_metadata,
+        interleaved=frozenset({"llama"}),
+    ),
+    shapes=_SHAPES,
+)

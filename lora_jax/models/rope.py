@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.models.config import LlamaConfig, RopeScaling
+from lora_jax.models.config import DecoderConfig, RopeScaling
 
 
-def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
+def inverse_frequencies(config: DecoderConfig) -> np.ndarray:
     """Radians per position of each rotated pair, `[head_dim / 2]`, float32."""
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim
     frequencies = (1.0 / config.rope_theta**exponents).astype(np.float32)
@@ -18,7 +18,7 @@ def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
     )
 
 
-def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, config: LlamaConfig) -> jax.Array:
+def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, config: DecoderConfig) -> jax.Array:
     """Turns each pair `(x[i], x[i + H/2])` by `position * frequency[i]`, in float32."""
     frequencies = inverse_frequencies(config)[None, None, None]
     angles = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.models.llama import Params, output_head
+from lora_jax.models.decoder import output_head
+from lora_jax.models.family import Params
 from lora_jax.paths import one_key
 from lora_jax.weights import dense
 

@@ -7,18 +7,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.models.config import LlamaConfig
+from lora_jax.models.config import DecoderConfig
 from lora_jax.weights import is_weight, transpose
 
 
-def untie(params: Mapping[str, Any], config: LlamaConfig) -> tuple[dict[str, Any], LlamaConfig]:
+def untie(params: Mapping[str, Any], config: DecoderConfig) -> tuple[dict[str, Any], DecoderConfig]:
     """The same model with an output head of its own, `lm_head [D, V]`: a copy of the embedding.
 
     An adapter can then change one of the two and leave the other. A model that has a head already
     is returned as it is. The head of a quantised embedding shares its memory.
 
     Args:
-      params: a Llama's tree, or its shapes.
+      params: the tree of a decoder, or its shapes.
       config: its shape.
 
     Returns:

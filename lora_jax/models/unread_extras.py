@@ -4,21 +4,21 @@ from typing import Any
 
 from lora_jax import paths
 from lora_jax.methods import Extra
-from lora_jax.models.config import LlamaConfig
+from lora_jax.models.config import DecoderConfig
 from lora_jax.weights import is_weight
 
 READ = ("prompt", "layers/attn/prefix")
 
 
-def require_read(params: Any, config: LlamaConfig) -> None:
-    """Raises ValueError for a prompt or a prefix that stands where no Llama reads it, and for a
-    prefix of another width than the keys."""
+def require_read(params: Any, config: DecoderConfig) -> None:
+    """Raises ValueError for a prompt or a prefix that stands where the model does not read it, and
+    for a prefix of another width than the keys."""
     leaves = paths.flatten(params, is_leaf=lambda leaf: isinstance(leaf, Extra) or is_weight(leaf))
     found = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, Extra)}
     for path, leaf in found.items():
         if path not in READ:
             raise ValueError(
-                f"{path}: a {type(leaf).__name__} stands there, where a Llama reads none. Target "
+                f"{path}: a {type(leaf).__name__} stands where this model reads none. Target "
                 'the key projections with a Prefix, targets="k_proj", and the embedding with a '
                 'Prompt, targets="embed".'
             )

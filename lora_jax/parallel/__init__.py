@@ -6,7 +6,7 @@ from lora_jax.parallel.modes import mesh_of as mesh_of
 from lora_jax.parallel.modes import on_mesh as on_mesh
 from lora_jax.parallel.modes import replicated as replicated
 from lora_jax.parallel.modes import row_of as row_of
-from lora_jax.parallel.rules import LLAMA_RULES as LLAMA_RULES
+from lora_jax.parallel.rules import Rules as Rules
 from lora_jax.parallel.rules import match_specs as match_specs
 from lora_jax.parallel.rules import spec_of as spec_of
 from lora_jax.parallel.sharded import over_mesh as over_mesh

@@ -12,19 +12,6 @@ from lora_jax.weights import PyTree, is_weight
 Rules = Mapping[str, PartitionSpec]
 Specs = dict[str, PartitionSpec]
 
-_COLUMNS = PartitionSpec(None, ("tensor", "fsdp"))
-# Megatron's split over `tensor` (Shoeybi et al. 2019, arXiv:1909.08053, section 3): heads and
-# hidden units are divided, so that a block sums over devices once. `fsdp` splits what a weight puts
-# out, so that it never cuts through the blocks of a quantised column.
-LLAMA_RULES: Rules = {
-    "(q|k|v|gate|up)_proj": _COLUMNS,
-    "(o|down)_proj": PartitionSpec("tensor", "fsdp"),
-    "(q|k|v)_bias": PartitionSpec("tensor"),
-    "embed": PartitionSpec("tensor", "fsdp"),
-    "lm_head": _COLUMNS,
-    ".*norm": PartitionSpec(),
-}
-
 
 def match_specs(params: PyTree, rules: Rules) -> Specs:
     """`{path: spec}` with an entry for each axis of each leaf; the first rule that matches wins.

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lora_jax import models
 from lora_jax.kernels.attention import Implementation
 from lora_jax.masks import mask_optimizer
 from lora_jax.methods import allocate_budget, orthogonality
-from lora_jax.models import llama
-from lora_jax.models.config import LlamaConfig
+from lora_jax.models.config import DecoderConfig
+from lora_jax.models.remat import Remat
 from lora_jax.paths import described, is_known
 from lora_jax.training.loss import token_losses
 from lora_jax.training.optimizers import with_learning_rate
@@ -92,9 +93,9 @@ def _seed(seed: Any) -> jax.Array:
 
 
 def llama_loss(
-    config: LlamaConfig,
+    config: DecoderConfig,
     *,
-    remat: llama.Remat = "elementwise",
+    remat: Remat = "elementwise",
     unroll: int = 1,
     chunk: int = 128,
     attention: Implementation | None = None,
@@ -107,7 +108,7 @@ def llama_loss(
 
     def loss_sum(delta, base, batch, dropout_key):
         weights = bind(base, delta, dropout_key=dropout_key)
-        hidden = llama.hidden_states(
+        hidden = models.hidden_states(
             weights,
             batch["tokens"],
             config,
@@ -117,7 +118,7 @@ def llama_loss(
             unroll=unroll,
             attention=attention,
         )
-        head = llama.output_head(weights)
+        head = models.output_head(weights)
         return token_losses(hidden, head, batch["targets"], batch["loss_mask"], chunk=chunk)
 
     return loss_sum

@@ -99,7 +99,7 @@ def test_the_best_is_reported_saved_and_sampled_from(tmp_path):
     assert arm["val_loss"] == min(losses) < losses[-1] and arm["stopped"] == "early"
     model = run.setup.load_model(config)
     [saved] = (tmp_path / "run/adapters").iterdir()
-    delta = peft.load_adapter(saved, model.params, peft.llama_names(model.config))
+    delta = peft.load_adapter(saved, model.params, peft.model_names(model.config))
     loss = run.loss_of(config, model.config, model.params)
     sums = [
         loss(delta, model.params, batch, None)

@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from experiments.harness.samples import said
-from lora_jax.models import llama
+from lora_jax.models import SHAPES, llama
 from lora_jax.models.generate import generate
-from lora_jax.models.shapes import SHAPES
 
 LETTERS = types.SimpleNamespace(
     decode=lambda ids, skip_special_tokens: "".join(chr(97 + i % 26) for i in ids) + " "

@@ -57,7 +57,7 @@ def test_folders_files_and_merged_adapters(script, folder, tmp_path):
     model = load(folder)
     delta = cases.llama_delta(model.params, lora.LoRA(rank=2), size=0.03)
     adapter = tmp_path / "adapter"
-    peft.save_adapter(adapter, delta, model.params, peft.llama_names(model.config))
+    peft.save_adapter(adapter, delta, model.params, peft.model_names(model.config))
     whole = {"from": folder, "adapter": adapter}
 
     said = run(script, to=tmp_path / "merged", merge=True, **whole)
@@ -105,7 +105,7 @@ def test_merging_into_4_bits(script, tmp_path):
     model = load(tmp_path / "nf4")
     delta = cases.llama_delta(model.params, lora.LoRA(rank=2), size=0.03, targets="attention")
     adapter = tmp_path / "adapter"
-    peft.save_adapter(adapter, delta, model.params, peft.llama_names(model.config))
+    peft.save_adapter(adapter, delta, model.params, peft.model_names(model.config))
     whole = {"from": tmp_path / "nf4", "adapter": adapter, "merge": True}
     plain = lora.dequantize(lora.merge(model.params, delta))
     expected = {
@@ -244,7 +244,7 @@ def test_an_adapter_of_another_base_names_the_option(script, folder, tmp_path):
     model = load(folder)
     delta = cases.llama_delta(model.params, lora.LoRA(rank=2), size=0.03)
     other = jax.tree.map(lambda x: x * 1.5, model.params)
-    peft.save_adapter(tmp_path / "adapter", delta, other, peft.llama_names(model.config))
+    peft.save_adapter(tmp_path / "adapter", delta, other, peft.model_names(model.config))
     whole = {"from": folder, "adapter": tmp_path / "adapter", "to": tmp_path / "new"}
     with pytest.raises(ValueError, match="--nocheck_base takes this one"):
         run(script, **whole)

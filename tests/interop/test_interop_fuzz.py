@@ -158,7 +158,7 @@ ADAPTERS = {
 @pytest.mark.parametrize("method", ADAPTERS)
 def test_adapters(tmp_path, method, count):
     config, params, _ = cases.llama_case()
-    names, folder = peft.llama_names(config), tmp_path / "bad"
+    names, folder = peft.model_names(config), tmp_path / "bad"
     delta = cases.llama_delta(params, ADAPTERS[method])
     peft.save_adapter(folder, delta, params, names, num_kv_heads=config.num_kv_heads)
     shapes = jax.eval_shape(lambda: params)

@@ -15,7 +15,7 @@ from lora_jax.interop.peft import files
 from lora_jax.models import llama
 
 CONFIG, PARAMS, TOKENS = cases.llama_case()
-NAMES = peft.llama_names(CONFIG)
+NAMES = peft.model_names(CONFIG)
 METHODS = {
     "lora": lora.LoRA(rank=3, alpha=5, dropout=0.1),
     "rslora": lora.LoRA(rank=3, scaling="rslora"),
@@ -100,7 +100,7 @@ def test_whole_weights_travel_as_modules_to_save(tmp_path):
 @pytest.mark.parametrize("rule", ["q_bias", "q_bias|k_bias"])
 def test_trained_biases_travel(rule, tmp_path):
     config, params, _ = cases.llama_case(qkv_bias=True)
-    names = peft.llama_names(config)
+    names = peft.model_names(config)
     delta = cases.llama_delta(params, {"q_proj": lora.LoRA(rank=2), rule: lora.Full()})
     peft.save_adapter(tmp_path / "a", delta, params, names)
     stated = json.loads((tmp_path / "a" / "adapter_config.json").read_text())["bias"]

@@ -22,9 +22,9 @@ ATTN = PARAMS["layers"]["attn"]
 PARAMS["layers"]["attn"] = ATTN | {
     f"{name}_bias": cases.normal(i, *ATTN[f"{name}_bias"].shape) for i, name in enumerate("qkv")
 }
-NAMES = peft.llama_names(CONFIG)
+NAMES = peft.model_names(CONFIG)
 OWN, OWN_CONFIG = llama.untie(PARAMS, CONFIG)
-OWN_NAMES = peft.llama_names(OWN_CONFIG)
+OWN_NAMES = peft.model_names(OWN_CONFIG)
 Q = {"q_proj": lora.LoRA(rank=2)}
 FILE = "adapter_model.safetensors"
 
@@ -163,7 +163,7 @@ def test_one_of_a_tied_pair_wants_an_untied_base(name, tmp_path):
     method, which = ONE_OF_TWO[name]
     delta = delta_of(method, OWN)
     save(tmp_path, delta, OWN, OWN_NAMES)
-    with pytest.raises(ValueError, match=rf"changes {which}.* llama.untie\(params, config\)"):
+    with pytest.raises(ValueError, match=rf"changes {which}.* models.untie\(params, config\)"):
         peft.load_adapter(tmp_path, PARAMS, NAMES)
     close(bound(tmp_path, OWN, OWN_NAMES, OWN_CONFIG), forward(lora.bind(OWN, delta), OWN_CONFIG))
 
@@ -343,7 +343,7 @@ def test_a_constant_beside_b(tmp_path):
     with pytest.raises(
         ValueError, match="adds a constant to the output of model.layers.0.*no bias"
     ):
-        peft.load_adapter(folder, params, peft.llama_names(config))
+        peft.load_adapter(folder, params, peft.model_names(config))
 
 
 def test_adalora_by_its_scale_and_without_a_schedule(tmp_path):

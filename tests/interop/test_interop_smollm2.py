@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lora_jax.models import llama
-from lora_jax.models.config import LlamaConfig
+from lora_jax.models.llama import LlamaConfig
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "smollm2_logits.npz")
 

@@ -19,7 +19,7 @@ import lora_jax as lora
 from lora_jax.interop import (
     Digest,
     Forward,
-    LlamaForward,
+    ModelForward,
     check_digest,
     digest_of,
     load,
@@ -37,7 +37,7 @@ from lora_jax.interop.verify.norms import measured_bytes, update_norms
 from lora_jax.models import llama
 
 CONFIG, PARAMS, TOKENS = cases.llama_case()
-NAMES, FORWARD = peft.llama_names(CONFIG), LlamaForward(CONFIG)
+NAMES, FORWARD = peft.model_names(CONFIG), ModelForward(CONFIG)
 LAYER = "base_model.model.model.layers.1."
 
 
@@ -133,7 +133,7 @@ def test_targets_and_layers_that_do_nothing(tmp_path):
 
 def test_targets_that_reach_7_percent(tmp_path):
     config, params, _ = cases.llama_case(num_layers=14)
-    names = peft.llama_names(config)
+    names = peft.model_names(config)
     ranks = (0,) * 13 + (2,)
     delta = delta_of(lora.LoRA(rank=ranks), params=params, targets="q_proj")
     text = said(exported(tmp_path / "a", delta, params, names), params, names)
@@ -256,7 +256,7 @@ def test_merged_exports_carry_the_digest(tmp_path):
     source = small_checkpoints.write_huggingface(tmp_path / "m", *small_checkpoints.small("qwen2"))
     model = load(source)
     delta = cases.llama_delta(model.params, lora.LoRA(rank=2), size=0.05, targets="qv")
-    forward = LlamaForward(model.config)
+    forward = ModelForward(model.config)
     digest = digest_of(forward, model.params, delta)
     merged = dataclasses.replace(model, params=lora.merge(model.params, delta))
     save_huggingface(tmp_path / "good", merged, digest=digest, shard_bytes=50_000)
@@ -299,7 +299,7 @@ def test_without_a_digest(folder, tmp_path):
 
 def test_a_tied_base(tmp_path):
     config, params, _ = cases.llama_case(tie_embeddings=True)
-    names = peft.llama_names(config)
+    names = peft.model_names(config)
     delta = delta_of(params=params)
     assert said(exported(tmp_path / "a", delta, params, names), params, names) == ""
     both = verify(delta_of(params=params, targets="embed"), params, names, forms=("merged",))
@@ -334,7 +334,7 @@ def test_a_model_of_another_framework(tmp_path):
     report = verify(folder, params, names, forward=forward, layouts=layouts)
     assert report.ok and report.digest == "agrees" and report.matched == report.tensors == 10
     assert all(form.of_effect < 1e-3 for form in report.forms)
-    with pytest.raises(ValueError, match="give names=llama_names.config. for our Llama, or forw"):
+    with pytest.raises(ValueError, match="give names=model_names.config. for our Llama, or forw"):
         verify(folder, params, names)
 
 
@@ -368,7 +368,7 @@ def test_it_streams():
         program = jax.jit(lambda w, t: llama.forward(w, t, config)).lower(weights, tokens)
         return program.compile().memory_analysis().temp_size_in_bytes
 
-    forward = LlamaForward(config)
+    forward = ModelForward(config)
     lazily = jax.eval_shape(lambda p, d: merged_weights(forward, p, d, wide=True), params, delta)
     assert temporaries(lazily) < merged / 12
     assert temporaries(lazily) < 2 * temporaries(jax.eval_shape(lora.bind, params, delta))
@@ -392,7 +392,7 @@ WRONG = {
     "no probe": ({"probe": []}, "the probe has 0 tokens"),
     "other tokens": ({"probe": [3, 32]}, "tokens go from 3 to 32, and the base's vocabulary is of"),
     "a form": ({"forms": ("onnx",)}, "forms has onnx; expected some of merged, read back"),
-    "no names": ({"names": None}, "give names=llama_names"),
+    "no names": ({"names": None}, "give names=model_names"),
 }
 
 
@@ -414,7 +414,7 @@ def test_a_prompt_leaves_less_room():
 def test_an_adapter_of_another_model(folder):
     config, params, _ = cases.llama_case(num_layers=2)
     with pytest.raises(ValueError, match=r"no module of this model.*Of its 12 tensors 8 have a pl"):
-        verify(folder, params, peft.llama_names(config))
+        verify(folder, params, peft.model_names(config))
 
 
 DAMAGED = [
@@ -451,7 +451,7 @@ def test_the_script(script, tmp_path):
     source = small_checkpoints.write_huggingface(tmp_path / "m", *small_checkpoints.small("llama2"))
     model = load(source)
     delta = cases.llama_delta(model.params, lora.LoRA(rank=2), size=0.05, targets="qv")
-    names = peft.llama_names(model.config)
+    names = peft.model_names(model.config)
     adapter = exported(tmp_path / "a", delta, model.params, names)
     merged = dataclasses.replace(model, params=lora.merge(model.params, delta))
     save_huggingface(tmp_path / "merged", merged, digest=read_digest(adapter))

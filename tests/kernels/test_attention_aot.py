@@ -19,7 +19,7 @@ import lora_jax as lora
 from lora_jax import training
 from lora_jax.kernels.attention import attend
 from lora_jax.models import llama
-from lora_jax.models.config import LlamaConfig
+from lora_jax.models.llama import LlamaConfig
 
 T = 4096
 TARGET = (Path(__file__).parent / "h100_sxm_target.textproto").read_text()

@@ -9,8 +9,8 @@ import pytest
 
 import lora_jax as lora
 from lora_jax.models import llama
-from lora_jax.models.config import LlamaConfig
 from lora_jax.models.generate import choose, generate, nucleus
+from lora_jax.models.llama import LlamaConfig
 
 CONFIG = LlamaConfig(
     vocab_size=50,

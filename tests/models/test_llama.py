@@ -12,10 +12,9 @@ from cases import assert_close, assert_equal
 
 import lora_jax as lora
 from lora_jax.kernels.attention import attend
-from lora_jax.models import llama
+from lora_jax.models import SHAPES, llama
 from lora_jax.models.config import RopeScaling
 from lora_jax.models.rope import inverse_frequencies, rotate
-from lora_jax.models.shapes import SHAPES
 
 SCALING = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=16)
 VARIANTS = {

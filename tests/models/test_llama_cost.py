@@ -17,9 +17,8 @@ import pytest
 from test_protocol_weights import quantize
 
 import lora_jax as lora
-from lora_jax.models import llama
-from lora_jax.models.config import LlamaConfig
-from lora_jax.models.shapes import SHAPES
+from lora_jax.models import SHAPES, llama
+from lora_jax.models.llama import LlamaConfig
 from lora_jax.training import init_state, llama_loss, train_step
 from lora_jax.training.loss import token_losses
 

@@ -155,8 +155,8 @@ def test_a_float32_leaf_counts_in_full_beside_bfloat16(group):
 def test_float32_norms_alone(dtype):
     """The scale is multiplied in float32 and rounded once, the stream stays what it was."""
     x, scale = cases.normal(0, 3, 5, 8).astype(dtype), 1 + 1e-3 * cases.normal(1, 8)
-    ours = llama.rms_norm(x, scale, 1e-6)
-    unit = llama.rms_norm(x, jnp.ones(8, dtype), 1e-6)
+    ours = llama.rms_norm(x, scale, CONFIG)
+    unit = llama.rms_norm(x, jnp.ones(8, dtype), CONFIG)
     assert ours.dtype == dtype
     expected = np.asarray(unit, np.float32) * np.asarray(scale)
     np.testing.assert_array_equal(ours, expected.astype(dtype))

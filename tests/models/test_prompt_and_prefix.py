@@ -212,7 +212,7 @@ def test_what_a_llama_does_not_read():
     unread = {"layers": {"mlp": {"prefix": prefix}}}
     wide = {"layers": {"attn": {"prefix": jax.tree.map(lambda x: jnp.tile(x, 2), prefix)}}}
     for delta, message in (
-        (unread, "layers/mlp/prefix: a PrefixNode stands there, where a Llama reads none"),
+        (unread, "layers/mlp/prefix: a PrefixNode stands where this model reads none"),
         (wide, "layers/attn/prefix is 16 wide, the keys of this model are 8, 2 heads of 4.*k_proj"),
     ):
         weights = lora.bind(PARAMS, delta)

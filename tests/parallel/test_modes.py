@@ -8,8 +8,8 @@ import pytest
 
 import lora_jax as lora
 from lora_jax import parallel, training
-from lora_jax.models import llama
-from lora_jax.models.config import LlamaConfig
+from lora_jax.models import SHARDING, llama
+from lora_jax.models.llama import LlamaConfig
 from lora_jax.training.execution import single
 from lora_jax.training.sweep import make_sweep
 
@@ -110,7 +110,7 @@ CASES = [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)
 @pytest.mark.parametrize("name, kind, mode", CASES)
 def test_a_mesh_gives_the_numbers_of_one_device(name, kind, mode):
     mesh = parallel.make_mesh(MESHES[name])
-    specs = parallel.match_specs(base_of(kind), parallel.LLAMA_RULES)
+    specs = parallel.match_specs(base_of(kind), SHARDING)
     ours, packed = run(kind, mode, parallel.on_mesh(mesh, specs), specs)
     np.testing.assert_allclose(ours, alone(kind), rtol=1e-5)
     for state in packed if mode == "in_turn" else [packed]:  # nothing has wandered

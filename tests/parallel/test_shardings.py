@@ -11,8 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax as lora
 from lora_jax import parallel, paths, training
-from lora_jax.models import llama
-from lora_jax.models.shapes import SHAPES
+from lora_jax.models import SHAPES, SHARDING, llama
 
 PARAMS = {
     "layers": {"q_proj": jnp.zeros((2, 16, 32)), "down_proj": jnp.zeros((2, 32, 16))},
@@ -191,5 +190,5 @@ def test_llamas_lie_on_pods(name):
             ("arms", "fsdp", "sequence", "tensor"),
         )
         for base in (params, quantised):
-            specs = parallel.match_specs(base, parallel.LLAMA_RULES)
+            specs = parallel.match_specs(base, SHARDING)
             parallel.base_shardings(mesh, base, specs)

@@ -14,9 +14,10 @@ import pytest
 import small_llamas
 
 import lora_jax as lora
-from lora_jax.interop.llama_leaves import assemble, llama_leaves
+from lora_jax.interop.model_tensors import assemble, leaves_of, names_of
 from lora_jax.models import llama
-from lora_jax.models.config import LlamaConfig, RopeScaling
+from lora_jax.models.config import RopeScaling
+from lora_jax.models.llama import LlamaConfig
 from lora_jax.training import token_losses
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -56,13 +57,15 @@ def compute(name: str) -> dict[str, np.ndarray]:
         params, method, targets=case["targets"], key=jax.random.key(0)
     )
     modules = {}  # path in our tree: PEFT's modules, layer by layer
-    for leaf in llama_leaves(config):
-        names = [n.removesuffix(".weight") for n in leaf.names("huggingface", config.num_layers)]
+    for leaf in leaves_of(config, "huggingface"):
+        names = [
+            n.removesuffix(".weight") for n in names_of(leaf, "huggingface", config.num_layers)
+        ]
         if names[0] in given:
             modules[leaf.path] = names
-            node = delta["layers"][leaf.path[1]][leaf.path[2]]
+            _, group, last = leaf.path.split("/")
             pairs = [given[n] for n in names]
-            delta["layers"][leaf.path[1]][leaf.path[2]] = node.replace(
+            delta["layers"][group][last] = delta["layers"][group][last].replace(
                 a=jnp.stack([a.T for a, _ in pairs]), b=jnp.stack([b.T for _, b in pairs])
             )
     assert sum(map(len, modules.values())) == len(given)

@@ -15,7 +15,7 @@ from test_peft import config_of
 
 import lora_jax as lora
 from lora_jax.interop import peft as ours
-from lora_jax.interop.llama_leaves import assemble
+from lora_jax.interop.model_tensors import assemble
 from lora_jax.models import llama
 from lora_jax.paths import nest
 from lora_jax.transform import delta_nodes
@@ -179,7 +179,7 @@ def load(folder, variant, untied=False):
     params, config = base(variant)
     if untied:
         params, config = llama.untie(params, config)
-    return ours.load_adapter(folder, params, ours.llama_names(config)), params, config
+    return ours.load_adapter(folder, params, ours.model_names(config)), params, config
 
 
 @pytest.mark.parametrize("name", THEIRS)
@@ -198,7 +198,7 @@ def test_theirs_loads_here_and_ours_goes_back(name, tmp_path):
     if name == "alpha 0":
         return
     ours.save_adapter(
-        tmp_path / "b", delta, params, ours.llama_names(config), num_kv_heads=config.num_kv_heads
+        tmp_path / "b", delta, params, ours.model_names(config), num_kv_heads=config.num_kv_heads
     )
     again = peft.PeftModel.from_pretrained(their_base(variant), tmp_path / "b")
     assert relative(their_logits(again, TOKENS), expected) < 1e-5
@@ -275,7 +275,7 @@ def test_ours_with_whole_weights_loads_there(method, untied, tmp_path):
     params, config = base(BIASED)
     if untied:
         params, config = llama.untie(params, config)
-    names = ours.llama_names(config)
+    names = ours.model_names(config)
     for i, (what, whole) in enumerate(FULL.items()):
         if what == "a head" and not untied:
             continue

@@ -14,7 +14,7 @@ import small_llamas
 from test_peft import config_of
 
 import lora_jax as lora
-from lora_jax.interop.llama_leaves import assemble
+from lora_jax.interop.model_tensors import assemble
 from lora_jax.models import llama
 from lora_jax.transform import delta_nodes
 

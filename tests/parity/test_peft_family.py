@@ -16,7 +16,7 @@ import small_llamas
 from test_peft import config_of
 
 import lora_jax as lora
-from lora_jax.interop.llama_leaves import assemble, llama_leaves
+from lora_jax.interop.model_tensors import assemble, leaves_of, names_of
 from lora_jax.methods import DeltaNode, Extra
 from lora_jax.models import llama
 from lora_jax.training import token_losses
@@ -105,11 +105,11 @@ def by_token(pairs_LTPD):
 def in_pefts_terms(delta) -> dict[str, jax.Array]:
     """`{PEFT's parameter: value}` of all that it has. It permutes: its transpose is its inverse."""
     found = {}
-    for leaf in llama_leaves(CONFIG):
-        if len(leaf.path) < 3 or leaf.path[2] not in delta.get("layers", {}).get(leaf.path[1], {}):
+    for leaf in leaves_of(CONFIG, "huggingface"):
+        if leaf.path not in (nodes := lora.transform.delta_nodes(delta)):
             continue
-        node = delta["layers"][leaf.path[1]][leaf.path[2]]
-        for i, name in enumerate(leaf.names("huggingface", CONFIG.num_layers)):
+        node = nodes[leaf.path]
+        for i, name in enumerate(names_of(leaf, "huggingface", CONFIG.num_layers)):
             module = name.removesuffix(".weight")
             layer = jax.tree.map(lambda x: x[i], node)  # noqa: B023
             for suffix, read in LEAVES[type(node).__name__].items():

@@ -10,7 +10,7 @@ from test_peft import config_of
 
 import lora_jax as lora
 from lora_jax.interop import peft as ours
-from lora_jax.interop.llama_leaves import assemble
+from lora_jax.interop.model_tensors import assemble
 from lora_jax.models import llama
 
 peft = pytest.importorskip("peft", reason="needs requirements-parity.txt")
@@ -19,7 +19,7 @@ from logits import relative, their_logits  # noqa: E402
 VALUES = small_llamas.VARIANTS[family_cases.MODEL]
 CONFIG = config_of(VALUES)
 PARAMS = assemble(CONFIG, "huggingface", small_llamas.draw_weights(VALUES).__getitem__, "float32")
-NAMES = ours.llama_names(CONFIG)
+NAMES = ours.model_names(CONFIG)
 TOKENS = family_cases.TOKENS
 pytestmark = pytest.mark.mixed_dtypes
 

@@ -9,7 +9,7 @@ import pytest
 
 from configs import llama8b, tiny
 from experiments.harness import ahead, budget
-from lora_jax.models.shapes import SHAPES
+from lora_jax.models import SHAPES
 from lora_jax.planning import chips, cost
 
 pytestmark = pytest.mark.mixed_dtypes  # Adam promotes

@@ -11,7 +11,7 @@ import pytest
 
 import lora_jax as lora
 from lora_jax.models import llama
-from lora_jax.models.config import LlamaConfig
+from lora_jax.models.llama import LlamaConfig
 from lora_jax.quant import FORMATS, from_bitsandbytes, to_bitsandbytes
 from lora_jax.training import checkpoints
 from lora_jax.weights import linear, transpose

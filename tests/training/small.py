@@ -9,7 +9,7 @@ import numpy as np
 import lora_jax as lora
 from lora_jax import training
 from lora_jax.models import llama
-from lora_jax.models.config import LlamaConfig
+from lora_jax.models.llama import LlamaConfig
 
 CONFIG = LlamaConfig(
     vocab_size=64,

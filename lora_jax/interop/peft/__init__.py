@@ -5,4 +5,4 @@ from lora_jax.interop.peft.card import model_card as model_card
 from lora_jax.interop.peft.files import load_adapter as load_adapter
 from lora_jax.interop.peft.files import save_adapter as save_adapter
 from lora_jax.interop.peft.ia3 import scale_biases as scale_biases
-from lora_jax.interop.peft.names import llama_names as llama_names
+from lora_jax.interop.peft.names import model_names as model_names

@@ -13,13 +13,13 @@ from safetensors.numpy import save_file
 
 from lora_jax.fingerprint import fingerprint, form
 from lora_jax.interop.digest import KEY, Digest, can_run, digest_of, name_of
-from lora_jax.interop.forward import AnyForward, LlamaForward
+from lora_jax.interop.forward import AnyForward, ModelForward
 from lora_jax.interop.peft import adalora, full, ia3, lora, prompts, vera
 from lora_jax.interop.peft import own_base as own_bases
 from lora_jax.interop.peft.config import check_values
 from lora_jax.interop.peft.decode import TYPES, decoded
 from lora_jax.interop.peft.model import Model, Tensors, model_of
-from lora_jax.interop.peft.names import LlamaNames, Names, parents
+from lora_jax.interop.peft.names import ModelNames, Names, parents
 from lora_jax.interop.read_json import read_json
 from lora_jax.layouts import Layout
 from lora_jax.methods import (
@@ -66,7 +66,7 @@ def load_adapter(
     Args:
       folder: what `save_pretrained` wrote: adapter_config.json and adapter_model.safetensors.
       params: the base, or its shapes; DoRA and modules_to_save need the weights themselves.
-      names: `{path: module}`, `{}` for the index of a stacked layer; `llama_names(config)`. Where
+      names: `{path: module}`, `{}` for the index of a stacked layer; `model_names(config)`. Where
         embed_tokens is named and no lm_head, the head is taken to be the table: tied.
       layouts: of leaves that are more than stacked matrices.
       check_base: whether an adapter that states its base's fingerprint is held to it.
@@ -75,7 +75,7 @@ def load_adapter(
       FileNotFoundError: the folder or one of its files is missing.
       ValueError: a method or an option that we do not have, a tensor that is missing, unexpected or
         of another shape than this base asks for; a file that lacks what its config states; an
-        adapter of a table or a head alone over a tied base, which `llama.untie` makes ready for it;
+        adapter of a table or a head alone over a tied base, which `models.untie` makes ready;
         one that was saved here for a base of the same form with other weights.
     """
     folder = Path(folder)
@@ -129,7 +129,7 @@ def save_adapter(
       delta: of one of PEFT's methods, with `Full` for its modules_to_save; IA3 over layers with
         biases with the entries of `scale_biases`.
       params: the base, or its shapes; `Full` needs the weights themselves.
-      names: `{path: module}`, `{}` for the index of a stacked layer; `llama_names(config)`.
+      names: `{path: module}`, `{}` for the index of a stacked layer; `model_names(config)`.
       base_name: the base's folder or hub name, for base_model_name_or_path.
       layouts: of leaves that are more than stacked matrices.
       num_kv_heads: of the model; PEFT's form of a prefix states it.
@@ -163,8 +163,8 @@ def save_adapter(
     metadata = _base_metadata(params, base_fingerprint) | owned
     if config["peft_type"] == "IA3":
         metadata[_SCALES_BIASES] = "true"
-    if forward is None and isinstance(names, LlamaNames):
-        forward = LlamaForward(names.config)
+    if forward is None and isinstance(names, ModelNames):
+        forward = ModelForward(names.config)
     if digest is None and forward is not None and can_run(params):
         digest = digest_of(forward, params, delta)
     if digest is not None:

@@ -229,7 +229,7 @@ def _tied_head(slot: Slot, node: Any, a: np.ndarray, b: np.ndarray) -> Tensors:
     if isinstance(node, DoRANode):
         raise ValueError(
             f"{slot.path} is the output head as well, and PEFT's DoRA gives the two magnitudes "
-            "apart. Leave it out, or untie the model first: llama.untie(params, config)."
+            "apart. Leave it out, or untie the model first: models.untie(params, config)."
         )
     names = _names(dataclasses.replace(slot, module=HEAD))
     return {f"{HEAD}.{names[0]}": b, f"{HEAD}.{names[1]}": a}

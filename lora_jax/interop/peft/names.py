@@ -6,9 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lora_jax import paths
-from lora_jax.interop.llama_leaves import llama_leaves
 from lora_jax.layouts import Layout
-from lora_jax.models.config import LlamaConfig
+from lora_jax.models.config import DecoderConfig
 
 Names = Mapping[str, str]
 HEAD, TABLE = "lm_head", "embed_tokens"
@@ -40,22 +39,22 @@ class Slot:
         return self.suffix == TABLE
 
 
-class LlamaNames(dict[str, str]):
-    """The names of our Llama, and the config that they are of: an export can be run by it."""
+class ModelNames(dict[str, str]):
+    """The names of one of our models, and its config, by which an export can be run."""
 
-    def __init__(self, names: Mapping[str, str], config: LlamaConfig):
+    def __init__(self, names: Mapping[str, str], config: DecoderConfig):
         super().__init__(names)
         self.config = config
 
 
-def llama_names(config: LlamaConfig) -> LlamaNames:
-    """`{path: module}` for our Llama, with `{}` for the index of a stacked layer; a bias is named
-    as a tensor, `model.layers.{}.self_attn.q_proj.bias`."""
+def model_names(config: DecoderConfig) -> ModelNames:
+    """`{path: module}` for one of our models, with `{}` for the index of a stacked layer; a bias
+    is named as a tensor, `model.layers.{}.self_attn.q_proj.bias`."""
     names = {
-        "/".join(leaf.path): leaf.huggingface.removesuffix(".weight")
-        for leaf in llama_leaves(config)
+        leaf.path: leaf.huggingface.removesuffix(".weight")
+        for leaf in config.family.parameters(config)
     }
-    return LlamaNames(names, config)
+    return ModelNames(names, config)
 
 
 def slots_of(

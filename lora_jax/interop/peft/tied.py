@@ -83,6 +83,6 @@ def _apart(model: Model, which: str) -> ValueError:
     return ValueError(
         f"{model.source} changes {which} alone, but in this base the output head is the embedding "
         "table itself, and one cannot change without the other. Untie them: params, config = "
-        "llama.untie(params, config), and names = llama_names(config). Where the model has a head "
+        "models.untie(params, config), and names = model_names(config). Where the model has a head "
         f'of its own, add it to names as "{HEAD}".'
     )

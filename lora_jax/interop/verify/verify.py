@@ -8,9 +8,9 @@ import jax
 import numpy as np
 
 from lora_jax.interop.digest import Digest, formats_of
-from lora_jax.interop.forward import AnyForward, LlamaForward
+from lora_jax.interop.forward import AnyForward, ModelForward
 from lora_jax.interop.peft.files import load_adapter
-from lora_jax.interop.peft.names import LlamaNames, Names
+from lora_jax.interop.peft.names import ModelNames, Names
 from lora_jax.interop.verify.bound import Bound
 from lora_jax.interop.verify.coverage import AdapterFile, Places, reached, unmet
 from lora_jax.interop.verify.forms import kl_divergence
@@ -54,7 +54,7 @@ def verify(
     Args:
       adapter: a folder that `load_adapter` reads, or a delta.
       params: the base, of plain arrays, quantised, or both.
-      names: `llama_names(config)`, which says the model too; for others `{path: module}`. A delta
+      names: `model_names(config)`, which says the model too; for others `{path: module}`. A delta
         alone needs none beside `forward`.
       forward: another model.
       probe: token ids; by default those of the adapter's digest, or fixed ones.
@@ -78,7 +78,7 @@ def verify(
         raise ValueError("verify runs the model: it needs the base's weights, not shapes alone.")
     if unknown := sorted(set(forms) - set(FORMS)):
         raise ValueError(f"forms has {', '.join(unknown)}; expected some of {', '.join(FORMS)}.")
-    if isinstance(names, LlamaNames) and num_kv_heads is None:
+    if isinstance(names, ModelNames) and num_kv_heads is None:
         num_kv_heads = names.config.num_kv_heads
     layouts = dict(layouts or {})
     delta, file = _loaded(adapter, params, names, layouts, check_base)
@@ -134,12 +134,12 @@ def verify(
 def _forward(forward: AnyForward | None, names: Names | None) -> AnyForward:
     if forward is not None:
         return forward
-    if not isinstance(names, LlamaNames):
+    if not isinstance(names, ModelNames):
         raise ValueError(
-            "verify runs the model: give names=llama_names(config) for our Llama, or "
+            "verify runs the model: give names=model_names(config) for our Llama, or "
             "forward=Forward(apply=adapt(fn), vocab_size=...) for another model."
         )
-    return LlamaForward(names.config)
+    return ModelForward(names.config)
 
 
 def _loaded(

@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax import context_mesh
 from lora_jax.kernels.attention import cudnn, splash
+from lora_jax.kernels.attention.reference import cached_attention as cached_attention
 from lora_jax.kernels.attention.reference import causal_mask as causal_mask
 from lora_jax.kernels.attention.reference import masked_attention as masked_attention
 
@@ -31,6 +32,9 @@ def attend(
     *,
     prompt: int = 0,
     prefix: int = 0,
+    scale: float | None = None,
+    cap: float | None = None,
+    window: jax.Array | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """`softmax(q k^T / sqrt(H)) v` over the keys that each query may see, `[B, T, N, H]`.
@@ -44,10 +48,14 @@ def attend(
       segment_ids_BT: int32 `[B, T - prompt]`, the example that a packed position belongs to.
       prompt: how many leading queries, with their keys, belong to every segment.
       prefix: how many leading keys, with no query of their own, every segment sees.
+      scale: of the scores, in place of `1 / sqrt(H)`.
+      cap: scores s become `cap * tanh(s / cap)`.
+      window: int32 scalar, how many keys a query sees at most, its own included.
       implementation: None takes the kernel of the platform where it takes the arguments, and XLA
         elsewhere: on a CPU, for a length that is no multiple of 128 (TPU), for float32 (GPU),
-        behind a prompt or a prefix. A name takes that one or raises. The device is that of
-        `jax.sharding.use_abstract_mesh`, for a program compiled ahead of time, or the default one.
+        behind a prompt or a prefix, with a scale, a cap or a window. A name takes that one or
+        raises. The device is that of `jax.sharding.use_abstract_mesh`, for a program compiled ahead
+        of time, or the default one.
         "xla" stores a score for every head and pair of positions. "splash" (TPU) stores none; with
         several devices it wants their mesh in context (`jax.set_mesh`), and lies over the axes
         `fsdp` (rows), `tensor` (heads) and `sequence` (query positions). "cudnn" (GPU, 16-bit
@@ -58,12 +66,13 @@ def attend(
       ValueError: for an implementation asked for by name that the platform or an argument lacks.
     """
     given = (q_BTNH, k_BSKH, prompt, prefix)
-    if implementation is not None and (lack := _lack(implementation, *given)):
+    options = {"scale": scale, "cap": cap, "window": window}
+    if implementation is not None and (lack := _lack(implementation, *given, **options)):
         raise ValueError(
             f"attention: {implementation!r} {lack}. Leave `implementation` out, or ask for 'xla'."
         )
     runs: dict[str, Callable[..., jax.Array]] = {
-        "xla": partial(_xla, prompt=prompt, prefix=prefix),
+        "xla": partial(_xla, prompt=prompt, prefix=prefix, **options),
         "splash": partial(splash.attend, name=ATTENDED),
         "cudnn": _cudnn,
     }
@@ -73,7 +82,7 @@ def attend(
     kernels = {
         platform: runs[name]
         for name, platform in PLATFORM.items()
-        if _partitioned(name) and not _lack(name, *given)
+        if _partitioned(name) and not _lack(name, *given, **options)
     }
     if not kernels:
         return runs["xla"](*arguments)
@@ -82,17 +91,18 @@ def attend(
     return jax.lax.platform_dependent(*arguments, default=jax.checkpoint(runs["xla"]), **kernels)
 
 
-def _xla(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, *, prompt, prefix):
+def _xla(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, *, prompt, prefix, scale, cap, window):
     length = q_BTNH.shape[1] - prompt
-    mask = causal_mask(length, segment_ids_BT, prompt=prompt, prefix=prefix)
-    return checkpoint_name(masked_attention(q_BTNH, k_BSKH, v_BSKH, mask), ATTENDED)
+    mask = causal_mask(length, segment_ids_BT, prompt=prompt, prefix=prefix, window=window)
+    attended = masked_attention(q_BTNH, k_BSKH, v_BSKH, mask, scale=scale, cap=cap)
+    return checkpoint_name(attended, ATTENDED)
 
 
 def _cudnn(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
     return checkpoint_name(cudnn.attend(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT), ATTENDED)
 
 
-def _lack(implementation, q, k, prompt, prefix) -> str | None:
+def _lack(implementation, q, k, prompt, prefix, **options) -> str | None:
     """What keeps an implementation from taking these arguments here; None where nothing does."""
     if implementation not in get_args(Implementation):
         return f"is not one of {', '.join(get_args(Implementation))}"
@@ -104,6 +114,8 @@ def _lack(implementation, q, k, prompt, prefix) -> str | None:
         return f"needs a {wanted.upper()}, and this program is for a {device.device_kind}"
     if prompt or prefix:
         return f"takes neither a prompt nor a prefix, and there are {prompt} and {prefix} positions"
+    if asked := [name for name, value in options.items() if value is not None]:
+        return f"takes no {' and no '.join(asked)}"
     (B, T, _, H), K = q.shape, k.shape[2]
     if implementation == "cudnn":
         if q.dtype not in (jnp.bfloat16, jnp.float16):

@@ -8,9 +8,15 @@ import jax.numpy as jnp
 
 
 def causal_mask(
-    length: int, segment_ids_BT: jax.Array | None, *, prompt: int = 0, prefix: int = 0
+    length: int,
+    segment_ids_BT: jax.Array | None,
+    *,
+    prompt: int = 0,
+    prefix: int = 0,
+    window: jax.Array | int | None = None,
 ) -> jax.Array:
-    """`[B or 1, 1, P + T, S]`, True where a query may look: not ahead, nor into another segment.
+    """`[B or 1, 1, P + T, S]`, True where a query may look: not ahead, nor into another segment,
+    nor at what lies `window` keys or more behind it.
 
     The keys are `prefix` ones that no query stands for, the P rows of a `prompt`, and T = `length`
     positions, so that S = prefix + P + T. All segments see the first two.
@@ -20,12 +26,65 @@ def causal_mask(
         same = segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None, :]
         before = (prompt, 0)
         mask = mask & jnp.pad(same, ((0, 0), (0, 0), before, before), constant_values=True)
-    return jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (prefix, 0)), constant_values=True)
+    mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (prefix, 0)), constant_values=True)
+    if window is None:
+        return mask
+    queries = prefix + jnp.arange(prompt + length)
+    return mask & _within(queries, mask.shape[-1], window)
+
+
+def cached_attention(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    positions_BT: jax.Array,
+    *,
+    scale: float | None = None,
+    cap: float | None = None,
+    window: jax.Array | int | None = None,
+) -> jax.Array:
+    """Attention of queries at `positions` over a cache of S keys, of any float dtype; what lies
+    ahead of a query's position is not filled yet."""
+    slots = jnp.arange(k_BSKH.shape[1])
+    mask = slots[None, None, :] <= positions_BT[:, :, None]
+    if window is not None:
+        mask = mask & _within(positions_BT, k_BSKH.shape[1], window)
+    keys, values = k_BSKH.astype(q_BTNH.dtype), v_BSKH.astype(q_BTNH.dtype)
+    return masked_attention(q_BTNH, keys, values, mask[:, None], scale=scale, cap=cap)
+
+
+def _within(queries: jax.Array, keys: int, window: jax.Array | int) -> jax.Array:
+    """`[..., T, S]`, whether each key is less than `window` behind each of `queries [..., T]`."""
+    return queries[..., None] - jnp.arange(keys) < window
 
 
 def masked_attention(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: jax.Array
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    mask: jax.Array,
+    *,
+    scale: float | None = None,
+    cap: float | None = None,
 ) -> jax.Array:
-    """Attention `[B, T, N, H]`, scores scaled by `1 / sqrt(H)`; `mask [B or 1, 1, T, S]`."""
+    """Attention `[B, T, N, H]` of scores s times `scale`, `1 / sqrt(H)` unless given, then
+    `cap * tanh(s / cap)`; `mask [B or 1, 1, T, S]`."""
     with jax.numpy_dtype_promotion("standard"):  # JAX scales 16-bit scores in float32
-        return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask)
+        if cap is None:
+            return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask, scale=scale)
+        return _capped(q_BTNH, k_BSKH, v_BSKH, mask, scale or q_BTNH.shape[-1] ** -0.5, cap)
+
+
+def _capped(q_BTNH, k_BSKH, v_BSKH, mask, scale: float, cap: float) -> jax.Array:
+    """As `jax.nn.dot_product_attention`, which has no cap: scores and their softmax in float32."""
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+    scores_BKGTS = jnp.einsum(
+        "BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
+    )
+    scores_BKGTS = cap * jnp.tanh(scores_BKGTS * (scale / cap))
+    lowest = jnp.finfo(jnp.float32).min
+    shares_BKGTS = jax.nn.softmax(jnp.where(mask[:, :, None], scores_BKGTS, lowest), axis=-1)
+    attended = jnp.einsum("BKGTS,BSKH->BTKGH", shares_BKGTS.astype(v_BSKH.dtype), v_BSKH)
+    return attended.reshape(B, T, N, H)

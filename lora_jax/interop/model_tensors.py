@@ -1,4 +1,4 @@
-"""The Llama params tree, leaf by leaf, under the names that checkpoints give its tensors."""
+"""A params tree, leaf by leaf, under the names that checkpoints give its tensors."""
 
 import dataclasses
 import functools
@@ -13,34 +13,12 @@ from jax.typing import DTypeLike
 
 from lora_jax.interop.placing import Place, StoredLeaf, on_device
 from lora_jax.interop.progress import byte_progress
-from lora_jax.models.config import LlamaConfig
+from lora_jax.models.config import DecoderConfig
+from lora_jax.models.family import Parameter
 from lora_jax.paths import flatten, nest
 from lora_jax.quant import Blockwise
 
 Naming = Literal["gguf", "huggingface"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Leaf:
-    """One leaf of the tree. `{}` in a name is a layer's index; `shape` is a file's (out, in)."""
-
-    path: tuple[str, ...]
-    gguf: str
-    huggingface: str
-    shape: tuple[int, ...]
-
-    @property
-    def is_stacked(self) -> bool:
-        return self.path[0] == "layers"
-
-    @property
-    def is_transposed(self) -> bool:
-        """The model applies matrices from the right, but looks rows of the embedding up."""
-        return self.path != ("embed",)
-
-    def names(self, naming: Naming, num_layers: int) -> list[str]:
-        template = getattr(self, naming)
-        return [template.format(i) for i in range(num_layers)] if "{}" in template else [template]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,67 +41,29 @@ class FileTensor:
         return self.size * dtype.itemsize if self.packed_bytes is None else self.packed_bytes
 
 
-def family_of(config: LlamaConfig) -> str:
-    """ "llama", "qwen2" or "qwen3": what config.json and GGUF call models of this shape.
+def leaves_of(config: DecoderConfig, naming: Naming) -> tuple[Parameter, ...]:
+    """The leaves of a model of this shape, in the tree's order.
 
     Raises:
-      ValueError: no family has both biases and query/key norms.
+      ValueError: where files of that kind have no names for this family.
     """
-    if config.qkv_bias and config.qk_norm:
-        raise ValueError("no family has both qkv_bias and qk_norm; no other program would load it.")
-    return "qwen2" if config.qkv_bias else "qwen3" if config.qk_norm else "llama"
-
-
-def llama_leaves(config: LlamaConfig) -> list[Leaf]:
-    """The leaves of a model of this shape, in the tree's order."""
-    d, f, v = config.hidden_size, config.intermediate_size, config.vocab_size
-    h = config.head_dim
-    q, k = config.num_heads * h, config.num_kv_heads * h
-    layer, attn, mlp = (f"model.layers.{{}}.{part}" for part in ("", "self_attn.", "mlp."))
-    rows = [
-        ("embed", "token_embd.weight", "model.embed_tokens.weight", (v, d)),
-        ("layers/attn_norm", "blk.{}.attn_norm.weight", layer + "input_layernorm.weight", (d,)),
-        ("layers/attn/q_proj", "blk.{}.attn_q.weight", attn + "q_proj.weight", (q, d)),
-        ("layers/attn/k_proj", "blk.{}.attn_k.weight", attn + "k_proj.weight", (k, d)),
-        ("layers/attn/v_proj", "blk.{}.attn_v.weight", attn + "v_proj.weight", (k, d)),
-        ("layers/attn/o_proj", "blk.{}.attn_output.weight", attn + "o_proj.weight", (d, q)),
-        (
-            "layers/mlp_norm",
-            "blk.{}.ffn_norm.weight",
-            layer + "post_attention_layernorm.weight",
-            (d,),
-        ),
-        ("layers/mlp/gate_proj", "blk.{}.ffn_gate.weight", mlp + "gate_proj.weight", (f, d)),
-        ("layers/mlp/up_proj", "blk.{}.ffn_up.weight", mlp + "up_proj.weight", (f, d)),
-        ("layers/mlp/down_proj", "blk.{}.ffn_down.weight", mlp + "down_proj.weight", (d, f)),
-        ("norm", "output_norm.weight", "model.norm.weight", (d,)),
-    ]
-    if config.qkv_bias:
-        rows += [
-            ("layers/attn/q_bias", "blk.{}.attn_q.bias", attn + "q_proj.bias", (q,)),
-            ("layers/attn/k_bias", "blk.{}.attn_k.bias", attn + "k_proj.bias", (k,)),
-            ("layers/attn/v_bias", "blk.{}.attn_v.bias", attn + "v_proj.bias", (k,)),
-        ]
-    if config.qk_norm:
-        rows += [
-            ("layers/attn/q_norm", "blk.{}.attn_q_norm.weight", attn + "q_norm.weight", (h,)),
-            ("layers/attn/k_norm", "blk.{}.attn_k_norm.weight", attn + "k_norm.weight", (h,)),
-        ]
-    if not config.tie_embeddings:
-        rows.append(("lm_head", "output.weight", "lm_head.weight", (v, d)))
-    return [
-        Leaf(
-            path=tuple(path.split("/")),
-            gguf=gguf,
-            huggingface=huggingface,
-            shape=shape,
+    leaves = config.family.parameters(config)
+    if any(getattr(leaf, naming) is None for leaf in leaves):
+        raise ValueError(
+            f"{type(config).__name__}: this family has no {naming} form here. Write a Hugging Face "
+            "folder, save_huggingface(folder, model)."
         )
-        for path, gguf, huggingface, shape in rows
-    ]
+    return leaves
+
+
+def names_of(leaf: Parameter, naming: Naming, num_layers: int) -> list[str]:
+    """The names of a leaf's tensors, one a layer of a stacked leaf."""
+    template = getattr(leaf, naming)
+    return [template.format(i) for i in range(num_layers)] if leaf.is_stacked else [template]
 
 
 def check_tensors(
-    config: LlamaConfig, naming: Naming, found: Mapping[str, tuple[int, ...]], source: str
+    config: DecoderConfig, naming: Naming, found: Mapping[str, tuple[int, ...]], source: str
 ) -> None:
     """Raises ValueError unless `found` (name to shape) is exactly the model's set of tensors."""
     if config.num_layers > len(found):  # else a flipped bit makes the names below fill the memory
@@ -133,8 +73,8 @@ def check_tensors(
         )
     expected = {
         name: leaf.shape
-        for leaf in llama_leaves(config)
-        for name in leaf.names(naming, config.num_layers)
+        for leaf in leaves_of(config, naming)
+        for name in names_of(leaf, naming, config.num_layers)
     }
     if missing := expected.keys() - found.keys():
         raise ValueError(
@@ -155,7 +95,7 @@ def check_tensors(
 
 
 def assemble(
-    config: LlamaConfig,
+    config: DecoderConfig,
     naming: Naming,
     read: Callable[[str], Any],
     dtype: DTypeLike,
@@ -167,7 +107,7 @@ def assemble(
     one when it is indexed. Leaves other than the embedding come out transposed, since the model
     applies weights from the right.
     """
-    leaves = {"/".join(leaf.path): leaf for leaf in llama_leaves(config)}
+    leaves = {leaf.path: leaf for leaf in leaves_of(config, naming)}
     with byte_progress(only_on_terminal=True) as bar:
         task = bar.add_task("loading")
         stored = {
@@ -183,17 +123,16 @@ def assemble(
 
 
 def _stored(
-    leaf: Leaf,
-    config: LlamaConfig,
+    leaf: Parameter,
+    config: DecoderConfig,
     naming: Naming,
     read: Callable[[str], Any],
     dtype: DTypeLike,
     on_read: Callable[[int], None],
 ) -> StoredLeaf:
-    shape = leaf.shape[::-1] if leaf.is_transposed else leaf.shape
-    names = leaf.names(naming, config.num_layers)
+    names = names_of(leaf, naming, config.num_layers)
     return StoredLeaf(
-        shape=(config.num_layers, *shape) if leaf.is_stacked else shape,
+        shape=leaf.shape_in_tree(config.num_layers),
         dtype=jnp.dtype(dtype),
         tensors=[functools.partial(read, name) for name in names],
         is_stacked=leaf.is_stacked,
@@ -203,7 +142,7 @@ def _stored(
 
 
 def disassemble(
-    params: Mapping[str, Any], config: LlamaConfig, naming: Naming
+    params: Mapping[str, Any], config: DecoderConfig, naming: Naming
 ) -> dict[str, FileTensor]:
     """What `assemble` undoes: the file's tensors by name, each to be fetched in its turn.
 
@@ -211,7 +150,7 @@ def disassemble(
       ValueError: a leaf is missing, unexpected, of the wrong shape, or no plain array; for a
         Hugging Face folder, it may be a quantised weight as well.
     """
-    leaves = {"/".join(leaf.path): leaf for leaf in llama_leaves(config)}
+    leaves = {leaf.path: leaf for leaf in leaves_of(config, naming)}
     found = flatten(params, is_leaf=lambda node: not isinstance(node, Mapping))
     if found.keys() != leaves.keys():
         raise ValueError(
@@ -220,15 +159,14 @@ def disassemble(
         )
     tensors: dict[str, FileTensor] = {}
     for path, leaf in leaves.items():
-        array, names = found[path], leaf.names(naming, config.num_layers)
+        array, names = found[path], names_of(leaf, naming, config.num_layers)
         is_packed = isinstance(array, Blockwise) and naming == "huggingface"
         if not is_packed and not isinstance(array, jax.Array | np.ndarray):
             raise ValueError(
                 f"{path} is a {type(array).__name__}, and only plain arrays can be exported: "
                 "merge adapters and dequantise first, by merge(base, delta) and dequantize(params)."
             )
-        shape = leaf.shape[::-1] if leaf.is_transposed else leaf.shape
-        shape = (len(names), *shape) if leaf.is_stacked else shape
+        shape = leaf.shape_in_tree(config.num_layers)
         if array.shape != shape:
             raise ValueError(f"{path} has shape {array.shape}, but the config asks for {shape}.")
         for i, name in enumerate(names):
@@ -238,12 +176,12 @@ def disassemble(
     return tensors
 
 
-def _tensor(array: Any, leaf: Leaf, layer: int) -> np.ndarray:
+def _tensor(array: Any, leaf: Parameter, layer: int) -> np.ndarray:
     tensor = np.asarray(array[layer] if leaf.is_stacked else array)
     return np.ascontiguousarray(tensor.T if leaf.is_transposed else tensor)
 
 
-def _layer(weight: Blockwise, leaf: Leaf, layer: int) -> Blockwise:
+def _layer(weight: Blockwise, leaf: Parameter, layer: int) -> Blockwise:
     return jax.tree.map(lambda x: x[layer], weight) if leaf.is_stacked else weight
 
 

@@ -1,33 +1,15 @@
 """The keys of a config.json: those read, those known to change nothing, and no others.
 
-Source: transformers 5.24, whose Llama, Mistral, Qwen2 and Qwen3 were asked what each key changes.
+Source: transformers 5.24, whose models were asked what each key changes.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 _LARGEST = 1 << 31  # no count in a config is larger; a flipped digit is
 
-# What transformers takes where a family's config.json leaves a key out.
-_QWEN = {
-    "max_position_embeddings": 32_768,
-    "num_key_value_heads": 32,
-    "use_sliding_window": False,
-    "sliding_window": 4096,
-    "max_window_layers": 28,
-}
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {"max_position_embeddings": 2048},
-    "mistral": {
-        "max_position_embeddings": 131_072,
-        "num_key_value_heads": 8,
-        "sliding_window": 4096,
-    },
-    "qwen2": _QWEN,
-    "qwen3": _QWEN | {"head_dim": 128},
-}
 _READ = """
     model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
     num_key_value_heads head_dim max_position_embeddings original_max_position_embeddings
@@ -49,11 +31,6 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "tie_encoder_decoder": (False,),
     "chunk_size_feed_forward": (0,),
 }
-# Biases have a switch in these families alone; the others do not look at it.
-_SWITCHES = {
-    "llama": {"attention_bias": (False,), "mlp_bias": (False,)},
-    "qwen3": {"attention_bias": (False,)},
-}
 _HARMLESS = """
     architectures attention_bias auto_map attn_implementation custom_pipelines dtype
     finetuning_task gradient_checkpointing id2label initializer_range is_decoder is_llama_config
@@ -73,12 +50,11 @@ _HARMLESS = """
     num_return_sequences output_scores prefix remove_invalid_values repetition_penalty
     return_dict_in_generate suppress_tokens temperature top_k top_p typical_p
 """
-_KNOWN = {*_READ.split(), *_HARMLESS.split(), *_SUPPORTED}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stated:
-    """The values of a config.json, with the family's defaults where it leaves them out."""
+    """The values of a config.json, with its model type's defaults where it leaves them out."""
 
     path: Path
     values: Mapping[str, Any]
@@ -99,20 +75,34 @@ class Stated:
         return value
 
 
-def stated_values(path: Path, values: Mapping[str, Any]) -> Stated:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelType:
+    """What config.json files of one `model_type` say.
+
+    Attributes:
+      architecture: the class of transformers that they name.
+      read: makes the config of the values.
+      defaults: what transformers takes where a file leaves a key out.
+      reads: the keys that `read` looks at, beside those of every decoder.
+      supported: `{key: values}` of keys that change what the model computes, or that other types
+        do not look at; null counts as left out.
+    """
+
+    architecture: str
+    read: Callable[[Stated], Any]
+    defaults: Mapping[str, Any]
+    reads: frozenset[str] = frozenset()
+    supported: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
+
+
+def stated_values(path: Path, values: Mapping[str, Any], model_type: ModelType) -> Stated:
     """The values to read, of a model that is supported.
 
     Raises:
-      ValueError: another family; a key that is not known, or whose value is not supported.
+      ValueError: a key that is not known, or whose value is not supported.
     """
     family = values.get("model_type")
-    if not isinstance(family, str) or family not in _DEFAULTS:
-        raise ValueError(
-            f"{path}: unsupported model_type={family!r} (supported: "
-            f"{', '.join(map(repr, _DEFAULTS))}): Llama 2, Llama 3.x, SmolLM2, Mistral, Qwen2, "
-            "Qwen2.5 and Qwen3 checkpoints can be loaded."
-        )
-    supported = _SUPPORTED | _SWITCHES.get(family, {})
+    supported = _SUPPORTED | dict(model_type.supported)
     wrong = [
         f"{key}={values[key]!r} (supported: {', '.join(map(repr, supported[key]))})"
         for key in supported
@@ -123,10 +113,11 @@ def stated_values(path: Path, values: Mapping[str, Any]) -> Stated:
             f"{path}: unsupported {', '.join(wrong)} in a model of type {family!r}; it changes "
             "what the model computes, or how it trains."
         )
+    known = {*_READ.split(), *_HARMLESS.split(), *supported, *model_type.reads}
     unknown = [
         f"{key}={_short(value)}"
         for key, value in values.items()
-        if key not in _KNOWN and not key.startswith("_") and value is not None
+        if key not in known and not key.startswith("_") and value is not None
     ]
     if unknown:
         raise ValueError(
@@ -134,7 +125,7 @@ def stated_values(path: Path, values: Mapping[str, Any]) -> Stated:
             "Where it does not (transformers gives the same logits without it), remove it from "
             "config.json, or set it to null."
         )
-    defaults = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False} | _DEFAULTS[family]
+    defaults = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False} | dict(model_type.defaults)
     return Stated(path=path, values={**defaults, **values})
 
 

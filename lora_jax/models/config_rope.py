@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax.interop.huggingface_keys import Stated, positive, whole
 from lora_jax.models.config import RopeScaling
+from lora_jax.models.config_json import Stated, positive, whole
 
 _NESTED = ("rope_scaling", "rope_parameters")  # transformers takes the first that says something
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")

@@ -1,0 +1,196 @@
+"""A decoder of any family: its layers in a scan, over a whole row or over a cache.
+
+Dimensions: B batch, T positions, D hidden, V vocabulary, L layers, N query heads, K key/value
+heads, H head size.
+
+Every weight may be an array or any `Weight`: quantised, adapted, or both. A delta may add `prompt`,
+rows read in front of the tokens, and `layers/attn/prefix`, keys and values in front of a layer's.
+Leaves may be of several dtypes: activations keep that of `embed`, and logits have the wider of
+theirs and the head's.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from lora_jax import paths
+from lora_jax.context_mesh import FSDP, SEQUENCE, constrain
+from lora_jax.kernels.attention import Implementation, attend, cached_attention
+from lora_jax.models.cache import Cache, init_cache, require_room
+from lora_jax.models.config import DecoderConfig
+from lora_jax.models.family import Params
+from lora_jax.models.leading import leading, prefix_heads, prefix_of, prompt_rows
+from lora_jax.models.remat import LAYER_INPUT, Remat, checkpointed
+from lora_jax.weights import scan_layers, transpose
+
+
+def init(config: DecoderConfig, *, key: jax.Array, dtype: Any = jnp.float32) -> Params:
+    """Random params: normal matrices of deviation `1 / sqrt(d_in)`, vectors as the family says."""
+    table = config.family.parameters(config)
+    matrices = [leaf.path for leaf in table if len(leaf.shape) == 2]
+    keys = dict(zip(matrices, jax.random.split(paths.one_key(key), len(matrices)), strict=True))
+
+    def leaf_of(parameter):
+        shape = parameter.shape_in_tree(config.num_layers)
+        if parameter.path not in keys:
+            return jnp.full(shape, parameter.initial, dtype)
+        drawn = jax.random.normal(keys[parameter.path], shape, jnp.float32)
+        return (drawn / math.sqrt(parameter.shape[1])).astype(dtype)
+
+    return paths.nest({parameter.path: leaf_of(parameter) for parameter in table})
+
+
+def forward(
+    params: Params,
+    tokens: jax.Array,
+    config: DecoderConfig,
+    *,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    remat: Remat = "none",
+) -> jax.Array:
+    """Logits `[B, T, V]` of the next token after each of `tokens [B, T]`.
+
+    Args:
+      params: the family's tree.
+      tokens: int32.
+      config: the shape of the model.
+      positions: `[B, T]`, counted from 0 along each row unless given.
+      segment_ids: `[B, T]`, the example that a packed position belongs to; attention stays inside.
+      remat: what the backward pass recomputes: "none", "elementwise" (norms, activations and
+        attention scores, but no product with a weight), "full" (whole layers, whose inputs stay on
+        the device), "offload" (whole layers, whose inputs wait in host memory).
+    """
+    x_BTD = hidden_states(
+        params, tokens, config, positions=positions, segment_ids=segment_ids, remat=remat
+    )
+    return config.family.read_out(x_BTD, output_head(params), config)
+
+
+def hidden_states(
+    params: Params,
+    tokens: jax.Array,
+    config: DecoderConfig,
+    *,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    remat: Remat = "none",
+    attention: Implementation | None = None,
+    unroll: int = 1,
+) -> jax.Array:
+    """What the output head reads, `[B, T, D]`: `forward` short of its product with the vocabulary.
+
+    `attention` names an implementation of `lora_jax.kernels.attention`; None chooses by platform.
+    `unroll` layers of the scan are laid out one after another in the program.
+    """
+    family, how = config.family, config.attention
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    prefix, prompt = leading(params, config)
+    config.check_length(prefix + prompt + tokens.shape[1])
+    x_BTD = constrain(family.embed(tokens, params["embed"], config), FSDP, SEQUENCE)
+    if prompt:
+        rows_BPD = prompt_rows(params, x_BTD)
+        first = jnp.broadcast_to(jnp.arange(prompt), rows_BPD.shape[:2])
+        positions = jnp.concatenate([first, positions + prompt], axis=1)
+        x_BTD = jnp.concatenate([rows_BPD, x_BTD], axis=1)
+
+    def layer(x_BTD, scanned):
+        weights, window = scanned
+        x_BTD = checkpoint_name(x_BTD, LAYER_INPUT)
+        q, k, v = family.project(x_BTD, weights, positions + prefix, config)
+        if prefix:
+            before = [prefix_heads(leaf, k) for leaf in prefix_of(weights)]
+            k, v = (jnp.concatenate(pair, axis=1) for pair in zip(before, (k, v), strict=True))
+        attended = attend(
+            q,
+            k,
+            v,
+            segment_ids,
+            prompt=prompt,
+            prefix=prefix,
+            scale=how.scale,
+            cap=how.cap,
+            window=window,
+            implementation=attention,
+        )
+        x_BTD = family.finish(x_BTD, attended, weights, config)
+        return constrain(x_BTD, FSDP, SEQUENCE), None
+
+    layers = params["layers"], _windows(config, x_BTD.shape[1] + prefix)
+    x_BTD, _ = scan_layers(checkpointed(layer, remat), x_BTD, layers, unroll=unroll)
+    return family.norm(x_BTD[:, prompt:], params["norm"], config)
+
+
+def extend(
+    params: Params, tokens: jax.Array, cache: Cache, config: DecoderConfig
+) -> tuple[jax.Array, Cache]:
+    """Reads `tokens [B, T]` on from a cache.
+
+    Returns:
+      What the output head reads, `[B, T, D]`, and the cache with T more positions in every row.
+      Under a transformation, positions that exceed the cache give NaN.
+
+    Raises:
+      ValueError: if the cache has no room for T more positions.
+    """
+    require_room(cache, tokens.shape[1])
+    x_BTD = config.family.embed(tokens, params["embed"], config)
+    return _read(params, x_BTD, cache, config)
+
+
+def _read(params: Params, x_BTD: jax.Array, cache: Cache, config: DecoderConfig):
+    family, how, size = config.family, config.attention, cache.k.shape[2]
+    B, T = x_BTD.shape[:2]
+    config.check_length(size)
+    positions = cache.lengths[:, None] + jnp.arange(T)[None]
+    rows = jnp.arange(B)[:, None]
+
+    def layer(x_BTD, scanned):
+        weights, window, k_cache, v_cache = scanned
+        q, k, v = family.project(x_BTD, weights, positions, config)
+        k_cache = k_cache.at[rows, positions].set(k.astype(k_cache.dtype))
+        v_cache = v_cache.at[rows, positions].set(v.astype(v_cache.dtype))
+        attended = cached_attention(
+            q, k_cache, v_cache, positions, scale=how.scale, cap=how.cap, window=window
+        )
+        return family.finish(x_BTD, attended, weights, config), (k_cache, v_cache)
+
+    layers = params["layers"], _windows(config, size), cache.k, cache.v
+    x_BTD, (k, v) = scan_layers(layer, x_BTD, layers)
+    fits_BT1 = (positions < size)[..., None]
+    x_BTD = family.norm(jnp.where(fits_BT1, x_BTD, jnp.nan), params["norm"], config)
+    return x_BTD, Cache(k, v, cache.lengths + T)
+
+
+def _windows(config: DecoderConfig, length: int) -> jax.Array | None:
+    """How many of `length` keys a query of each layer sees, `[L]`; None where all see all."""
+    windows = config.attention.windows
+    if windows is None or all(window is None or window >= length for window in windows):
+        return None
+    return jnp.array([length if window is None else window for window in windows], jnp.int32)
+
+
+def start_cache(params: Params, config: DecoderConfig, batch: int, length: int) -> Cache:
+    """A cache for `length` more positions, in which what a delta puts in front is read already."""
+    prefix, prompt = leading(params, config)
+    dtype = params["embed"].dtype
+    cache = init_cache(config, batch, prefix + prompt + length, dtype)
+    if prefix:
+        k, v = (
+            jax.vmap(prefix_heads)(leaf, cache.k[:, :, :0]) for leaf in prefix_of(params["layers"])
+        )
+        k, v = cache.k.at[:, :, :prefix].set(k), cache.v.at[:, :, :prefix].set(v)
+        cache = Cache(k, v, cache.lengths + prefix)
+    if prompt:
+        like = jnp.zeros((batch, 0, config.hidden_size), dtype)
+        _, cache = _read(params, prompt_rows(params, like), cache, config)
+    return cache
+
+
+def output_head(params: Params) -> Any:
+    """The weight `[D, V]` of the output head: its own, or the embedding's transpose."""
+    return params["lm_head"] if "lm_head" in params else transpose(params["embed"])

@@ -1,0 +1,18 @@
+"""The families that can be loaded, each of one file."""
+
+from typing import Any
+
+from lora_jax.models import llama
+from lora_jax.models.config_json import ModelType
+from lora_jax.models.family import GGUF, Family
+
+FAMILIES: tuple[Family, ...] = (llama.FAMILY,)
+MODEL_TYPES: dict[str, ModelType] = {
+    name: kind for family in FAMILIES for name, kind in family.model_types.items()
+}
+ARCHITECTURES: dict[str, GGUF] = {
+    name: family.gguf for family in FAMILIES if family.gguf for name in family.gguf.architectures
+}
+SHAPES: dict[str, Any] = {
+    name: shape for family in FAMILIES for name, shape in family.shapes.items()
+}
