@@ -29,7 +29,7 @@ def causal_mask(
     mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (prefix, 0)), constant_values=True)
     if window is None:
         return mask
-    queries = prefix + jnp.arange(prompt + length)
+    queries = prefix + jnp.arange(prompt + length)[None, None]
     return mask & _within(queries, mask.shape[-1], window)
 
 
@@ -55,7 +55,8 @@ def cached_attention(
 
 def _within(queries: jax.Array, keys: int, window: jax.Array | int) -> jax.Array:
     """`[..., T, S]`, whether each key is less than `window` behind each of `queries [..., T]`."""
-    return queries[..., None] - jnp.arange(keys) < window
+    key = jax.lax.broadcasted_iota(queries.dtype, (*queries.shape, keys), queries.ndim)
+    return queries[..., None] - key < window
 
 
 def masked_attention(
