@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from lora_jax.models import llama
+from lora_jax.models import gemma2, llama
 from lora_jax.models.config_json import ModelType
 from lora_jax.models.family import GGUF, Family
 
-FAMILIES: tuple[Family, ...] = (llama.FAMILY,)
+FAMILIES: tuple[Family, ...] = (llama.FAMILY, gemma2.FAMILY)
 MODEL_TYPES: dict[str, ModelType] = {
     name: kind for family in FAMILIES for name, kind in family.model_types.items()
 }
