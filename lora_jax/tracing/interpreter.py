@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.extend import core
 
-from lora_jax.tracing import calls, plain, structure
+from lora_jax.tracing import inner_jaxprs, plain, single_equations
 from lora_jax.tracing.tracked import RefusedError, is_tracked
 
 _JAX = os.path.dirname(os.path.abspath(jax.__file__))
@@ -52,9 +52,9 @@ def evaluate(jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
 def _apply_rule(eqn: Any, operands: list[Any]) -> list[Any]:
     name = eqn.primitive.name
     try:
-        if name in calls.RULES:
-            return calls.RULES[name](eqn, operands, evaluate)
-        return structure.RULES.get(name, plain.read_whole)(eqn, operands)
+        if name in inner_jaxprs.RULES:
+            return inner_jaxprs.RULES[name](eqn, operands, evaluate)
+        return single_equations.RULES.get(name, plain.read_whole)(eqn, operands)
     except RefusedError as error:
         error.primitive = error.primitive or name
         error.line = error.line or line_of(eqn)  # a cached inner trace does not know its caller
