@@ -75,43 +75,37 @@ def parameters(config: LlamaConfig) -> tuple[Parameter, ...]:
     """The leaves of a model of this shape."""
     d, f, v, h = config.hidden_size, config.intermediate_size, config.vocab_size, config.head_dim
     q, k = config.num_heads * h, config.num_kv_heads * h
-    layer, block = "model.layers.{}.", "blk.{}."
-    attn, mlp = layer + "self_attn.", layer + "mlp."
-    rows = [
-        ("embed", (v, d), "model.embed_tokens.weight", "token_embd.weight"),
-        ("layers/attn_norm", (d,), layer + "input_layernorm.weight", block + "attn_norm.weight"),
-        ("layers/attn/q_proj", (q, d), attn + "q_proj.weight", block + "attn_q.weight"),
-        ("layers/attn/k_proj", (k, d), attn + "k_proj.weight", block + "attn_k.weight"),
-        ("layers/attn/v_proj", (k, d), attn + "v_proj.weight", block + "attn_v.weight"),
-        ("layers/attn/o_proj", (d, q), attn + "o_proj.weight", block + "attn_output.weight"),
-        (
-            "layers/mlp_norm",
-            (d,),
-            layer + "post_attention_layernorm.weight",
-            block + "ffn_norm.weight",
-        ),
-        ("layers/mlp/gate_proj", (f, d), mlp + "gate_proj.weight", block + "ffn_gate.weight"),
-        ("layers/mlp/up_proj", (f, d), mlp + "up_proj.weight", block + "ffn_up.weight"),
-        ("layers/mlp/down_proj", (d, f), mlp + "down_proj.weight", block + "ffn_down.weight"),
-        ("norm", (d,), "model.norm.weight", "output_norm.weight"),
-    ]
-    biases = [
-        ("layers/attn/q_bias", (q,), attn + "q_proj.bias", block + "attn_q.bias", 0.0),
-        ("layers/attn/k_bias", (k,), attn + "k_proj.bias", block + "attn_k.bias", 0.0),
-        ("layers/attn/v_bias", (k,), attn + "v_proj.bias", block + "attn_v.bias", 0.0),
-    ]
-    norms = [
-        ("layers/attn/q_norm", (h,), attn + "q_norm.weight", block + "attn_q_norm.weight"),
-        ("layers/attn/k_norm", (h,), attn + "k_norm.weight", block + "attn_k_norm.weight"),
-    ]
-    head = [("lm_head", (v, d), "lm_head.weight", "output.weight")]
-    present = (
-        *rows,
+
+    def layer(path, shape, name, gguf, initial=1.0):
+        names = f"model.layers.{{}}.{name}", f"blk.{{}}.{gguf}"
+        return Parameter(f"layers/{path}", shape, *names, initial)
+
+    biases = (
+        layer("attn/q_bias", (q,), "self_attn.q_proj.bias", "attn_q.bias", 0.0),
+        layer("attn/k_bias", (k,), "self_attn.k_proj.bias", "attn_k.bias", 0.0),
+        layer("attn/v_bias", (k,), "self_attn.v_proj.bias", "attn_v.bias", 0.0),
+    )
+    norms = (
+        layer("attn/q_norm", (h,), "self_attn.q_norm.weight", "attn_q_norm.weight"),
+        layer("attn/k_norm", (h,), "self_attn.k_norm.weight", "attn_k_norm.weight"),
+    )
+    head = Parameter("lm_head", (v, d), "lm_head.weight", "output.weight")
+    return (
+        Parameter("embed", (v, d), "model.embed_tokens.weight", "token_embd.weight"),
+        layer("attn_norm", (d,), "input_layernorm.weight", "attn_norm.weight"),
+        layer("attn/q_proj", (q, d), "self_attn.q_proj.weight", "attn_q.weight"),
+        layer("attn/k_proj", (k, d), "self_attn.k_proj.weight", "attn_k.weight"),
+        layer("attn/v_proj", (k, d), "self_attn.v_proj.weight", "attn_v.weight"),
+        layer("attn/o_proj", (d, q), "self_attn.o_proj.weight", "attn_output.weight"),
+        layer("mlp_norm", (d,), "post_attention_layernorm.weight", "ffn_norm.weight"),
+        layer("mlp/gate_proj", (f, d), "mlp.gate_proj.weight", "ffn_gate.weight"),
+        layer("mlp/up_proj", (f, d), "mlp.up_proj.weight", "ffn_up.weight"),
+        layer("mlp/down_proj", (d, f), "mlp.down_proj.weight", "ffn_down.weight"),
+        Parameter("norm", (d,), "model.norm.weight", "output_norm.weight"),
         *(biases if config.qkv_bias else ()),
         *(norms if config.qk_norm else ()),
-        *(() if config.tie_embeddings else head),
+        *(() if config.tie_embeddings else (head,)),
     )
-    return tuple(Parameter(*row) for row in present)
 
 
 def project(
