@@ -57,7 +57,7 @@ def layer_by_layer(
 
 
 def store_doubly(absmax: np.ndarray) -> dict[str, np.ndarray]:
-    """The arrays of `DoubleQuantized` for `absmax [stack..., blocks, d_out]`, whole layers of it."""
+    """The arrays of `DoubleQuantized`, for whole layers of `absmax [stack..., blocks, d_out]`."""
     return layer_by_layer(double_quantize, absmax, doubly_shapes(absmax.shape))
 
 
