@@ -79,12 +79,11 @@ def _made(
                 made[str(at)] = like.encoded(read(at), block_size=like.block_size)
     arrays: dict[str, Any] = {}
     for name in shapes:
-        sharding: Any = getattr(lying, name)
-        if not isinstance(sharding, DoubleQuantized):
-            arrays[name] = spread(name, sharding)
-        else:
-            single = np.asarray(hosts.whole(spread(name, sharding.codes)))
-            nested: Any = storage.store_doubly(single)
+        sharding = getattr(lying, name)
+        is_doubled = isinstance(sharding, DoubleQuantized)
+        arrays[name] = spread(name, sharding.codes if is_doubled else sharding)
+        if is_doubled:
+            nested: Any = storage.store_doubly(np.asarray(hosts.whole(arrays[name])))
             arrays[name] = hosts.place(DoubleQuantized(**nested), sharding)
     return dataclasses.replace(cast(Any, like), **arrays)
 
