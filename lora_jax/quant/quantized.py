@@ -108,7 +108,7 @@ class Quantized(Weight):
         if double_quant and cls.doubled is None:
             raise ValueError(
                 f"double_quant={double_quant!r}: {cls.format} has no scales in float32 that could "
-                "be quantised again. Leave double_quant out."
+                "be quantised again. Leave it out."
             )
         return {"block_size": block_size, "double_quant": double_quant}
 
