@@ -10,6 +10,7 @@ from lora_jax.quant.blockwise import Int4 as Int4
 from lora_jax.quant.blockwise import Int8 as Int8
 from lora_jax.quant.double import DoubleQuantized as DoubleQuantized
 from lora_jax.quant.formats import FORMATS as FORMATS
+from lora_jax.quant.mxfp4 import MXFP4 as MXFP4
 from lora_jax.quant.quantize import dequantize as dequantize
 from lora_jax.quant.quantize import quantize as quantize
 from lora_jax.quant.quantize import quantizer as quantizer

@@ -2,6 +2,7 @@
 here."""
 
 from lora_jax.quant.blockwise import E2M1, FP4, NF4, Int4, Int8
+from lora_jax.quant.mxfp4 import MXFP4
 from lora_jax.quant.quantized import Quantized
 
 FORMATS: dict[str, type[Quantized]] = {
@@ -10,4 +11,5 @@ FORMATS: dict[str, type[Quantized]] = {
     "e2m1": E2M1,
     "int4": Int4,
     "int8": Int8,
+    "mxfp4": MXFP4,
 }
