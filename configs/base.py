@@ -3,7 +3,7 @@
 Any of them can be given on the command line: `--config.train.steps=20`.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 
 def get_config() -> ConfigDict:
@@ -26,10 +26,13 @@ def get_config() -> ConfigDict:
     )
     config.base = ConfigDict(
         {
-            # none, nf4, fp4, e2m1, int4, int8: the format of all linear layers of the frozen base
+            # none, or the format of all linear layers of the frozen base: a name in
+            # lora_jax/quant/formats.py
             "quantize": "none",
-            "block_size": 64,
-            "double_quant": True,  # whether each block's scale is itself kept in 8 bits
+            # Weights that share a scale, and whether a float32 scale is itself kept in 8 bits; what
+            # is not given is the format's own: 64 and True for nf4.
+            "block_size": config_dict.placeholder(int),
+            "double_quant": config_dict.placeholder(bool),
         }
     )
     config.data = ConfigDict(

@@ -43,7 +43,7 @@ from lora_jax.interop import (
 from lora_jax.interop.huggingface_files import open_tensors
 from lora_jax.interop.pretrained import locate
 from lora_jax.interop.read_json import read_json
-from lora_jax.quant import Blockwise
+from lora_jax.quant import Quantized
 from lora_jax.weights import is_weight
 
 _FROM = flags.DEFINE_string("from", None, "The model: a folder, a .gguf file, or a name.")
@@ -230,7 +230,7 @@ def parameters(model: Pretrained) -> int:
 
 
 def formats(model: Pretrained) -> set[str]:
-    return {leaf.format for leaf in leaves(model) if isinstance(leaf, Blockwise)}
+    return {leaf.format for leaf in leaves(model) if isinstance(leaf, Quantized)}
 
 
 def leaves(model: Pretrained) -> list:

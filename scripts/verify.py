@@ -39,12 +39,13 @@ from lora_jax.interop import (
     stored_formats,
     verify,
 )
+from lora_jax.quant import FORMATS
 
 _BASE = flags.DEFINE_string("base", None, "The adapter's base: a folder, a .gguf file, or a name.")
 _PROBE = flags.DEFINE_string("probe", None, "A text to compare logits on.")
 _AGAINST = flags.DEFINE_list("against", [], "Merged models, adapters or digests from elsewhere.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "Of the base.")
-_QUANTIZE = flags.DEFINE_enum("quantize", None, ["nf4", "fp4"], "The base's linears.")
+_QUANTIZE = flags.DEFINE_enum("quantize", None, list(FORMATS), "The base's linears.")
 _PEFT = flags.DEFINE_bool("peft", True, "Compare with PEFT where it is installed.")
 _JSON = flags.DEFINE_string("json", None, "A file to write the report to.")
 

@@ -14,6 +14,7 @@ import numpy as np
 import lora_jax as lora
 from lora_jax.models import llama
 from lora_jax.models.llama import LlamaConfig
+from lora_jax.quant import FORMATS, Blockwise
 from lora_jax.weights import scan_layers
 
 METHODS = {
@@ -62,6 +63,20 @@ REGISTRY = {
     lora.Prefix: Entry(lora.Prefix(length=2), changes_at_once=True),
     lora.Full: Entry(METHODS["full"]),
 }
+
+
+# Formats that share a storage differ in a codebook alone: one of these, and every other format.
+CODEBOOKS = [name for name, kind in FORMATS.items() if issubclass(kind, Blockwise)]
+STORAGES = ["nf4", *(name for name in FORMATS if name not in CODEBOOKS)]
+
+
+def format_options(format: str, block_size: int, double_quant: bool = True) -> dict[str, Any]:
+    """Of these options, those that a format has; its own block size where it has not this one."""
+    kind = FORMATS[format]
+    return {
+        "block_size": block_size if block_size in kind.block_sizes else kind.default_block_size,
+        "double_quant": double_quant and kind.doubled is not None,
+    }
 
 
 def _bottlenecks(params) -> list[Any]:

@@ -18,11 +18,14 @@ from lora_jax.transform import delta_nodes
 
 HIGHEST = (jax.lax.Precision.HIGHEST,) * 2
 KEY = jax.random.key(0)
-PARAMS = {"embed": cases.normal(0, 16, 8), "layers": {"k_proj": cases.normal(1, 2, 8, 6)}}
+PARAMS = {"embed": cases.normal(0, 64, 32), "layers": {"k_proj": cases.normal(1, 2, 32, 6)}}
 BASES = {
     "float32": PARAMS,
     "bfloat16": jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS),
-    "nf4": lora.quantize(PARAMS, "nf4", targets=".*", block_size=8),
+    **{
+        format: lora.quantize(PARAMS, format, targets=".*", **cases.format_options(format, 8))
+        for format in cases.STORAGES
+    },
 }
 METHODS = {kind.__name__: (entry.method, entry.targets) for kind, entry in REGISTRY.items()} | {
     init: (lora.LoRA(rank=2, init=init), "k_proj") for init in ("pissa", "pissa_niter_2", "olora")
@@ -62,7 +65,7 @@ def test_of_a_method(name, base):
         return
     merged = products(lora.merge, BASES[base], delta)
     assert bool(merged) == (name in MULTIPLIES)
-    if base == "nf4":
+    if base in cases.STORAGES:
         again = products(functools.partial(lora.merge, requantize=True), BASES[base], delta)
         assert len(again) == len(merged)
     else:
@@ -85,7 +88,7 @@ def test_of_a_combination(how):
 
 
 def test_of_what_is_extracted_and_initialised_from_data():
-    delta, gram = made("LoRA")[2], {"layers/k_proj": jnp.stack([jnp.eye(8)] * 2)}
+    delta, gram = made("LoRA")[2], {"layers/k_proj": jnp.stack([jnp.eye(32)] * 2)}
     products(lambda *trees: lora.extract(*trees, lora.LoRA(rank=2)), PARAMS, PARAMS)
     products(lora.eva_start, delta, gram)
     products(functools.partial(lora.input_importance, rank=2), gram)
@@ -116,7 +119,7 @@ def test_of_a_rotation():
     assert products(rotated, params, jnp.eye(config.hidden_size))
 
 
-@pytest.mark.parametrize("tree", ["float32", "nf4"])
+@pytest.mark.parametrize("tree", ["float32", *cases.STORAGES])
 def test_of_the_norm_that_dora_divides_by(tree):
     """In the model too, where the other products are at the platform's default."""
     delta = made("DoRA", tree)[2]
@@ -125,7 +128,7 @@ def test_of_the_norm_that_dora_divides_by(tree):
         weights = lora.bind(BASES[tree], delta)["layers"]["k_proj"]
         return lora.linear(x, jax.tree.map(lambda leaf: leaf[0], weights))
 
-    found = jaxprs.of("dot_general", run, delta, jnp.ones((5, 8)))
+    found = jaxprs.of("dot_general", run, delta, jnp.ones((5, 32)))
     rank, rows = 2, 5
     for eqn in found:
         if rows not in eqn.outvars[0].aval.shape:

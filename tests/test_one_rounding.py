@@ -20,7 +20,7 @@ MERGEABLE = {name: cases.METHODS[name] for name in cases.MERGEABLE} | {
     "lora_by_layer": lora.LoRA(rank=(2, 0)),
 }
 DTYPES = {"bfloat16": (8, -133), "float16": (11, -24)}  # bits, and the smallest exponent
-SHAPE = (2, 16, 24)
+SHAPE = (2, 32, 24)
 KEY = jax.random.key(0)
 
 
@@ -30,9 +30,8 @@ def base(dtype: str, double_quant: bool = True):
     params = {name: cases.normal(7, *SHAPE).astype(jnp.bfloat16).astype(dtype)
               for name in (*FORMATS, "array")}  # fmt: skip
     for format in FORMATS:
-        params = lora.quantize(
-            params, format, targets=format, block_size=8, double_quant=double_quant
-        )
+        how = cases.format_options(format, 8, double_quant)
+        params = lora.quantize(params, format, targets=format, **how)
     return params
 
 

@@ -15,7 +15,9 @@ from lora_jax.methods import Extra, Method
 from lora_jax.models import llama
 from lora_jax.schema import leaf
 
-CONFIG, PARAMS, TOKENS = cases.llama_case()
+CONFIG, PARAMS, TOKENS = cases.llama_case(
+    hidden_size=32, intermediate_size=64, num_heads=8, num_kv_heads=4
+)
 FORWARD = jax.jit(llama.forward, static_argnums=2)
 
 
@@ -56,13 +58,18 @@ def quantize(params):
 
 BASES = {
     "toy": quantize(PARAMS),
-    "nf4": lora.quantize(PARAMS, "nf4", targets=("all-linear", "embed"), block_size=8),
+    **{
+        format: lora.quantize(
+            PARAMS, format, targets=("all-linear", "embed"), **cases.format_options(format, 8)
+        )
+        for format in cases.STORAGES
+    },
 }
 
 
-@pytest.fixture
-def base():
-    return BASES["nf4"]
+@pytest.fixture(params=cases.STORAGES)
+def base(request):
+    return BASES[request.param]
 
 
 def dense_form(base):
@@ -145,7 +152,7 @@ def test_rows_use_their_own_adapter_over_a_quantised_base(base):
 
 @pytest.mark.parametrize("name", BASES)
 def test_lora_on_a_quantised_tied_embedding(name):
-    tied, _, _ = cases.llama_case(tie_embeddings=True)
+    tied = dataclasses.replace(CONFIG, tie_embeddings=True)
     base = {name: leaf for name, leaf in BASES[name].items() if name != "lm_head"}
     delta = delta_over(base, targets="embed")
     ours = FORWARD(lora.bind(base, delta), TOKENS, tied)

@@ -14,7 +14,7 @@ import numpy as np
 from lora_jax import paths
 from lora_jax.interop.forward import AnyForward
 from lora_jax.parallel import hosts
-from lora_jax.quant import Blockwise
+from lora_jax.quant import Quantized
 from lora_jax.transform import Delta, bind
 from lora_jax.weights import PyTree, is_weight
 
@@ -230,7 +230,7 @@ def formats_of(params: PyTree) -> str:
     """The dtypes and formats of a tree's matrices: "float32", "bfloat16+nf4"."""
     flat = paths.flatten(params, is_leaf=is_weight).values()
     names = {
-        leaf.format if isinstance(leaf, Blockwise) else jnp.dtype(leaf.dtype).name
+        leaf.format if isinstance(leaf, Quantized) else jnp.dtype(leaf.dtype).name
         for leaf in flat
         if leaf.ndim > 1
     }

@@ -21,7 +21,7 @@ from lora_jax.interop.progress import byte_progress
 from lora_jax.interop.quantization_config import quantization_config
 from lora_jax.interop.read_json import read_json
 from lora_jax.interop.writing import appearing, cast
-from lora_jax.quant import Blockwise, to_bitsandbytes
+from lora_jax.quant import Quantized, to_bitsandbytes
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _TOKENIZER_FILES = (
@@ -129,7 +129,7 @@ def _write_weights(
 
 
 def _as_stored(name: str, tensor: Any, dtype: np.dtype) -> dict[str, np.ndarray]:
-    if isinstance(tensor, Blockwise):
+    if isinstance(tensor, Quantized):
         return to_bitsandbytes(tensor, name)
     return {name: cast(name, tensor, dtype)}
 

@@ -13,7 +13,7 @@ from lora_jax.layouts import Layout
 from lora_jax.models import decoder
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.leading import leading
-from lora_jax.quant import Blockwise
+from lora_jax.quant import Quantized
 from lora_jax.targets import guessed_layout
 from lora_jax.weights import PyTree, Transposed, Weight, as_matrix, dense, embed, is_weight
 
@@ -75,7 +75,7 @@ def in_float32(params: PyTree) -> PyTree:
     layer; scales and biases at once."""
 
     def wide(path: str, leaf: Any) -> Any:
-        if isinstance(leaf, Blockwise):
+        if isinstance(leaf, Quantized):
             return dataclasses.replace(leaf, dense_dtype=jnp.dtype(jnp.float32))
         if is_weight(leaf):
             return InFloat32(leaf)

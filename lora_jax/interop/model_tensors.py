@@ -16,7 +16,7 @@ from lora_jax.interop.progress import byte_progress
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.family import Parameter
 from lora_jax.paths import flatten, nest
-from lora_jax.quant import Blockwise
+from lora_jax.quant import Quantized
 
 Naming = Literal["gguf", "huggingface"]
 
@@ -160,7 +160,7 @@ def disassemble(
     tensors: dict[str, FileTensor] = {}
     for path, leaf in leaves.items():
         array, names = found[path], names_of(leaf, naming, config.num_layers)
-        is_packed = isinstance(array, Blockwise) and naming == "huggingface"
+        is_packed = isinstance(array, Quantized) and naming == "huggingface"
         if not is_packed and not isinstance(array, jax.Array | np.ndarray):
             raise ValueError(
                 f"{path} is a {type(array).__name__}, and only plain arrays can be exported: "
@@ -181,7 +181,7 @@ def _tensor(array: Any, leaf: Parameter, layer: int) -> np.ndarray:
     return np.ascontiguousarray(tensor.T if leaf.is_transposed else tensor)
 
 
-def _layer(weight: Blockwise, leaf: Parameter, layer: int) -> Blockwise:
+def _layer(weight: Quantized, leaf: Parameter, layer: int) -> Quantized:
     return jax.tree.map(lambda x: x[layer], weight) if leaf.is_stacked else weight
 
 

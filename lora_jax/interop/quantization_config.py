@@ -5,7 +5,7 @@ from typing import Any
 
 from lora_jax.models.config import DecoderConfig
 from lora_jax.paths import flatten
-from lora_jax.quant import FP4, NF4, Blockwise, DoubleQuantized
+from lora_jax.quant import FP4, NF4, Quantized
 from lora_jax.weights import is_weight
 
 _BLOCK_SIZES = tuple(2**power for power in range(5, 13))  # that bitsandbytes decodes
@@ -20,7 +20,7 @@ def quantization_config(params: Any, config: DecoderConfig, dtype: str) -> dict[
     weights = {
         path: leaf
         for path, leaf in flatten(params, is_leaf=is_weight).items()
-        if isinstance(leaf, Blockwise)
+        if isinstance(leaf, Quantized)
     }
     if not weights:
         return None
@@ -31,7 +31,7 @@ def quantization_config(params: Any, config: DecoderConfig, dtype: str) -> dict[
                 f"{path} is {weight}: bitsandbytes {reason}. Quantise the model otherwise, or "
                 "export dequantize(params)."
             )
-    kinds = {(w.format, isinstance(w.absmax, DoubleQuantized)) for w in weights.values()}
+    kinds = {(w.format, w.is_doubly_quantized) for w in weights.values()}
     if len(kinds) > 1:
         raise ValueError(
             f"the params hold {len(kinds)} kinds of 4-bit weights, and a checkpoint of "
@@ -50,7 +50,7 @@ def quantization_config(params: Any, config: DecoderConfig, dtype: str) -> dict[
     }
 
 
-def _unsayable(path: str, weight: Blockwise) -> str | None:
+def _unsayable(path: str, weight: Quantized) -> str | None:
     if not isinstance(weight, NF4 | FP4):
         return f"has no {weight.format}, only nf4 and fp4"
     if path == "embed":
@@ -60,7 +60,7 @@ def _unsayable(path: str, weight: Blockwise) -> str | None:
     return None
 
 
-def _plain_linears(config: DecoderConfig, weights: Mapping[str, Blockwise]) -> list[str]:
+def _plain_linears(config: DecoderConfig, weights: Mapping[str, Quantized]) -> list[str]:
     """The names of the linears left in floats; that of a tied head too, which is no leaf."""
     quantized = set(weights)
     linears = {

@@ -1,6 +1,5 @@
 """A quantised weight on a mesh, whose kernels see the plain arrays of one device."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -12,7 +11,8 @@ from lora_jax import context_mesh, paths
 from lora_jax.context_mesh import FSDP, SEQUENCE
 from lora_jax.layouts import Layout
 from lora_jax.parallel.rules import Specs
-from lora_jax.quant.blockwise import Blockwise
+from lora_jax.quant import frozen
+from lora_jax.quant.quantized import Quantized
 from lora_jax.weights import PyTree, Transposed, Weight, is_weight
 
 LossSum = Callable[..., tuple[jax.Array, jax.Array]]
@@ -25,7 +25,7 @@ def over_mesh(loss_sum: LossSum, specs: Specs) -> LossSum:
     def sharded_loss(delta: Any, base: PyTree, *rest: Any) -> tuple[jax.Array, jax.Array]:
         flat = paths.flatten(base, is_leaf=is_weight)
         for path, leaf in flat.items():
-            if isinstance(leaf, Blockwise):
+            if isinstance(leaf, Quantized):
                 flat[path] = Sharded(leaf, specs[path])
         structure = jax.tree.structure(base, is_leaf=is_weight)
         return loss_sum(delta, jax.tree.unflatten(structure, flat.values()), *rest)
@@ -47,7 +47,7 @@ class Sharded(Weight):
       spec: how an array in its place would lie, an entry for each axis.
     """
 
-    weight: Blockwise
+    weight: Quantized
     spec: PartitionSpec = flax.struct.field(pytree_node=False)
 
     @property
@@ -67,10 +67,10 @@ class Sharded(Weight):
         return Transposed(self)
 
     def linear(self, x: jax.Array) -> jax.Array:
-        return _matmul(x, self)
+        return frozen.matmul(x, self)
 
     def linear_transposed(self, x: jax.Array) -> jax.Array:
-        return _matmul_transposed(x, self)
+        return frozen.matmul_transposed(x, self)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         return self.weight.embed(tokens)
@@ -82,32 +82,19 @@ class Sharded(Weight):
         return self.weight.dense_float32()
 
     def as_matrix(self, layout: Layout) -> "Sharded":
-        weight = cast(Blockwise, self.weight.as_matrix(layout))
-        return Sharded(weight, self.weight.placement(self.spec).codes)  # type: ignore[arg-type]
+        weight = cast(Quantized, self.weight.as_matrix(layout))
+        return Sharded(weight, self.weight.matrix_spec(self.spec))
 
+    def matmul(self, x: jax.Array) -> jax.Array:
+        return _applied(x, self, lambda x, weight: weight.linear(x), *self.spec[-2:])
 
-@jax.custom_vjp
-def _matmul(x: jax.Array, w: Sharded) -> jax.Array:
-    return _applied(x, w, lambda x, weight: weight.linear(x), *w.spec[-2:])
-
-
-@jax.custom_vjp
-def _matmul_transposed(x: jax.Array, w: Sharded) -> jax.Array:
-    return _applied(x, w, lambda x, weight: weight.linear_transposed(x), *w.spec[:-3:-1])
-
-
-_matmul.defvjp(
-    lambda x, w: (_matmul(x, w), w), lambda w, dy: (_matmul_transposed(dy, w), None)
-)  # fmt: skip
-_matmul_transposed.defvjp(
-    lambda x, w: (_matmul_transposed(x, w), w), lambda w, dy: (_matmul(dy, w), None)
-)
+    def matmul_transposed(self, x: jax.Array) -> jax.Array:
+        return _applied(x, self, lambda x, weight: weight.linear_transposed(x), *self.spec[:-3:-1])
 
 
 def _applied(x: jax.Array, w: Sharded, apply: Callable, contracted: Any, output: Any) -> jax.Array:
     """`apply(x, weight)` on each device, where the mesh splits `contracted` and `output`."""
-    # One absmax for every block: their scales run through the whole matrix.
-    weight: Any = dataclasses.replace(cast(Any, w.weight), absmax=w.weight.absmax_values())
+    weight: Any = w.weight.singly()  # blocks of a doubly quantised absmax run through the matrix
     stored = weight.placement(PartitionSpec(*w.spec[-2:]))
     summed, kept = _without_fsdp(contracted), _without_fsdp(output)
     rows = _rows(x)

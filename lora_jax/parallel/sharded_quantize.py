@@ -13,8 +13,8 @@ from jax.sharding import Sharding
 from lora_jax.parallel import hosts
 from lora_jax.paths import naming
 from lora_jax.quant import storage
-from lora_jax.quant.blockwise import Blockwise
 from lora_jax.quant.double import DoubleQuantized
+from lora_jax.quant.quantized import Quantized
 
 
 def quantized_in_parts(
@@ -41,7 +41,7 @@ def quantized_in_parts(
     def place(path: str, leaf: Any) -> Any:
         abstract = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
         like = jax.eval_shape(functools.partial(finish, path), abstract)
-        if not isinstance(like, Blockwise):
+        if not isinstance(like, Quantized):
             return otherwise(path, leaf)
         lying = sharding(path, like)
         with naming(path):
@@ -51,39 +51,41 @@ def quantized_in_parts(
 
 
 def _made(
-    like: Blockwise, lying: Any, read: Callable[[tuple[slice, ...]], np.ndarray]
-) -> Blockwise:
+    like: Quantized, lying: Any, read: Callable[[tuple[slice, ...]], np.ndarray]
+) -> Quantized:
     """The weight like `like`, its arrays lying as `lying` has them, of the matrix that `read` gives
     at one slice an axis."""
-    blocks = like.absmax.shape
-    made: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # codes and absmax, by place in the matrix
+    *stack, packed, columns = like.codes.shape
+    rows = packed * like.codes_per_byte
+    shapes = like.encoded_shapes((*stack, rows, columns), block_size=like.block_size)
+    made: dict[str, dict[str, np.ndarray]] = {}  # the arrays, by place in the matrix
 
     def in_matrix(shape: tuple[int, ...], index: Any) -> tuple[slice, ...]:
         at = [slice(*axis.indices(size)[:2]) for axis, size in zip(index, shape, strict=True)]
-        scale = like.block_size * blocks[-2] // shape[-2]  # from rows of the array to the matrix's
+        scale = rows // shape[-2]  # from rows of the array to the matrix's
         at[-2] = slice(at[-2].start * scale, at[-2].stop * scale)
         return tuple(at)
 
-    def spread(which: int, shape: tuple[int, ...], sharding: Sharding) -> jax.Array:
+    def spread(name: str, sharding: Sharding) -> jax.Array:
+        shape = shapes[name].shape
         return jax.make_array_from_callback(
-            shape, sharding, lambda index: made[str(in_matrix(shape, index))][which]
+            shape, sharding, lambda index: made[str(in_matrix(shape, index))][name]
         )
 
     with _failing_together(lying.codes):
         for index in lying.codes.addressable_devices_indices_map(like.codes.shape).values():
             at = in_matrix(like.codes.shape, index)
             if str(at) not in made:
-                made[str(at)] = storage.store_singly(
-                    read(at), like.codebook, block_size=like.block_size
-                )
-    codes = spread(0, like.codes.shape, lying.codes)
-    if not isinstance(like.absmax, DoubleQuantized):
-        absmax: Any = spread(1, blocks, lying.absmax)
-    else:
-        single = np.asarray(hosts.whole(spread(1, blocks, lying.absmax.codes)))
-        nested: Any = storage.store_doubly(single)
-        absmax = hosts.place(DoubleQuantized(*nested), lying.absmax)
-    return dataclasses.replace(cast(Any, like), codes=codes, absmax=absmax)
+                made[str(at)] = like.encoded(read(at), block_size=like.block_size)
+    arrays: dict[str, Any] = {}
+    for name in shapes:
+        sharding = getattr(lying, name)
+        is_doubled = isinstance(sharding, DoubleQuantized)
+        arrays[name] = spread(name, sharding.codes if is_doubled else sharding)
+        if is_doubled:
+            nested: Any = storage.store_doubly(np.asarray(hosts.whole(arrays[name])))
+            arrays[name] = hosts.place(DoubleQuantized(**nested), sharding)
+    return dataclasses.replace(cast(Any, like), **arrays)
 
 
 @contextlib.contextmanager

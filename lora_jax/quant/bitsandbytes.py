@@ -15,9 +15,11 @@ import numpy as np
 
 from lora_jax.layouts import Layout
 from lora_jax.quant import codebooks
-from lora_jax.quant.blockwise import FORMATS, FP4, NF4, Blockwise
+from lora_jax.quant.blockwise import FP4, NF4, Blockwise
 from lora_jax.quant.double import NESTED_BLOCK, DoubleQuantized
+from lora_jax.quant.quantized import Quantized
 
+_KINDS: dict[str, type[Blockwise]] = {"nf4": NF4, "fp4": FP4}
 _STATE = "quant_state.bitsandbytes__"
 _LARGEST = 1 << 31  # no size is larger; a flipped digit is
 
@@ -41,7 +43,7 @@ def from_bitsandbytes(tensors: Mapping[str, np.ndarray], name: str = "weight") -
             f"{name}: blocks of {block_size} run across its rows of {d_in}, which a matrix that is "
             "decoded by columns cannot keep. Dequantise it with bitsandbytes, and quantise it here."
         )
-    kind = FORMATS[quant_type]
+    kind = _KINDS[quant_type]
     _check_codebook(tensors, f"{name}.quant_map", kind.codebook)
     codes = _part(tensors, name, d_out * d_in // 2, np.uint8)
     blocks = d_out * d_in // block_size
@@ -67,21 +69,20 @@ def from_bitsandbytes(tensors: Mapping[str, np.ndarray], name: str = "weight") -
     )
 
 
-def to_bitsandbytes(weight: Blockwise, name: str = "weight") -> dict[str, np.ndarray]:
+def to_bitsandbytes(weight: Quantized, name: str = "weight") -> dict[str, np.ndarray]:
     """The inverse: the tensors of one layer's NF4 or FP4 weight, `name` and those beside it.
 
     Raises:
       ValueError: for another format, or stacked layers.
     """
-    quant_type = {NF4: "nf4", FP4: "fp4"}.get(type(weight))
-    if quant_type is None:
+    if not isinstance(weight, NF4 | FP4):
         raise ValueError(f"bitsandbytes has no {type(weight).__name__} weights; expected NF4, FP4.")
     if weight.codes.ndim != 2:
         raise ValueError(
             f"{weight} is stacked: convert it layer by layer, jax.tree.map(lambda x: x[i], weight)."
         )
     state: dict[str, Any] = {
-        "quant_type": quant_type,
+        "quant_type": weight.format,
         "blocksize": weight.block_size,
         "dtype": np.dtype(weight.dtype).name,
         "shape": [math.prod(weight.output), math.prod(weight.contracted)],
@@ -97,7 +98,7 @@ def to_bitsandbytes(weight: Blockwise, name: str = "weight") -> dict[str, np.nda
     else:
         tensors[f"{name}.absmax"] = _flat(absmax)
     encoded = np.frombuffer(json.dumps(state).encode(), np.uint8)
-    return {**tensors, f"{name}.{_STATE}{quant_type}": encoded.copy()}
+    return {**tensors, f"{name}.{_STATE}{weight.format}": encoded.copy()}
 
 
 def quant_state(tensors: Mapping[str, np.ndarray], name: str) -> tuple[str, dict[str, Any]]:
@@ -106,7 +107,7 @@ def quant_state(tensors: Mapping[str, np.ndarray], name: str) -> tuple[str, dict
     Raises:
       ValueError: there is no such statement, or it is corrupt.
     """
-    for quant_type in ("nf4", "fp4"):
+    for quant_type in _KINDS:
         key = f"{name}.{_STATE}{quant_type}"
         if key in tensors:
             return quant_type, _parsed(np.asarray(tensors[key]).tobytes(), key)

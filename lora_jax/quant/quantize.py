@@ -9,11 +9,10 @@ import jax.numpy as jnp
 
 from lora_jax import paths
 from lora_jax.layouts import Layout
-from lora_jax.quant.blockwise import FORMATS, Blockwise
+from lora_jax.quant.formats import FORMATS
+from lora_jax.quant.quantized import Quantized
 from lora_jax.targets import Targets, as_rules, guessed_layout, match_rules, rule_matcher
 from lora_jax.weights import PyTree, is_weight
-
-BLOCK_SIZES = tuple(2**power for power in range(3, 13))
 
 
 def quantize(
@@ -22,8 +21,8 @@ def quantize(
     *,
     targets: Targets = "all-linear",
     layouts: Mapping[str, Layout | None] | None = None,
-    block_size: int = 64,
-    double_quant: bool = True,
+    block_size: int | None = None,
+    double_quant: bool | None = None,
     donate: bool = False,
 ) -> PyTree:
     """The tree with its targeted leaves as quantised weights, which every model here takes.
@@ -34,20 +33,21 @@ def quantize(
 
     Args:
       params: any pytree of arrays. Leaves that are not targeted stay what they are.
-      format: "nf4", or for comparison "fp4" (bitsandbytes' own), "e2m1", "int4", "int8".
+      format: a name in `lora_jax.quant.FORMATS`, whose classes say what each is.
       targets: a preset, a regular expression over paths, or a sequence of them, as in
         `lora_transform`. Embeddings and output head are quantised only where they are named.
       layouts: `{path: Layout}` for weights that are more than stacked matrices, and None for leaves
         that are none, as `infer_layouts` gives it.
-      block_size: rows of the matrix that share an absmax, a power of two from 8 to 4096.
+      block_size: rows of the matrix that share a scale; by default 64 in the formats of
+        `Blockwise`, which take powers of two from 8 to 4096.
       double_quant: whether each absmax is itself stored in 8 bits: 4.127 bits a parameter instead
-        of 4.5 at blocks of 64.
+        of 4.5 at blocks of 64. The default wherever a format has an absmax; others refuse True.
       donate: deletes each targeted leaf once it is quantised, for trees that barely fit.
 
     Raises:
-      ValueError: for an unknown format or block size, a rule that matches nothing, and, naming the
-        path, a leaf of integers or complex numbers, with NaN or infinity, or with a number of rows
-        that is no multiple of the block size.
+      ValueError: for an unknown format, an option that it does not have, a rule that matches
+        nothing, and, naming the path, a leaf of integers or complex numbers, with NaN or infinity,
+        or with a number of rows that is no multiple of the block size.
 
     Source: Dettmers et al. 2023, arXiv:2305.14314, section 3.
     """
@@ -73,8 +73,8 @@ def quantizer(
     *,
     targets: Targets = "all-linear",
     layouts: Mapping[str, Layout | None] | None = None,
-    block_size: int = 64,
-    double_quant: bool = True,
+    block_size: int | None = None,
+    double_quant: bool | None = None,
 ) -> Callable[[str, Any], Any]:
     """What `quantize` does to one leaf, as a function `(path, leaf) -> leaf`: for loaders, which
     then never hold a model in floating point. Leaves that are not targeted become arrays as they
@@ -84,18 +84,16 @@ def quantizer(
       format: as in `quantize`.
       targets: as in `quantize`, but a rule that matches nothing is no error: leaves come singly.
       layouts: `{path: Layout}`; of leaves that it does not name, names and shapes tell.
-      block_size: rows of the matrix that share an absmax.
-      double_quant: whether each absmax is itself stored in 8 bits.
+      block_size, double_quant: as in `quantize`.
 
     Raises:
-      ValueError: for an unknown format or block size; from the function, as `quantize` for a leaf.
+      ValueError: for an unknown format, or an option that it does not have; from the function, as
+        `quantize` for a leaf.
     """
     if format not in FORMATS:
         raise ValueError(f"format {format!r}: expected one of {', '.join(FORMATS)}.")
-    if block_size not in BLOCK_SIZES:
-        raise ValueError(
-            f"block_size={block_size!r}: expected one of {', '.join(map(str, BLOCK_SIZES))}."
-        )
+    kind = FORMATS[format]
+    options = kind.options(block_size, double_quant)
     matchers = [rule_matcher(rule) for rule in as_rules(_Matrices(), targets)]
     known = dict(layouts or {})
 
@@ -103,11 +101,9 @@ def quantizer(
         layout = known[path] if path in known else guessed_layout(path, leaf)
         if layout is None or not any(matches(path) for matches in matchers):
             return jnp.asarray(leaf)
-        _check(path, leaf, layout, block_size)
+        _check(path, leaf, layout, kind, options["block_size"])
         with paths.naming(path):
-            return FORMATS[format].of(
-                leaf, layout=layout, block_size=block_size, double_quant=double_quant
-            )
+            return kind.of(leaf, layout=layout, **options)
 
     return finish
 
@@ -119,7 +115,7 @@ def dequantize(tree: PyTree) -> PyTree:
     a transformation XLA decodes them, which makes the same of normal numbers.
     """
     return jax.tree.map(
-        lambda w: w.dense_on_host() if isinstance(w, Blockwise) else w, tree, is_leaf=is_weight
+        lambda w: w.dense_on_host() if isinstance(w, Quantized) else w, tree, is_leaf=is_weight
     )
 
 
@@ -131,7 +127,7 @@ class _Matrices:
         return layout is not None
 
 
-def _check(path: str, leaf: Any, layout: Layout, block_size: int) -> None:
+def _check(path: str, leaf: Any, layout: Layout, kind: type[Quantized], block_size: int) -> None:
     out = f"Leave it out of the targets ({path!r} was matched)."
     if is_weight(leaf):
         raise ValueError(f"{path} is a {type(leaf).__name__} already. {out}")
@@ -144,7 +140,7 @@ def _check(path: str, leaf: Any, layout: Layout, block_size: int) -> None:
         _, contracted, _ = layout.split(leaf.shape)
     rows = math.prod(contracted)
     if rows % block_size:
-        fitting = [size for size in BLOCK_SIZES if rows % size == 0]
+        fitting = [size for size in kind.block_sizes if rows % size == 0]
         instead = f"give block_size={fitting[-1]}, or leave" if fitting else "leave"
         raise ValueError(
             f"{path} has {rows} rows (d_in), no multiple of the block size {block_size}: {instead} "

@@ -233,18 +233,19 @@ def grouped(params, x):
 @functools.cache
 def quantised(format):
     params = {
-        "layers": cases.normal(1, 2, 16, 16) / 4,
-        "q": cases.normal(2, 16, 2, 4),
-        "o": cases.normal(3, 2, 4, 16),
-        "table": cases.normal(4, 16, 16),
+        "layers": cases.normal(1, 2, 32, 32) / 6,
+        "q": cases.normal(2, 32, 4, 8) / 6,
+        "o": cases.normal(3, 4, 8, 32) / 6,
+        "table": cases.normal(4, 32, 32),
     }
     ids = jnp.arange(6).reshape(2, 3)
     layouts = lora.infer_layouts(grouped, params, ids)
-    base = lora.quantize(params, format, targets=".*", layouts=layouts, block_size=8)
+    how = cases.format_options(format, 8)
+    base = lora.quantize(params, format, targets=".*", layouts=layouts, **how)
     return base, layouts, ids
 
 
-@pytest.mark.parametrize("format", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("format", [*cases.STORAGES, pytest.param("int8", marks=pytest.mark.slow)])
 def test_quantised_weights(format):
     """Frozen alone, and under LoRA: as their dense forms, with gradients that flow through them."""
     base, layouts, ids = quantised(format)

@@ -6,6 +6,7 @@ import math
 import tracemalloc
 from pathlib import Path
 
+import cases
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -89,11 +90,23 @@ def test_quantised_as_they_are_read(sources):
     jax.tree.map(np.testing.assert_array_equal, loaded.params, expected)
 
 
-@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory) -> Path:
+    """A model whose rows, over four devices, still fill blocks of 32."""
+    config = small_llamas.VARIANTS["llama3_1"] | {"hidden_size": 128, "intermediate_size": 128}
+    weights = small_llamas.draw_weights(config)
+    return small_checkpoints.write_huggingface(
+        tmp_path_factory.mktemp("wide") / "folder", config, weights
+    )
+
+
+@pytest.mark.parametrize(
+    ("format", "double_quant"), [("nf4", True), *((format, False) for format in cases.STORAGES)]
+)
 @pytest.mark.parametrize("spec", [("data", "model", None), ("data", None, "model"), (None,) * 3])
-def test_quantised_in_parts_as_the_whole_would_be(sources, spec, double_quant):
+def test_quantised_in_parts_as_the_whole_would_be(wide, spec, format, double_quant):
     read = collections.Counter()
-    how = {"targets": "mlp", "block_size": 8, "double_quant": double_quant}
+    how = {"targets": "mlp", **cases.format_options(format, 8, double_quant)}
 
     def lying(path, leaf):
         axes = spec if path.endswith("up_proj") else (None,) * len(leaf.shape)
@@ -104,11 +117,11 @@ def test_quantised_in_parts_as_the_whole_would_be(sources, spec, double_quant):
             read[path] += amount
 
         counted = dataclasses.replace(leaf, on_read=count)
-        finish = lora.quant.quantizer("nf4", **how)
+        finish = lora.quant.quantizer(format, **how)
         return parallel.quantized_in_parts(lying, finish, sharded(lying))(path, counted)
 
-    placed = load(sources["gguf"], place=place).params
-    expected = lora.quantize(load(sources["gguf"]).params, "nf4", **how)
+    placed = load(wide, place=place).params
+    expected = lora.quantize(load(wide).params, format, **how)
     assert jax.tree.structure(placed) == jax.tree.structure(expected)
     jax.tree.map(np.testing.assert_array_equal, placed, expected)
     for path, leaf in flatten(expected, is_leaf=is_weight).items():

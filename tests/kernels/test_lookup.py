@@ -1,5 +1,6 @@
 """Codes to values: both ways, and which of them a TPU's program has."""
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +10,7 @@ from lora_jax import context_mesh
 from lora_jax.kernels import lookup
 from lora_jax.quant import FORMATS, codebooks
 
-CODEBOOKS = {name: kind.codebook for name, kind in FORMATS.items()}
+CODEBOOKS = {name: FORMATS[name].codebook for name in cases.CODEBOOKS}
 CODEBOOKS["dynamic"] = codebooks.DYNAMIC8
 
 

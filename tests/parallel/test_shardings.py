@@ -65,9 +65,10 @@ def test_every_method_lies_on_a_mesh(method):
             assert leaf.sharding.spec == P(None, None, "tensor")
 
 
-def test_a_leaf_of_many_axes_and_a_quantised_one():
+@pytest.mark.parametrize("format", cases.STORAGES)
+def test_a_leaf_of_many_axes_and_a_quantised_one(format):
     mesh = parallel.make_mesh({"fsdp": 4, "tensor": 2})
-    kernel = {"kernel": jnp.zeros((16, 4, 8))}
+    kernel = {"kernel": jnp.zeros((64, 4, 8))}
     layouts = {"kernel": lora.Layout(contracted=(-3,), output=(-2, -1))}
     specs = parallel.match_specs(kernel, {"kernel": P("fsdp", "tensor", None)})
     _, delta = lora.lora_transform(
@@ -75,24 +76,26 @@ def test_a_leaf_of_many_axes_and_a_quantised_one():
     )
     lying = specs_of(parallel.delta_shardings(mesh, delta, specs))
     assert lying["kernel/a"] == P("fsdp", None) and lying["kernel/b"] == P(None, "tensor", None)
-    base = lora.quantize(kernel, "nf4", layouts=layouts, block_size=4 * 2, targets="kernel")
+    how = {"layouts": layouts, "targets": "kernel", **cases.format_options(format, 8)}
+    base = lora.quantize(kernel, format, **how)
     placed = specs_of(
         parallel.base_shardings(parallel.make_mesh({"fsdp": 2, "tensor": 4}), base, specs)
     )
-    assert placed["kernel/codes"] == placed["kernel/absmax/codes"] == P("fsdp", "tensor")
-    assert placed["kernel/absmax/scale"] == P(None)
+    along_nested_blocks = {"kernel/absmax/scale": P(None), "kernel/absmax/offset": P()}
+    for path, spec in placed.items():
+        assert spec == along_nested_blocks.get(path, P("fsdp", "tensor")), path
     with pytest.raises(ValueError, match="kernel.*not the first on its side"):
         parallel.base_shardings(mesh, base, {"kernel": P(None, None, "tensor")})
 
 
-@pytest.mark.parametrize("format", [None, "nf4"])
+@pytest.mark.parametrize("format", [None, *cases.STORAGES])
 def test_a_flax_model_by_rules_of_its_own(format):
-    model = nn.Sequential([nn.Embed(32, 16), nn.MultiHeadDotProductAttention(4), nn.Dense(32)])
+    model = nn.Sequential([nn.Embed(32, 64), nn.MultiHeadDotProductAttention(4), nn.Dense(32)])
     tokens = np.arange(8 * 6, dtype=np.int32).reshape(8, 6) % 32
     params = model.init(jax.random.key(0), tokens)
     layouts = lora.infer_layouts(model.apply, params, tokens)
     if format:
-        params = lora.quantize(params, format, layouts=layouts, block_size=8)
+        params = lora.quantize(params, format, layouts=layouts, **cases.format_options(format, 8))
     base, delta = lora.lora_transform(
         params, lora.LoRA(rank=2, init="gaussian"), key=jax.random.key(1), layouts=layouts
     )

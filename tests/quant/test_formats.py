@@ -20,8 +20,8 @@ W = {"up_proj": cases.normal(0, 3, 64, 40)}  # stacked layers
 X = cases.normal(1, 5, 64)
 
 
-def quantized(format="nf4", tree=W, **options):
-    return lora.quantize(tree, format, **({"block_size": 16} | options))
+def quantized(format="nf4", tree=W, double_quant=True, block_size=16):
+    return lora.quantize(tree, format, **cases.format_options(format, block_size, double_quant))
 
 
 def one_layer(tree, i=1):
@@ -38,6 +38,18 @@ def double_quant(request):
     return request.param
 
 
+STORED = [(name, False) for name in FORMATS] + [
+    (name, True) for name, kind in FORMATS.items() if kind.doubled
+]
+
+
+@pytest.fixture(params=STORED, ids=lambda how: f"{how[0]}-{'double' if how[1] else 'single'}")
+def how(request):
+    """Every format, with every choice of double quantisation that it has."""
+    return dict(zip(("format", "double_quant"), request.param, strict=True))
+
+
+@pytest.mark.parametrize("format", cases.CODEBOOKS)
 def test_values_lie_within_half_a_step(format):
     w, weight = np.asarray(W["up_proj"]), quantized(format, double_quant=False)["up_proj"]
     values = np.sort(FORMATS[format].codebook)
@@ -60,16 +72,16 @@ def test_quantising_again_changes_nothing(format):
     cases.assert_equal(again, values)
 
 
-def test_stacked_layers_are_quantised_apart(format, double_quant):
-    stacked = quantized(format, double_quant=double_quant)
+def test_stacked_layers_are_quantised_apart(how):
+    stacked = quantized(**how)
     for i in range(3):
-        alone = quantized(format, {"up_proj": W["up_proj"][i]}, double_quant=double_quant)
+        alone = quantized(tree={"up_proj": W["up_proj"][i]}, **how)
         cases.assert_equal(one_layer(stacked, i), alone)
 
 
 @pytest.mark.optimized
-def test_every_way_to_decode_gives_the_same_bits(format, double_quant):
-    tree = quantized(format, double_quant=double_quant)
+def test_every_way_to_decode_gives_the_same_bits(how):
+    tree = quantized(**how)
     on_host = lora.dequantize(tree)
     cases.assert_equal(jax.jit(lora.dequantize)(tree), on_host)
     cases.assert_equal(jax.tree.map(lambda w: w.dense(), tree, is_leaf=lora_weight), on_host)
@@ -82,13 +94,12 @@ def lora_weight(leaf):
 def test_formats_have_structures_of_their_own():
     """JAX compares dataclasses by their fields: `jit` would mistake one for another."""
     structures = [jax.tree.structure(quantized(format)) for format in FORMATS]
-    assert len(structures) == 5
     assert not any(a == b for i, a in enumerate(structures) for b in structures[:i])
 
 
-def test_jitted_quantising_gives_the_same_bits(format, double_quant):
+def test_jitted_quantising_gives_the_same_bits(how):
     def again(tree):
-        return quantized(format, tree, double_quant=double_quant)
+        return quantized(tree=tree, **how)
 
     cases.assert_equal(jax.jit(again)(W), again(W))
     shapes = jax.eval_shape(again, W)
@@ -96,8 +107,8 @@ def test_jitted_quantising_gives_the_same_bits(format, double_quant):
     assert jax.tree.map(jnp.shape, again(W)) == jax.tree.map(lambda s: s.shape, shapes)
 
 
-def test_linear_embed_and_transpose(format, double_quant):
-    weight = one_layer(quantized(format, double_quant=double_quant))["up_proj"]
+def test_linear_embed_and_transpose(how):
+    weight = one_layer(quantized(**how))["up_proj"]
     dense, tokens = weight.dense(), jnp.array([[3, 62], [0, 17]])
     cases.assert_close(linear(X, weight), X @ dense)
     cases.assert_equal(lora.embed(tokens, weight), dense[tokens])
@@ -121,25 +132,26 @@ def test_other_dtypes_round_last(format, dtype):
     assert linear(x, one_layer(weight)).dtype == x.dtype
 
 
-def test_a_kernel_with_two_output_axes():
+def test_a_kernel_with_two_output_axes(format):
     """`[d, heads, head_dim]` is quantised as the matrix `[d, heads * head_dim]`."""
     kernel = cases.normal(3, 2, 32, 4, 6)
     layout = lora.Layout(contracted=(-3,), output=(-2, -1))
-    weight = quantized(tree={"query": kernel}, layouts={"query": layout})["query"]
-    flat = quantized(tree={"query": kernel.reshape(2, 32, 24)})["query"]
+    how = cases.format_options(format, 16)
+    weight = lora.quantize({"query": kernel}, format, layouts={"query": layout}, **how)["query"]
+    flat = quantized(format, {"query": kernel.reshape(2, 32, 24)})["query"]
     assert weight.shape == kernel.shape
     cases.assert_equal(weight.codes, flat.codes)
     cases.assert_equal(weight.dense(), flat.dense().reshape(kernel.shape))
     assert weight.as_matrix(layout).shape == (2, 32, 24)
     cases.assert_equal(weight.as_matrix(layout).dense(), flat.dense())
-    with pytest.raises(ValueError, match="NF4 was quantised as Layout.*asked for as Layout"):
+    with pytest.raises(ValueError, match="was quantised as Layout.*asked for as Layout"):
         weight.as_matrix(lora.Layout())
 
 
 def test_a_weight_applied_from_the_left():
     w = cases.normal(3, 24, 32)  # y = w @ x
     layout = lora.Layout(contracted=(-1,), output=(-2,))
-    weight = quantized(tree={"w": w}, layouts={"w": layout})["w"]
+    weight = lora.quantize({"w": w}, "nf4", layouts={"w": layout}, block_size=16)["w"]
     assert weight.shape == (24, 32) and weight.codes.shape == (16, 24)
     cases.assert_equal(weight.dense(), quantized(tree={"w": w.T})["w"].dense().T)
 
@@ -165,12 +177,13 @@ def test_a_weight_prints_itself_in_one_line():
     assert weight.nbytes == 256 * 64 + 4 * 128 + 2 * 4 + 4
 
 
-def test_merging_may_requantise():
-    tree = quantized()
+@pytest.mark.parametrize("format", cases.STORAGES)
+def test_merging_may_requantise(format):
+    tree = quantized(format)
     base, delta = lora.lora_transform(tree, lora.LoRA(rank=2), key=jax.random.key(0))
     delta = cases.moved(delta)
     plain, again = lora.merge(base, delta), lora.merge(base, delta, requantize=True)
-    cases.assert_equal(again, quantized(tree=plain))
+    cases.assert_equal(again, quantized(format, plain))
     jitted = jax.jit(lambda b, d: lora.merge(b, d, requantize=True))(base, delta)
     assert jax.tree.structure(jitted) == jax.tree.structure(tree)
     cases.assert_equal(lora.merge({"up_proj": plain["up_proj"]}, delta, requantize=True),
@@ -216,7 +229,7 @@ def bad(match, tree=W, format="nf4", **options):
 
 
 def test_an_unknown_format():
-    bad("format 'nf5': expected one of nf4, fp4, e2m1, int4, int8", format="nf5")
+    bad(f"format 'nf5': expected one of {', '.join(FORMATS)}", format="nf5")
 
 
 @pytest.mark.parametrize("block_size", [0, 60, -64, 8192])
@@ -296,9 +309,11 @@ def test_state_dicts_convert_back_without_loss(double_quant):
         cases.assert_equal(from_bitsandbytes(to_bitsandbytes(weight, "q"), "q"), weight)
 
 
-def test_weights_split_over_devices():
+@pytest.mark.parametrize("format", cases.STORAGES)
+def test_weights_split_over_devices(format):
     """Each device multiplies by the columns, or the rows, that it holds."""
-    weight = one_layer(quantized(double_quant=False))["up_proj"]
+    w, x = cases.normal(0, 128, 40) / 8, cases.normal(1, 5, 128)
+    weight = quantized(format, {"w": w}, double_quant=False)["w"]
     mesh = jax.make_mesh((4,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
     P = jax.sharding.PartitionSpec
 
@@ -308,17 +323,17 @@ def test_weights_split_over_devices():
     spec = P(None, "model")
     specs = {"in_specs": (P(), weight.partition(spec)), "out_specs": P("model")}
     total = lambda x, w: jax.shard_map(split, mesh=mesh, **specs)(x, w).sum()  # noqa: E731
-    value, gradient = jax.jit(jax.value_and_grad(total))(X, weight)
-    whole = jax.value_and_grad(lambda x: jnp.sin(x @ weight.dense()).sum())(X)
+    value, gradient = jax.jit(jax.value_and_grad(total))(x, weight)
+    whole = jax.value_and_grad(lambda x: jnp.sin(x @ weight.dense()).sum())(x)
     cases.assert_close((value, gradient), whole)
 
     specs = {"in_specs": (P(None, "model"), weight.partition(P("model", None))), "out_specs": P()}
 
     def rows(x, w):
-        assert w.shape == (16, 40)
+        assert w.shape == (32, 40)
         return jax.lax.psum(linear(x, w), "model")
 
-    cases.assert_close(jax.shard_map(rows, mesh=mesh, **specs)(X, weight), X @ weight.dense())
+    cases.assert_close(jax.shard_map(rows, mesh=mesh, **specs)(x, weight), x @ weight.dense())
 
 
 def test_double_quantised_weights_split_along_layers_alone():
@@ -329,8 +344,8 @@ def test_double_quantised_weights_split_along_layers_alone():
         weight.partition(jax.sharding.PartitionSpec(None, None, "model"))
 
 
-def test_checkpoints_keep_the_bytes(tmp_path, double_quant):
-    tree = quantized(double_quant=double_quant)
+def test_checkpoints_keep_the_bytes(tmp_path, how):
+    tree = quantized(**how)
     checkpoints.save(tmp_path, 1, tree, identity={}, position=None)
     _, restored, _ = checkpoints.restore(tmp_path, tree, identity={})
     cases.assert_equal(restored, tree)

@@ -15,7 +15,7 @@ from lora_jax.interop.peft.files import load_adapter, save_adapter
 from lora_jax.interop.peft.names import Names
 from lora_jax.interop.verify.forms import held_to, merged_weights
 from lora_jax.interop.verify.report import Finding, Form
-from lora_jax.quant import Blockwise
+from lora_jax.quant import Quantized
 from lora_jax.transform import Delta, bind, delta_nodes
 from lora_jax.weights import PyTree, is_weight
 
@@ -91,7 +91,7 @@ class Bound:
         flat = paths.flatten(self.base, is_leaf=is_weight)
         adapted = [flat[path] for path in delta_nodes(self.delta) if path in flat]
         dtypes = sorted({jnp.dtype(leaf.dtype).name for leaf in adapted})
-        formats = sorted({leaf.format for leaf in adapted if isinstance(leaf, Blockwise)})
+        formats = sorted({leaf.format for leaf in adapted if isinstance(leaf, Quantized)})
         ways: dict[str, dict[str, bool]] = {"merged in float32": {"wide": True}}
         if dtypes and dtypes != ["float32"]:
             ways[f"merged in {'+'.join(dtypes)}"] = {"wide": False}
