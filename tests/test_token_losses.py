@@ -11,7 +11,7 @@ from cases import assert_close
 
 import lora_jax as lora
 from lora_jax.models import llama
-from lora_jax.training.loss import token_losses
+from lora_jax.training import token_losses
 from lora_jax.weights import linear, transpose
 
 HIDDEN = cases.normal(0, 2, 7, 6)

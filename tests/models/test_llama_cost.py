@@ -20,8 +20,7 @@ import lora_jax as lora
 from lora_jax.models import llama
 from lora_jax.models.config import LlamaConfig
 from lora_jax.models.shapes import SHAPES
-from lora_jax.training import init_state, llama_loss, train_step
-from lora_jax.training.loss import token_losses
+from lora_jax.training import init_state, next_token_loss, token_losses, train_step
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 pytestmark = pytest.mark.mixed_dtypes
@@ -156,7 +155,7 @@ def test_logits_of_the_8b_never_stand_whole():
     names = ("tokens", "targets", "segment_ids", "positions")
     batch = dict.fromkeys(names, jax.ShapeDtypeStruct((rows, length), jnp.int32))
     batch["loss_mask"] = jax.ShapeDtypeStruct((rows, length), bool)
-    step = train_step(llama_loss(config, remat="full"), tx)
+    step = train_step(next_token_loss(config, remat="full"), tx)
     program = str(jax.make_jaxpr(step)(*jax.eval_shape(make), batch))
     shapes = re.findall(r"b?f\d+\[([\d,]+)\]", program)
     found = {shape for shape in shapes if str(config.vocab_size) in shape.split(",")}
