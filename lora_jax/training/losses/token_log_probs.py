@@ -35,10 +35,11 @@ def token_log_probs(
     length, _, order, *arrays = counted_first(hidden, head, targets, loss_mask, chunk)
 
     def step(_, cut):
-        counted = cut[2]
+        rows, targets, counted, index = cut
+        rows = jnp.where(counted[..., None], rows, 0)  # others may hold anything
         losses = jax.lax.cond(
             counted.any(),
-            lambda: chunk_losses(read_out, head, *cut),
+            lambda: chunk_losses(read_out, head, rows, targets, counted, index),
             lambda: jnp.zeros(counted.shape, jnp.float32),
         )
         return None, losses
