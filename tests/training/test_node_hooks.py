@@ -7,12 +7,14 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+import pytest
 import small
 
 import lora_jax as lora
 from lora_jax import training
 from lora_jax.methods import LoRANode
 from lora_jax.training.node_hooks import after_update, penalty
+from lora_jax.training.resuming import require_same_start
 
 
 @flax.struct.dataclass
@@ -90,3 +92,19 @@ def test_of_adalora_they_are_its_public_functions():
     chex.assert_trees_all_equal(
         after_update(delta, delta, step), lora.allocate_budget(delta, delta, step)
     )
+
+
+def test_a_run_goes_on_with_statistics_that_moved_but_not_with_another_scale(tmp_path):
+    method = lora.AdaLoRA(rank=2, target_rank=1, total_steps=4)
+    _, delta = lora.lora_transform(small.params(), {"q_proj": method}, key=jax.random.key(0))
+    node = delta["layers"]["attn"]["q_proj"]
+
+    def state(**changes):
+        delta = {"q": dataclasses.replace(node, **changes)}
+        return training.init_state(delta, optax.sgd(1.0), seed=0)
+
+    moved = jax.tree.map(lambda x: x + 1, node.sensitivity)
+    given = (tmp_path, ["one"], [state()])
+    require_same_start(*given, [state(mask=0 * node.mask, sensitivity=moved, uncertainty=moved)])
+    with pytest.raises(ValueError, match="q/scale shows"):
+        require_same_start(*given, [state(scale=2 * node.scale)])

@@ -19,7 +19,7 @@ class CountedFirst(NamedTuple):
 
     Attributes:
       length: of a chunk.
-      count: of all that count, float32.
+      number: of all that count, float32.
       order: `[G, S, n]`, from where in its group each position is; padding repeats the last.
       rows: `[G, S, n, D]`, hidden states.
       targets: `[G, S, n]`.
@@ -27,7 +27,7 @@ class CountedFirst(NamedTuple):
     """
 
     length: int
-    count: jax.Array
+    number: jax.Array
     order: jax.Array
     rows: jax.Array
     targets: jax.Array
@@ -54,8 +54,8 @@ def counted_first(
     counted = jnp.arange(order.shape[-1])[None, None] < counts.sum(-1, keepdims=True)
     rows = jnp.take_along_axis(hidden, order[..., None], axis=2)
     targets = jnp.take_along_axis(targets, order, axis=2)
-    count = counts.sum().astype(jnp.float32)
-    return CountedFirst(length, count, order, rows, targets, counted)
+    number = counts.sum().astype(jnp.float32)
+    return CountedFirst(length, number, order, rows, targets, counted)
 
 
 def _grouped(x: jax.Array, groups: int, spans: int) -> jax.Array:
