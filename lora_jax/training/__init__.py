@@ -7,6 +7,7 @@ from lora_jax.training.losses.loss import Loss as Loss
 from lora_jax.training.losses.loss import LossSum as LossSum
 from lora_jax.training.losses.next_token import next_token_batch as next_token_batch
 from lora_jax.training.losses.next_token import next_token_loss as next_token_loss
+from lora_jax.training.losses.orpo import orpo_loss as orpo_loss
 from lora_jax.training.losses.token_losses import token_losses as token_losses
 from lora_jax.training.muon import muon as muon
 from lora_jax.training.optimizers import adamw as adamw

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from lora_jax.training.losses.loss import Loss
 from lora_jax.training.losses.next_token import next_token_loss
+from lora_jax.training.losses.orpo import orpo_loss
 
 
 class Entry(NamedTuple):
@@ -21,4 +22,5 @@ class Entry(NamedTuple):
 
 LOSSES = {
     "next_token": Entry(next_token_loss, batches="next-token"),
+    "orpo": Entry(orpo_loss, batches="preference"),
 }
