@@ -64,6 +64,7 @@ def get_config() -> ConfigDict:
     config.train = ConfigDict(
         {
             "steps": 16,
+            "loss": "next_token",  # a name in lora_jax/training/losses/__init__.py
             "optimizer": "adamw",  # adamw, muon, adafactor, sgd, lion
             "warmup_steps": 2,
             "schedule": "cosine",  # cosine, linear, constant

@@ -8,7 +8,7 @@ trains, and its rank.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import jax
@@ -41,6 +41,7 @@ class DeltaNode:
       split_axes: the sides of the matrix, "in" or "out", along which a block of weight and node
         tells its own part of the output.
       unmerged: why there is no merged form, where there is none.
+      statistics: the names of leaves that `after_update` moves.
     """
 
     layout: Layout = Layout()
@@ -49,6 +50,7 @@ class DeltaNode:
     padded_axes: ClassVar[tuple[str, ...]] = ()
     split_axes: ClassVar[tuple[str, ...]] = ()
     unmerged: ClassVar[str] = ""
+    statistics: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -113,6 +115,28 @@ class DeltaNode:
         """
         self._require_merged_form()
         raise ValueError(f"{type(self).__name__} cannot be unmerged: keep the base.")
+
+    # In training.
+
+    @classmethod
+    def penalty(cls, nodes: Sequence[Self]) -> jax.Array | None:
+        """What all nodes of this class in a delta add to the mean loss, a scalar; None: nothing."""
+        del nodes
+        return None
+
+    @classmethod
+    def after_update(
+        cls, nodes: Sequence[Self], gradients: Sequence[Self], step: jax.Array
+    ) -> Sequence[Self]:
+        """All nodes of this class in a delta, moved once more behind the optimizer.
+
+        Args:
+          nodes: as the optimizer left them.
+          gradients: of the loss with respect to them before it.
+          step: an integer scalar, the number of updates made, from 1.
+        """
+        del gradients, step
+        return nodes
 
     # What follows from the declared axes.
 

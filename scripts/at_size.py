@@ -70,18 +70,12 @@ def states_of(base: PyTree, arms: int) -> list[training.TrainState]:
 def batch(config: DecoderConfig, rows: int, length: int) -> dict[str, jax.Array]:
     """Random tokens, every one of which counts; one example a row."""
     tokens = jax.random.randint(jax.random.key(1), (rows, length + 1), 0, config.vocab_size)
-    return {
-        "tokens": tokens[:, :-1],
-        "targets": tokens[:, 1:],
-        "loss_mask": jnp.ones((rows, length), bool),
-        "segment_ids": jnp.ones((rows, length), jnp.int32),
-        "positions": jnp.tile(jnp.arange(length, dtype=jnp.int32), (rows, 1)),
-    }
+    return training.next_token_batch(tokens)
 
 
 def step_of(config: DecoderConfig, remat: Remat) -> Callable:
     """The step to be jitted, `(state, base, batch) -> (state, metrics)`."""
-    return training.train_step(training.llama_loss(config, remat=remat), OPTIMIZER)
+    return training.train_step(training.next_token_loss(config, remat=remat), OPTIMIZER)
 
 
 def model_flops_per_token(config: DecoderConfig, length: int) -> float:

@@ -29,9 +29,8 @@ import jax
 from jax.experimental import topologies
 
 from lora_jax import training
-from lora_jax.models import SHAPES, DecoderConfig, llama
+from lora_jax.models import SHAPES, DecoderConfig
 from lora_jax.training.sweep import Mode, make_sweep
-from lora_jax.transform import bind
 
 MODES: tuple[Mode, ...] = ("in_turn", "batched")
 
@@ -41,7 +40,7 @@ def measure(config: DecoderConfig, quantized: bool, arms: int, tokens: int, bloc
     base = at_size.random_base(config, quantized)
     batch = at_size.batch(config, 1, tokens)
     states = at_size.states_of(base, arms)
-    loss = training.llama_loss(config)
+    loss = training.next_token_loss(config)
 
     def evaluate(delta, base, batch):
         return loss(delta, base, batch, None)
@@ -92,20 +91,11 @@ def counted(config: DecoderConfig, quantized: bool, arms: int, tokens: int, chip
 def costs(config, quantized, arms: int | None, tokens, mesh, platform) -> dict[str, float]:
     """What the compiler says of one step of one arm, or of `arms` in a batch."""
 
-    def loss_sum(delta, base, batch, dropout_key):
-        weights = bind(base, delta, dropout_key=dropout_key)
-        hidden = llama.hidden_states(
-            weights, batch["tokens"], config, positions=batch["positions"],
-            segment_ids=batch["segment_ids"], remat="elementwise", unroll=config.num_layers,
-        )  # fmt: skip
-        return training.token_losses(
-            hidden, llama.output_head(weights), batch["targets"], batch["loss_mask"], chunk=tokens
-        )
-
+    loss = training.next_token_loss(config, unroll=config.num_layers, chunk=tokens)
     base = at_size.abstract_base(config, quantized)
     [state] = jax.eval_shape(partial(at_size.states_of, arms=1), base)
     batch = jax.eval_shape(lambda: at_size.batch(config, 1, tokens))
-    step = training.train_step(loss_sum, at_size.OPTIMIZER)
+    step = training.train_step(loss, at_size.OPTIMIZER)
     if arms is not None:
         state = jax.tree.map(lambda x: jax.ShapeDtypeStruct((arms, *x.shape), x.dtype), state)
         step = jax.vmap(step, in_axes=(0, None, None))

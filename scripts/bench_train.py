@@ -41,7 +41,6 @@ def ours() -> tuple[str, Callable[[], float]]:
     """Our step: a function that makes one update and returns its loss."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
     import jax
-    import jax.numpy as jnp
     import numpy as np
 
     import lora_jax as lora
@@ -54,15 +53,9 @@ def ours() -> tuple[str, Callable[[], float]]:
         params, lora.LoRA(rank=RANK, alpha=RANK), key=jax.random.key(1)
     )
     rows = np.random.default_rng(0).integers(0, config.vocab_size, (ROWS, LENGTH + 1))
-    batch = {
-        "tokens": jnp.asarray(rows[:, :-1]),
-        "targets": jnp.asarray(rows[:, 1:]),
-        "loss_mask": jnp.ones((ROWS, LENGTH), bool),
-        "segment_ids": jnp.ones((ROWS, LENGTH), jnp.int32),
-        "positions": jnp.tile(jnp.arange(LENGTH), (ROWS, 1)),
-    }
+    batch = training.next_token_batch(rows)
     tx = training.adamw(steps=10_000, schedule="constant", clip_norm=None)
-    step = jax.jit(training.train_step(training.llama_loss(config), tx), donate_argnums=0)
+    step = jax.jit(training.train_step(training.next_token_loss(config), tx), donate_argnums=0)
     state = training.init_state(delta, tx, learning_rate=1e-4, seed=0)
 
     def one() -> float:

@@ -42,6 +42,7 @@ def test_blocks_run_in_order(capsys, tmp_path, monkeypatch):
         "flax",
         "mesh",
         "pmap",
+        "own loss",
         "peft",
     ]
     assert [name for name, _ in blocks] == names

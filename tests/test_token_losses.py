@@ -10,8 +10,10 @@ import pytest
 from cases import assert_close
 
 import lora_jax as lora
+from lora_jax import parallel
 from lora_jax.models import llama
-from lora_jax.training.loss import token_losses
+from lora_jax.training import token_losses
+from lora_jax.training.losses.token_log_probs import token_log_probs
 from lora_jax.weights import linear, transpose
 
 HIDDEN = cases.normal(0, 2, 7, 6)
@@ -164,3 +166,89 @@ def test_a_head_that_rows_adapt_differently(tied):
     hidden, ids = cases.normal(1, 2, 4, 6), jnp.zeros((2, 4), jnp.int32)
     with pytest.raises(ValueError, match="an adapter for each row.*leave the head"):
         token_losses(hidden, llama.output_head(weights), ids, ids == 0)
+
+
+def naive_log_probs(hidden, head, mask=MASK):
+    log_probs = jax.nn.log_softmax(linear(hidden, head).astype(jnp.float32))
+    picked = jnp.take_along_axis(log_probs, TARGETS[..., None], axis=-1)[..., 0]
+    return jnp.where(mask, picked, 0)
+
+
+def both_ways(ours, theirs, trained):
+    """Values, auxiliary ones included, and gradients of two losses."""
+    for loss in (ours, theirs):
+        gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+        yield gradients(HIDDEN, trained)
+
+
+def weighed(log_probs):
+    """A loss of rows that weighs each position by all others of its row."""
+    return (log_probs.sum(-1) ** 2).sum() + (jnp.sin(log_probs) * HIDDEN[..., 0]).sum()
+
+
+@pytest.mark.parametrize("chunk", [3, 100])
+def test_log_probabilities_by_position(head, chunk):
+    """In value, and in gradient through a loss in which positions weigh differently."""
+    trained, make = head
+
+    def ours(hidden, t):
+        found = token_log_probs(hidden, make(t), TARGETS, MASK, chunk=chunk)
+        return weighed(found), found
+
+    def theirs(hidden, t):
+        found = naive_log_probs(hidden, make(t))
+        return weighed(found), found
+
+    assert_close(*both_ways(ours, theirs, trained), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_log_probabilities_where_hardly_any_counts(count):
+    mask = jnp.zeros((2, 7), bool).at[1, 3].set(bool(count))
+    hidden = HIDDEN.at[0, 0].set(jnp.inf)  # which counts for nothing
+
+    def ours(t):
+        return token_log_probs(hidden, t, TARGETS, mask, chunk=3).sum()
+
+    theirs = jax.value_and_grad(lambda t: naive_log_probs(HIDDEN, t, mask).sum())
+    assert_close(jax.value_and_grad(ours)(TABLE.T), theirs(TABLE.T), rtol=1e-4, atol=1e-5)
+
+
+def test_log_probabilities_over_a_mesh():
+    hidden, mask = cases.normal(5, 4, 8, 6), jnp.arange(8)[None] < jnp.array([[8], [3], [0], [5]])
+    targets = jnp.arange(32).reshape(4, 8) % 11
+
+    def gradients(hidden, table):
+        def loss(hidden, table):
+            found = token_log_probs(hidden, table, targets, mask, chunk=3)
+            return (found.sum(-1) ** 2).sum(), found
+
+        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(hidden, table)
+
+    alone = jax.jit(gradients)(hidden, TABLE.T)
+    mesh = parallel.make_mesh({"fsdp": 2, "sequence": 4})
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(hidden, parallel.batch_sharding(mesh))
+        together = jax.jit(gradients)(placed, TABLE.T)
+    assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+def capped(rows, head):
+    return 2 * jnp.tanh(linear(rows, head) / 2)
+
+
+@pytest.mark.parametrize("chunk", [3, 100])
+def test_logits_that_are_more_than_the_product(head, chunk):
+    trained, make = head
+
+    def ours(hidden, t):
+        given = (hidden, make(t), TARGETS, MASK)
+        total, _ = token_losses(*given, chunk=chunk, read_out=capped)
+        return total, token_log_probs(*given, chunk=chunk, read_out=capped)
+
+    def theirs(hidden, t):
+        log_probs = jax.nn.log_softmax(capped(hidden, make(t)))
+        picked = jnp.take_along_axis(log_probs, TARGETS[..., None], axis=-1)[..., 0]
+        return -jnp.where(MASK, picked, 0).sum(), jnp.where(MASK, picked, 0)
+
+    assert_close(*both_ways(ours, theirs, trained), rtol=1e-4, atol=1e-5)

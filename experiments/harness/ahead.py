@@ -14,22 +14,18 @@ from ml_collections import ConfigDict
 import lora_jax as lora
 from experiments.harness import devices, setup
 from experiments.harness.arms import Arm, rank_arms, same_kind
+from experiments.harness.losses import loss_of
 from experiments.harness.plan import abstract_params
-from experiments.harness.run import loss_of, optimizer, step_of
+from experiments.harness.run import optimizer, step_of
 from lora_jax import parallel, training
 from lora_jax.planning import cost, hlo
 from lora_jax.planning.chips import Machine
 from lora_jax.training.execution import AXIS, Execution
+from lora_jax.training.losses.fields import Fields
+from lora_jax.training.losses.loss import Loss
 from lora_jax.training.sweep import alike, batched_step, resolve_mode, same_shapes
 from lora_jax.weights import PyTree
 
-BATCH = {
-    "tokens": jnp.int32,
-    "targets": jnp.int32,
-    "loss_mask": jnp.bool_,
-    "segment_ids": jnp.int32,
-    "positions": jnp.int32,
-}
 WAITING = "waiting arms"
 
 
@@ -114,7 +110,9 @@ def abstract_step(config: ConfigDict, machine: Machine) -> Step:
     everyone, mesh = rank_arms(config), _mesh(config, machine)
     arms = same_kind(everyone)[0]
     base = abstract_params(config)
-    execution = devices.execution(config, base, machine.devices)
+    loss = loss_of(config, setup.shape_of(config), base)
+    batch = loss.abstract_batch(config.data.batch_size, config.data.seq_len)
+    execution = devices.execution(config, base, loss.fields, machine.devices)
     mode = config.sweep.mode
     if mode == "auto":
         mode = "in_turn" if machine.chip.platform == "cpu" else "batched"
@@ -135,15 +133,15 @@ def abstract_step(config: ConfigDict, machine: Machine) -> Step:
         )
     arguments = (
         *jax.tree.map(_placed, (state, base), lying),
-        _batch(config, mesh),
+        _placed_batch(batch, loss.fields, mesh),
         *[jax.ShapeDtypeStruct((len(arms),), jnp.bool_)] * stacked,
     )
     return Step(
         mesh=mesh,
-        function=_function(config, base, execution, arms[0], mode),
+        function=_function(config, loss, execution, arms[0], mode),
         arguments=arguments,
         waiting=0 if stacked else len(arms) - 1,
-        tokens=config.data.batch_size * config.data.seq_len * (len(arms) if stacked else 1),
+        tokens=max(x.size for x in batch.values()) * (len(arms) if stacked else 1),
     )
 
 
@@ -158,10 +156,9 @@ def _mesh(config: ConfigDict, machine: Machine) -> Mesh:
     return parallel.row_of(machine.devices)
 
 
-def _function(config: ConfigDict, base: PyTree, execution: Execution, arm: Arm, mode: str) -> Any:
+def _function(config: ConfigDict, loss: Loss, execution: Execution, arm: Arm, mode: str) -> Any:
     """What a sweep compiles. Of arms in turn that differ in shape it is the gradients' program and
     the update's as one."""
-    loss = loss_of(config, setup.shape_of(config), base)
     step = step_of(config, arm, loss, execution.axis_name)
     return batched_step(step, execution) if mode == "batched" else execution.step(step, False)
 
@@ -201,21 +198,20 @@ def _placed(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _batch(config: ConfigDict, mesh: Mesh) -> dict[str, Any]:
-    rows, length = config.data.batch_size, config.data.seq_len
-
-    def shaped(sharding, *shape):
-        return {
-            name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-            for name, dtype in BATCH.items()
-        }
-
+def _placed_batch(batch: dict[str, Any], fields: Fields, mesh: Mesh) -> dict[str, Any]:
     if AXIS not in mesh.shape:
-        batch = shaped(parallel.batch_sharding(mesh), rows, length)
-        parallel.require_divisible(mesh, batch)
-        return batch
+        parallel.require_divisible(mesh, batch, fields)
+        return {
+            name: _placed(x, parallel.batch_sharding(mesh, fields[name].axes))
+            for name, x in batch.items()
+        }
     split = NamedSharding(mesh, PartitionSpec(AXIS))
-    return shaped(split, mesh.size, rows // mesh.size, length)
+
+    def over_devices(x):
+        rows = x.shape[0] // mesh.size
+        return jax.ShapeDtypeStruct((mesh.size, rows, *x.shape[1:]), x.dtype, sharding=split)
+
+    return jax.tree.map(over_devices, batch)
 
 
 def lowered(step: Step, platform: str) -> tuple[Any, Any]:

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 import lora_jax as lora
 from experiments.harness.arms import Arm
+from experiments.harness.losses import make_loss
 from experiments.harness.run import optimizer, step_of
 from experiments.harness.setup import as_configured
 from lora_jax import models, training
@@ -57,10 +58,6 @@ def _lowered(config: ConfigDict, arm: Arm, model: DecoderConfig, **options: Any)
     # As `Execution.states` leaves it: the run's own program is then found in JAX's cache.
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), state)
-    shape = config.data.batch_size, config.data.seq_len
-    batch = {
-        name: jax.ShapeDtypeStruct(shape, bool if name == "loss_mask" else jnp.int32)
-        for name in ("tokens", "targets", "loss_mask", "segment_ids", "positions")
-    }
-    loss = training.llama_loss(model, remat=config.model.remat, **options)
+    loss = make_loss(config, model, **options)
+    batch = loss.abstract_batch(config.data.batch_size, config.data.seq_len)
     return jax.jit(step_of(config, arm, loss), donate_argnums=0).lower(state, base, batch)

@@ -1,6 +1,7 @@
 """The devices of a run, as `config.parallel` says."""
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,11 +11,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from experiments.harness.arms import Arm, same_kind
-from lora_jax import models, parallel, training
+from lora_jax import models, parallel
 from lora_jax.context_mesh import FSDP
 from lora_jax.interop import Place, on_device, quantized, sharded
 from lora_jax.quant import quantizer
 from lora_jax.training.execution import AXIS, Execution, single
+from lora_jax.training.losses.fields import Fields
+from lora_jax.training.losses.loss import Loss
 from lora_jax.training.sweep import Mode, resolve_mode
 from lora_jax.weights import PyTree
 
@@ -57,8 +60,10 @@ def while_loading(config: ConfigDict) -> contextlib.AbstractContextManager:
     return jax.default_device(jax.local_devices(backend="cpu")[0])
 
 
-def execution(config: ConfigDict, params: PyTree, devices: Devices = None) -> Execution:
-    """How steps run over these params.
+def execution(
+    config: ConfigDict, params: PyTree, fields: Fields, devices: Devices = None
+) -> Execution:
+    """How steps run over these params, on batches of the loss's `fields`.
 
     Raises:
       ValueError: see `mesh_of`; and for a batch whose rows the parts of a step and the devices that
@@ -67,7 +72,8 @@ def execution(config: ConfigDict, params: PyTree, devices: Devices = None) -> Ex
     mesh = mesh_of(config, devices)
     _require_rows(config, mesh, devices)
     if mesh is not None:
-        return parallel.on_mesh(mesh, parallel.match_specs(params, rules(config)))
+        specs = parallel.match_specs(params, rules(config))
+        return parallel.on_mesh(mesh, specs, fields)
     return parallel.replicated(devices) if config.parallel.mode == "pmap" else single()
 
 
@@ -117,11 +123,12 @@ def rules(config: ConfigDict) -> parallel.Rules:
     return models.SHAPES[config.model.shape].family.sharding
 
 
-def over_devices(config: ConfigDict, params: PyTree, loss: training.LossSum) -> training.LossSum:
+def over_devices(config: ConfigDict, params: PyTree, loss: Loss) -> Loss:
     """The loss for a base that lies over the run's devices."""
     if config.parallel.mode in ("single", "pmap"):
         return loss
-    return parallel.over_mesh(loss, parallel.match_specs(params, rules(config)))
+    specs = parallel.match_specs(params, rules(config))
+    return dataclasses.replace(loss, sums=parallel.over_mesh(loss.sums, specs))
 
 
 def placed(config: ConfigDict, format: Mapping[str, Any] | None) -> Place:

@@ -37,7 +37,7 @@ def compare(
     normal = {"w": jax.random.normal(jax.random.key(0), (4096, 1024))}
     metrics = workdir / "metrics.jsonl"
     done = {record["format"] for record in records.read(metrics)}
-    loss_sum = training.llama_loss(model.config)
+    loss_sum = training.next_token_loss(model.config)
     loss = jax.jit(lambda params, batch: loss_sum({}, params, batch, None))
     for name, options in formats.items():
         if name in done:

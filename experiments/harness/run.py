@@ -14,15 +14,16 @@ from ml_collections import ConfigDict
 import lora_jax as lora
 from experiments.harness import adapters, devices, setup
 from experiments.harness.arms import Arm, same_kind, same_step
+from experiments.harness.losses import loss_of, require_batches
 from experiments.harness.outcome import Outcome, best, row
 from experiments.harness.samples import sample
 from lora_jax import data, training
 from lora_jax.interop import Pretrained
-from lora_jax.models import DecoderConfig
 from lora_jax.parallel import hosts
 from lora_jax.training import checkpoints
 from lora_jax.training.execution import Execution
 from lora_jax.training.fit import ArmProgress, Diverged, Schedule, fit
+from lora_jax.training.losses.loss import Loss
 from lora_jax.training.sweep import Sweep, make_sweep
 from lora_jax.transform import Delta
 from lora_jax.weights import PyTree
@@ -36,6 +37,7 @@ class _Shared:
 
     config: ConfigDict
     model: Pretrained
+    loss: Loss
     execution: Execution
     examples: data.EncodedSource
     validation: Sequence[data.Batch]
@@ -78,7 +80,8 @@ def run(
     """
     started = time.time()
     devices.require_even_arms(config, arms)
-    optimizer(config, arms[0])  # whose settings are refused before the model is loaded
+    require_batches(config)  # these two are refused before the model is loaded
+    optimizer(config, arms[0])
     shared = _prepared(config, workdir, log)
     if sized:
         setup.require_shape(config, shared.model)
@@ -111,16 +114,18 @@ def _prepared(config: ConfigDict, workdir: Path, log: Log) -> _Shared:
     """The model and the data loaded and placed, and the untuned model's loss taken."""
     log({"event": "loading", "what": f"model {config.model.source}"})
     model = setup.load_model(config)
-    execution = devices.execution(config, model.params)
+    loss = loss_of(config, model.config, model.params)
+    execution = devices.execution(config, model.params, loss.fields)
     model = dataclasses.replace(model, params=execution.base(model.params))
     log({"event": "loading", "what": f"data {config.data.source}"})
     examples = setup.training_examples(config, model)
     validation = setup.validation_batches(config, model)
-    base_loss = _untuned_loss(config, model, execution, validation)
+    base_loss = _untuned_loss(loss, model.params, execution, validation)
     log({"event": "base", "val_loss": base_loss})
     return _Shared(
         config=config,
         model=model,
+        loss=loss,
         execution=execution,
         examples=examples,
         validation=validation,
@@ -143,33 +148,19 @@ def step_of(
     )
 
 
-def loss_of(config: ConfigDict, shape: DecoderConfig, params: PyTree) -> training.LossSum:
-    """The loss of a model of this shape, over the run's devices."""
-    loss = training.llama_loss(
-        shape,
-        remat=config.model.remat,
-        attention=None if config.model.attention == "auto" else config.model.attention,
-    )
-    return devices.over_devices(config, params, loss)
-
-
 def _untuned_loss(
-    config: ConfigDict, model: Pretrained, execution: Execution, validation: Sequence[data.Batch]
+    loss: Loss, params: PyTree, execution: Execution, validation: Sequence[data.Batch]
 ) -> float:
-    loss = loss_of(config, model.config, model.params)
     summed = execution.evaluate(functools.partial(_without_dropout, loss))
     with execution.context():
-        sums = [
-            jax.device_get(summed({}, model.params, execution.batch(batch))) for batch in validation
-        ]
-    return setup.mean_loss(sums)
+        sums = [jax.device_get(summed({}, params, execution.batch(batch))) for batch in validation]
+    return setup.mean_loss(sums, loss.unit)
 
 
 def _compiled_once(shared: _Shared, arm: Arm) -> Sweep:
-    config, model, execution = shared.config, shared.model, shared.execution
-    loss = loss_of(config, model.config, model.params)
-    step = step_of(config, arm, loss, execution.axis_name)
-    evaluate = functools.partial(_without_dropout, loss)
+    config, execution = shared.config, shared.execution
+    step = step_of(config, arm, shared.loss, execution.axis_name)
+    evaluate = functools.partial(_without_dropout, shared.loss)
     return make_sweep(step, evaluate, config.sweep.mode, execution)
 
 
@@ -197,6 +188,7 @@ def _train(
                 **setup.data_identity(config, shared.examples, arms[0].data_seed),
             },
             log=shared.log,
+            positions=shared.loss.positions,
             stop_requested=stop_requested,
         )
     except Diverged:

@@ -145,8 +145,8 @@ def validation_batches(config: ConfigDict, model: Pretrained) -> list[data.Batch
     )
 
 
-def mean_loss(sums: Sequence[tuple[Any, Any]]) -> float:
-    """The mean of the validation batches' `(total, count)`.
+def mean_loss(sums: Sequence[tuple[Any, Any]], unit: str = "token") -> float:
+    """The mean of the validation batches' `(total, count)`, where `unit` is what counts.
 
     Raises:
       ValueError: where nothing counts.
@@ -154,7 +154,7 @@ def mean_loss(sums: Sequence[tuple[Any, Any]]) -> float:
     total, count = np.sum(np.asarray(sums, np.float64), axis=0)
     if not count:
         raise ValueError(
-            "no token of the validation examples counts: they have no answers. Give "
+            f"no {unit} of the validation examples counts: they have no answers. Give "
             "config.data examples that have, or raise config.data.validation_examples."
         )
     return float(total / count)

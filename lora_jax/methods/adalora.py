@@ -3,6 +3,7 @@ arXiv:2303.10512)."""
 
 import dataclasses
 import math
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import flax.struct
@@ -26,7 +27,7 @@ class AdaLoRA(Method):
 
     `a` and `b` are held near orthogonal by `orthogonality`, a term of the loss, so that `e` are
     singular values. After each step `allocate_budget` zeroes those of least importance, until
-    `target_rank` of them are left for each matrix on average. `train_step` calls both.
+    `target_rank` of them are left for each matrix on average. `train_step` does both.
 
     Attributes:
       total_steps: how many steps training takes; the schedule of the budget follows from it.
@@ -140,6 +141,7 @@ class AdaLoRANode(Additive):
     """
 
     own_axes = ("rank",)
+    statistics = ("mask", "sensitivity", "uncertainty")
 
     a: jax.Array = leaf("stack in rank")
     e: jax.Array = leaf("stack rank")
@@ -157,6 +159,25 @@ class AdaLoRANode(Additive):
         h = h * jnp.broadcast_to((self.e * self.scale).astype(h.dtype), h.shape)
         return product.widen(h, self.b)
 
+    @classmethod
+    def penalty(cls, nodes: Sequence["AdaLoRANode"]) -> jax.Array:
+        total = jnp.float32(0)
+        for method, members in _by_method(nodes).items():
+            distances = [d for i in members for d in _distances(nodes[i].as_matrix())]
+            total += method.penalty * jnp.concatenate(distances).mean()
+        return total
+
+    @classmethod
+    def after_update(
+        cls, nodes: Sequence["AdaLoRANode"], gradients: Sequence["AdaLoRANode"], step: jax.Array
+    ) -> list["AdaLoRANode"]:
+        moved = [_observed(*pair, step) for pair in zip(nodes, gradients, strict=True)]
+        for method, members in _by_method(nodes).items():
+            allocated = _allocated(method, [moved[i] for i in members], step)
+            for i, node in zip(members, allocated, strict=True):
+                moved[i] = node
+        return moved
+
 
 def orthogonality(delta: PyTree) -> jax.Array:
     """`penalty * mean ||a^T a - I||_F` over the factors a and b^T of all AdaLoRA matrices (equation
@@ -168,17 +189,8 @@ def orthogonality(delta: PyTree) -> jax.Array:
     Returns:
       A float32 scalar, summed over the `AdaLoRA` values in use; 0 where there are none.
     """
-    total = jnp.float32(0)
-    for method, nodes in _by_method(delta).items():
-        distances = []
-        for node in (n.as_matrix() for n in nodes):
-            for factor in (jnp.swapaxes(node.a, -1, -2), node.b):
-                with jax.default_matmul_precision("highest"):
-                    gram = jnp.matmul(factor, jnp.swapaxes(factor, -1, -2))
-                square = jnp.sum((gram - _identity(gram)) ** 2, axis=(-2, -1))
-                distances.append(jnp.sqrt(jnp.maximum(square, 1e-30)).reshape(-1))
-        total += method.penalty * jnp.concatenate(distances).mean()
-    return total
+    nodes = jax.tree.leaves(delta, is_leaf=_is_node)
+    return AdaLoRANode.penalty([node for node in nodes if isinstance(node, AdaLoRANode)])
 
 
 def allocate_budget(delta: PyTree, gradients: PyTree, step: jax.Array) -> PyTree:
@@ -204,11 +216,10 @@ def allocate_budget(delta: PyTree, gradients: PyTree, step: jax.Array) -> PyTree
     """
     nodes, treedef = jax.tree.flatten(delta, is_leaf=_is_node)
     slopes = cast(Any, treedef).flatten_up_to(gradients)
-    for method, members in _by_method(delta).items():
-        index = [i for i, node in enumerate(nodes) if any(node is member for member in members)]
-        moved = [_observed(nodes[i], slopes[i], step) for i in index]
-        for i, node in zip(index, _allocated(method, moved, step), strict=True):
-            nodes[i] = node
+    ours = [i for i, node in enumerate(nodes) if isinstance(node, AdaLoRANode)]
+    moved = AdaLoRANode.after_update([nodes[i] for i in ours], [slopes[i] for i in ours], step)
+    for i, node in zip(ours, moved, strict=True):
+        nodes[i] = node
     return jax.tree.unflatten(treedef, nodes)
 
 
@@ -216,12 +227,21 @@ def _is_node(leaf: Any) -> bool:
     return isinstance(leaf, DeltaNode)
 
 
-def _by_method(delta: PyTree) -> dict[AdaLoRA, list[AdaLoRANode]]:
-    groups: dict[AdaLoRA, list[AdaLoRANode]] = {}
-    for node in jax.tree.leaves(delta, is_leaf=_is_node):
-        if isinstance(node, AdaLoRANode):
-            groups.setdefault(node.method, []).append(node)
+def _by_method(nodes: Sequence[AdaLoRANode]) -> dict[AdaLoRA, list[int]]:
+    """Which nodes share a budget."""
+    groups: dict[AdaLoRA, list[int]] = {}
+    for i, node in enumerate(nodes):
+        groups.setdefault(node.method, []).append(i)
     return groups
+
+
+def _distances(node: AdaLoRANode) -> Iterator[jax.Array]:
+    """Of a and b^T of each stacked layer from orthogonal, `[layers]` each."""
+    for factor in (jnp.swapaxes(node.a, -1, -2), node.b):
+        with jax.default_matmul_precision("highest"):
+            gram = jnp.matmul(factor, jnp.swapaxes(factor, -1, -2))
+        square = jnp.sum((gram - _identity(gram)) ** 2, axis=(-2, -1))
+        yield jnp.sqrt(jnp.maximum(square, 1e-30)).reshape(-1)
 
 
 def _identity(gram: jax.Array) -> jax.Array:

@@ -147,7 +147,7 @@ def _read(stated: Stated) -> Gemma2Config:
     count = fields["num_layers"]
     layers = layer_types(stated, count) or [FULL if i % 2 else SLIDING for i in range(count)]
     window = stated.count("sliding_window") if SLIDING in layers else None
-    caps = {
+    caps: dict[str, Any] = {
         name: None if stated.get(key) is None else stated.number(key)
         for name, key in (
             ("attention_cap", "attn_logit_softcapping"),

@@ -1,6 +1,7 @@
 """The ways to run a training step on several devices; each gives the numbers of one device."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ from lora_jax.parallel.shardings import (
 )
 from lora_jax.training import execution
 from lora_jax.training.execution import AXIS, Execution
+from lora_jax.training.losses.fields import POSITIONS, ROWS, Field, Fields, check_batch
+from lora_jax.training.rows import rows_of
 
 MODES = ("single", "pmap", "fsdp", "tensor", "fsdp+tensor")
 
@@ -53,12 +56,14 @@ def mesh_of(
     return make_mesh({"sequence": sequence, "arms": arms, **rest[mode]}, devices)
 
 
-def on_mesh(mesh: Mesh, specs: Specs) -> Execution:
+def on_mesh(mesh: Mesh, specs: Specs, fields: Fields | None = None) -> Execution:
     """Weights, deltas and batches split over a mesh, by `jit`: XLA adds what devices exchange.
 
     Args:
       mesh: from `make_mesh` or `mesh_of`.
       specs: how each leaf of the base lies, from `match_specs`.
+      fields: the axes of a batch's arrays, such as `loss.fields`; what a batch holds beside them is
+        left out. Without them every array is `[rows, positions, ...]`.
     """
 
     whole = NamedSharding(mesh, PartitionSpec())  # what the host reads, on every process
@@ -101,9 +106,14 @@ def on_mesh(mesh: Mesh, specs: Specs) -> Execution:
         return jax.tree.map(_lying, delta, delta_shardings(mesh, delta, specs, arms=True))
 
     def batch(values):
-        require_divisible(mesh, values)
-        lying = batch_sharding(mesh)
-        return jax.tree.map(lambda x: hosts.place(x, lying), dict(values))
+        known = {name: _plain(x) for name, x in values.items()} if fields is None else fields
+        if fields is not None:
+            check_batch("a step on this mesh", fields, values)
+        require_divisible(mesh, values, known)
+        return {
+            name: hosts.place(values[name], batch_sharding(mesh, field.axes))
+            for name, field in known.items()
+        }
 
     return Execution(
         base=lambda base: hosts.place(base, base_shardings(mesh, base, specs)),
@@ -132,7 +142,7 @@ def replicated(devices: Sequence[jax.Device] | None = None) -> Execution:
     ours = [device.process_index == jax.process_index() for device in devices]
 
     def batch(values):
-        rows = values["tokens"].shape[0]
+        rows = rows_of(values)
         if rows % count:
             raise ValueError(
                 f"a batch of {rows} rows cannot be split over {count} devices: choose a multiple "
@@ -165,6 +175,12 @@ def replicated(devices: Sequence[jax.Device] | None = None) -> Execution:
         spread=lambda delta: delta,
         axis_name=AXIS,
     )
+
+
+def _plain(array: Any) -> Field:
+    """The first axes of an array that nothing is declared of."""
+    axes = [ROWS, POSITIONS, *map(str, array.shape[2:])]
+    return Field(" ".join(axes[: array.ndim]), array.dtype)
 
 
 def _put(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:

@@ -12,8 +12,11 @@ from lora_jax import paths
 from lora_jax.context_mesh import ARMS, FSDP, SEQUENCE
 from lora_jax.methods import Extra
 from lora_jax.parallel.rules import Specs
+from lora_jax.training.losses.fields import POSITIONS, ROWS, Fields
 from lora_jax.transform import Delta, delta_nodes
 from lora_jax.weights import PyTree, is_weight
+
+ALONG = {ROWS: FSDP, POSITIONS: SEQUENCE}  # the axis of a mesh that splits an axis of a batch
 
 
 def base_shardings(mesh: Mesh, base: PyTree, specs: Specs) -> PyTree:
@@ -80,21 +83,22 @@ def state_shardings(mesh: Mesh, state: Any, specs: Specs, *, arms: bool = False)
     return jax.tree_util.tree_map_with_path(lie, state)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of every `[B, T]` array of a batch."""
-    return NamedSharding(mesh, PartitionSpec(FSDP, SEQUENCE))
+def batch_sharding(mesh: Mesh, axes: str = "rows positions") -> NamedSharding:
+    """Of an array of a batch with these axes, named as a loss's `Field` names them."""
+    return NamedSharding(mesh, PartitionSpec(*map(ALONG.get, axes.split())))
 
 
-def require_divisible(mesh: Mesh, batch: Mapping[str, Any]) -> None:
+def require_divisible(mesh: Mesh, batch: Mapping[str, Any], fields: Fields) -> None:
     """Raises ValueError unless the mesh divides the rows and positions of a batch."""
-    for axis, what, count in zip(
-        (FSDP, SEQUENCE), ("rows", "positions"), batch["tokens"].shape, strict=True
-    ):
-        if count % mesh.shape[axis]:
-            raise ValueError(
-                f"a batch of {count} {what} cannot be split over {axis}={mesh.shape[axis]}: choose "
-                f"a multiple of {mesh.shape[axis]}, or a mesh with fewer devices along {axis}."
-            )
+    for name, field in fields.items():
+        for what, count in zip(field.names, batch[name].shape, strict=True):
+            axis = ALONG.get(what)
+            if axis and count % mesh.shape[axis]:
+                raise ValueError(
+                    f"a batch of {count} {what} cannot be split over {axis}={mesh.shape[axis]}: "
+                    f"choose a multiple of {mesh.shape[axis]}, or a mesh with fewer devices along "
+                    f"{axis}."
+                )
 
 
 def _shardings(mesh: Mesh, path: str, tree: Any, specs: Any) -> Any:

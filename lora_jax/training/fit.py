@@ -11,8 +11,9 @@ import jax
 import numpy as np
 
 from lora_jax.training import checkpoints
+from lora_jax.training.losses.loss import Batch
 from lora_jax.training.resuming import digest, peek, require_same_start, with_hyperparams_of
-from lora_jax.training.step import Batch, TrainState
+from lora_jax.training.step import TrainState
 from lora_jax.training.sweep import Sweep, arms_of, chosen, copied, deltas_of
 from lora_jax.weights import PyTree
 
@@ -58,7 +59,7 @@ class ArmProgress:
       best: the lowest of them.
       best_step: when that was.
       waited: validations since.
-      tokens, seconds: what training took.
+      tokens, seconds: what training took; `tokens` are positions of batches that are no padding.
       stopped: "early", "diverged", or None.
     """
 
@@ -77,7 +78,7 @@ class ArmProgress:
 
     @property
     def tokens_per_second(self) -> float | None:
-        return self.tokens / self.seconds if self.seconds else None
+        return self.tokens / self.seconds if self.tokens and self.seconds else None
 
 
 def fit(
@@ -92,6 +93,7 @@ def fit(
     folder: Path,
     identity: Mapping[str, Any],
     log: Log,
+    positions: Callable[[Batch], Any] | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> tuple[list[TrainState], list[ArmProgress]]:
     """Trains all arms in step on the same batches, from the newest checkpoint if there is one.
@@ -112,6 +114,8 @@ def fit(
         and the data. The arms, the first batch and those of the validation belong to it anyway.
       log: is given a JSON-like record of every logged step and validation of every arm, and of
         every event: `{"event": "resumed" | "stopped" | ...}`.
+      positions: how many positions of a batch are no padding, `loss.positions`: tokens a second
+        are told by it, and are not without it.
       stop_requested: is asked after every step that waits for the device whether to end early.
 
     Returns:
@@ -143,7 +147,7 @@ def fit(
         progress = [ArmProgress(**arm) for arm in position["arms"]]
     log({"event": "started", "step": step, "arms": list(arms), "steps": schedule.steps})
 
-    window = _Window(arms, progress, log)
+    window = _Window(arms, progress, log, positions)
     with checkpoints.saving(folder, identity=identity) as save:
         while step < schedule.steps and _any_running(progress):
             step += 1
@@ -228,8 +232,14 @@ def _raise_if_all_diverged(arms, progress, step: int) -> None:
 class _Window:
     """The steps since the device was last waited for."""
 
-    def __init__(self, arms: Sequence[str], progress: Sequence[ArmProgress], log: Log):
-        self._arms, self._progress, self._log = arms, progress, log
+    def __init__(
+        self,
+        arms: Sequence[str],
+        progress: Sequence[ArmProgress],
+        log: Log,
+        positions: Callable[[Batch], Any] | None,
+    ):
+        self._arms, self._progress, self._log, self._positions = arms, progress, log, positions
         self._steps: list[tuple[int, Any, Any]] = []
         self._since = 0.0
 
@@ -238,7 +248,8 @@ class _Window:
             self._since = time.perf_counter()
 
     def add(self, step: int, batch: Batch, metrics: Any) -> None:
-        tokens = (batch["segment_ids"] > 0).sum()  # still on its way, where the batch is
+        # Still on its way, where the batch is.
+        tokens = 0 if self._positions is None else self._positions(batch)
         self._steps.append((step, tokens, metrics))
 
     def close(self) -> None:
@@ -264,4 +275,5 @@ class _Window:
             if metrics.count is None or metrics.count[index] > 0:
                 arm.recent = [*arm.recent, loss][-RECENT:]
             record = {"step": step, "arm": name, "loss": loss, "grad_norm": norm}
-            self._log({**record, "tokens_per_second": tokens / seconds})
+            told = {} if self._positions is None else {"tokens_per_second": tokens / seconds}
+            self._log(record | told)

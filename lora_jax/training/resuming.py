@@ -11,7 +11,6 @@ import numpy as np
 
 from lora_jax import paths
 from lora_jax.masks import trainable_mask
-from lora_jax.methods import AdaLoRANode
 from lora_jax.training.step import TrainState
 from lora_jax.transform import Delta, delta_nodes
 from lora_jax.weights import PyTree
@@ -72,8 +71,7 @@ def _frozen(delta: Delta) -> dict[str, jax.Array]:
     for path, node in delta_nodes(delta).items():
         moves = paths.flatten(trainable_mask(node))
         for name, leaf in paths.flatten(node).items():
-            settled = not isinstance(node, AdaLoRANode) or name == "scale"
-            if settled and not moves[name]:
+            if not moves[name] and name.split("/")[0] not in node.statistics:
                 found[f"{path}/{name}"] = leaf
     return found
 

@@ -1,7 +1,7 @@
 """One step of training a delta over a frozen base, as pure functions."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -9,20 +9,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lora_jax import models
-from lora_jax.kernels.attention import Implementation
 from lora_jax.masks import mask_optimizer
-from lora_jax.methods import allocate_budget, orthogonality
-from lora_jax.models.config import DecoderConfig
-from lora_jax.models.remat import Remat
 from lora_jax.paths import described, is_known
-from lora_jax.training.loss import token_losses
+from lora_jax.training.losses.loss import Batch, LossSum
+from lora_jax.training.node_hooks import after_update, penalty
 from lora_jax.training.optimizers import with_learning_rate
-from lora_jax.transform import Delta, bind
+from lora_jax.training.rows import rows_of
+from lora_jax.transform import Delta
 from lora_jax.weights import PyTree
-
-Batch = Mapping[str, Any]
-LossSum = Callable[[Delta, PyTree, Batch, jax.Array | None], tuple[jax.Array, jax.Array]]
 
 
 @flax.struct.dataclass
@@ -47,7 +41,7 @@ class StepMetrics:
     """Of one step, before its update.
 
     Attributes:
-      loss: the mean over counted units, in nats a token; 0 where none counted.
+      loss: the mean over counted units, such as nats a token; 0 where none counted.
       grad_norm: of the gradient of that.
       count: the units; None of a step that does not say.
     """
@@ -92,38 +86,6 @@ def _seed(seed: Any) -> jax.Array:
     return jnp.asarray(seed, jnp.uint32)
 
 
-def llama_loss(
-    config: DecoderConfig,
-    *,
-    remat: Remat = "elementwise",
-    unroll: int = 1,
-    chunk: int = 128,
-    attention: Implementation | None = None,
-) -> LossSum:
-    """The summed loss over a batch's counted tokens, and their number.
-
-    A batch holds `tokens`, `targets`, `loss_mask`, `segment_ids` and `positions`, each `[B, T]`.
-    `unroll` and `attention` are of `hidden_states`, `chunk` of `token_losses`.
-    """
-
-    def loss_sum(delta, base, batch, dropout_key):
-        weights = bind(base, delta, dropout_key=dropout_key)
-        hidden = models.hidden_states(
-            weights,
-            batch["tokens"],
-            config,
-            positions=batch["positions"],
-            segment_ids=batch["segment_ids"],
-            remat=remat,
-            unroll=unroll,
-            attention=attention,
-        )
-        head = models.output_head(weights)
-        return token_losses(hidden, head, batch["targets"], batch["loss_mask"], chunk=chunk)
-
-    return loss_sum
-
-
 @dataclasses.dataclass(frozen=True)
 class TrainStep:
     """A pure function `(state, base, batch) -> (state, metrics)` and the two that it is made of.
@@ -160,10 +122,12 @@ def train_step(
     of zero; a part of it (a micro-batch, a device's rows) in which none counts adds nothing,
     whatever `loss_sum` and its gradient are there.
 
-    AdaLoRA's term of the loss and its allocation are part of it; its term is not in the metrics.
+    What methods declare beside their gradients (`DeltaNode.penalty`, `after_update`), as AdaLoRA
+    does, is part of it; a penalty is not in the metrics.
 
     Args:
-      loss_sum: gives a batch's summed loss and its count, such as `llama_loss(config)`.
+      loss_sum: gives a batch's summed loss and its count: a `Loss`, such as
+        `next_token_loss(config)`, or any function `(delta, base, batch, dropout_key)`.
       tx: the optimizer.
       accumulate: into how many micro-batches the batch is cut. Their losses are summed before
         they are divided, so that the result is the whole batch's, however tokens fall.
@@ -191,7 +155,7 @@ def train_step(
         delta = optax.apply_updates(state.delta, updates)
         moved = dataclasses.replace(
             state,
-            delta=allocate_budget(delta, grads, state.step + 1),
+            delta=after_update(delta, grads, state.step + 1),
             opt_state=opt_state,
             step=state.step + 1,
         )
@@ -203,7 +167,8 @@ def train_step(
 def _summed_gradients(loss_sum, delta, base, batch, key, accumulate):
     def objective(delta, micro, key):
         total, count = loss_sum(delta, base, micro, key)
-        return total + count * orthogonality(delta), (total, count)
+        added = penalty(delta)
+        return total if added is None else total + count * added, (total, count)
 
     def gradient(micro, key):
         grads, (total, count) = jax.grad(objective, has_aux=True)(delta, micro, key)
@@ -212,7 +177,7 @@ def _summed_gradients(loss_sum, delta, base, batch, key, accumulate):
 
     if accumulate == 1:
         return gradient(batch, key)
-    rows = jax.tree.leaves(batch)[0].shape[0]
+    rows = rows_of(batch)
     if rows % accumulate:
         raise ValueError(f"accumulate={accumulate} does not divide the batch of {rows} rows.")
     micros = jax.tree.map(lambda x: x.reshape(accumulate, rows // accumulate, *x.shape[1:]), batch)

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 
 from lora_jax.stacking import stack, unstack
 from lora_jax.training.execution import Execution, single
-from lora_jax.training.step import Batch, StepMetrics, TrainState, TrainStep
+from lora_jax.training.losses.loss import Batch
+from lora_jax.training.step import StepMetrics, TrainState, TrainStep
 from lora_jax.transform import Delta
 from lora_jax.weights import PyTree
 

@@ -11,6 +11,7 @@ import pytest
 import lora_jax as lora
 from configs import tiny
 from experiments.harness import arms, progress, report, run
+from lora_jax import training
 from lora_jax.interop import peft, save_huggingface
 
 
@@ -151,3 +152,17 @@ def test_packed_weights_wait_on_the_host_for_the_mesh(tmp_path):
         params = run.setup.load_model(config).params
     assert params["layers"]["mlp"]["up_proj"].codes.devices() == {host}
     assert len(params["embed"].devices()) == 8
+
+
+def test_a_loss_that_is_none_or_whose_batches_nobody_makes_is_refused_unloaded(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(run.setup, "load_model", lambda config: pytest.fail("loads"))
+    entry = training.LOSSES["next_token"]._replace(batches="preference")
+    monkeypatch.setitem(training.LOSSES, "pairs", entry)
+    with pytest.raises(ValueError, match="loss='next': expected one of next_token, .*pairs"):
+        ran(configured(loss="next"), [an_arm("one")], tmp_path / "one")
+    with pytest.raises(
+        ValueError, match=r"train\.loss='pairs' takes preference batches.*make next-token batches"
+    ):
+        ran(configured(loss="pairs"), [an_arm("one")], tmp_path / "two")

@@ -116,7 +116,7 @@ def narrow_step(remat):
     names = {"tokens", "targets", "segment_ids", "positions"}
     batch = dict.fromkeys(names, jax.ShapeDtypeStruct((1, T), jnp.int32))
     batch["loss_mask"] = jax.ShapeDtypeStruct((1, T), bool)
-    step = training.train_step(training.llama_loss(NARROW, remat=remat), tx)
+    step = training.train_step(training.next_token_loss(NARROW, remat=remat), tx)
     mesh = tpus("v5e")
     placed = jax.tree.map(partial(on, mesh, jax.P()), (*jax.eval_shape(make), batch))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):

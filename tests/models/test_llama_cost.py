@@ -19,8 +19,7 @@ from test_protocol_weights import quantize
 import lora_jax as lora
 from lora_jax.models import SHAPES, llama
 from lora_jax.models.llama import LlamaConfig
-from lora_jax.training import init_state, llama_loss, train_step
-from lora_jax.training.loss import token_losses
+from lora_jax.training import init_state, next_token_loss, token_losses, train_step
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 pytestmark = pytest.mark.mixed_dtypes
@@ -155,7 +154,7 @@ def test_logits_of_the_8b_never_stand_whole():
     names = ("tokens", "targets", "segment_ids", "positions")
     batch = dict.fromkeys(names, jax.ShapeDtypeStruct((rows, length), jnp.int32))
     batch["loss_mask"] = jax.ShapeDtypeStruct((rows, length), bool)
-    step = train_step(llama_loss(config, remat="full"), tx)
+    step = train_step(next_token_loss(config, remat="full"), tx)
     program = str(jax.make_jaxpr(step)(*jax.eval_shape(make), batch))
     shapes = re.findall(r"b?f\d+\[([\d,]+)\]", program)
     found = {shape for shape in shapes if str(config.vocab_size) in shape.split(",")}

@@ -15,7 +15,7 @@ import lora_jax as lora
 from lora_jax.models import llama
 from lora_jax.models.generate import generate
 from lora_jax.models.mixed_dtypes import read_out
-from lora_jax.training.loss import token_losses
+from lora_jax.training import token_losses
 
 CONFIG, PARAMS, TOKENS = cases.llama_case(qkv_bias=True, qk_norm=True, num_layers=2)
 GROUPS = ("embed", "norm", "bias", "proj", "lm_head")

@@ -59,7 +59,7 @@ def run(kind, mode, execution, specs, method=lora.LoRA):
     """Each step's losses and gradient norms by arm, the validation's sums, the last states."""
     base = base_of(kind)
     tx = training.adamw(steps=STEPS)
-    loss = training.llama_loss(CONFIG, remat="full")
+    loss = training.next_token_loss(CONFIG, remat="full")
     if specs is not None:
         loss = parallel.over_mesh(loss, specs)
     step = training.train_step(loss, tx, axis_name=execution.axis_name)

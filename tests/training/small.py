@@ -22,7 +22,7 @@ CONFIG = LlamaConfig(
     context_length=64,
     tie_embeddings=True,
 )
-LOSS = training.llama_loss(CONFIG)
+LOSS = training.next_token_loss(CONFIG)
 
 
 def params():

@@ -37,6 +37,7 @@ def run(
     validation=None,
     steps=None,
     learn="cosine",
+    positions=small.LOSS.positions,
 ):
     base = small.params() if base is None else base
     tx = training.adamw(steps=steps or schedule.steps, schedule=learn)
@@ -62,6 +63,7 @@ def run(
         folder=folder,
         identity=identity or {"base": "b"},
         log=keep,
+        positions=positions,
         stop_requested=stop_requested,
     )
     return states, progress, records
@@ -249,3 +251,13 @@ def test_the_loop_waits_for_the_device_only_to_log(tmp_path):
         schedule=schedule, folder=tmp_path, identity={}, log=lambda record: None,
     )  # fmt: skip
     assert events == 2 * (3 * ["step"] + 6 * ["wait"])
+
+
+def test_throughput_is_told_where_a_loss_says_what_is_no_padding(tmp_path):
+    schedule = dataclasses.replace(SCHEDULE, steps=1)
+    for name, positions, tokens in (("told", small.LOSS.positions, 4 * 12), ("not", None, 0)):
+        _, progress, records = run(tmp_path / name, schedule=schedule, positions=positions)
+        rates = [record["tokens_per_second"] for record in records if "tokens_per_second" in record]
+        assert [arm.tokens for arm in progress] == [tokens] * 2
+        assert [arm.tokens_per_second is not None for arm in progress] == [tokens > 0] * 2
+        assert len(rates) == (2 if tokens else 0)
