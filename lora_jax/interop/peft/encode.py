@@ -36,6 +36,8 @@ def encoded(
         )
     contents = encode(others, model)
     adapted = contents.modules.keys() & model.slots.keys()
+    if codec.in_layers and not adapted:
+        raise ValueError("the delta adapts nothing: every layer's scale is zero.")
     stated, values = full.to_peft(whole, model, adapted, codec)
     if codec.in_layers:
         stated["target_modules"] = target_modules(sorted(adapted), list(model.slots))
