@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lora_jax.interop.peft import adalora, ia3, lora, prefix, prompt, vera
+from lora_jax.interop.peft import adalora, ia3, loha, lora, prefix, prompt, vera
 from lora_jax.interop.peft.codec import Codec
 
 
@@ -36,6 +36,7 @@ CODECS = checked(
         ia3.CODEC,
         vera.CODEC,
         adalora.CODEC,
+        loha.CODEC,
         prompt.CODEC,
         prefix.CODEC,
     )
