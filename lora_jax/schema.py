@@ -108,6 +108,12 @@ def check_class(cls: type, own_axes: Sequence[str]) -> None:
                 )
 
 
+def axes_of(cls: type) -> dict[str, tuple[str, ...]]:
+    """The names of the axes of each leaf that `cls` declares."""
+    found = {field.name: field.metadata.get("leaf") for field in dataclasses.fields(cls)}
+    return {name: declared.leaf.axes for name, declared in found.items() if declared}
+
+
 def leaves_of(node: Any) -> Any:
     """A tree like `node` with a `Leaf` in the place of each array.
 
@@ -273,12 +279,9 @@ def padded(node: Any, like: Any, layout: Layout, axes: Sequence[str]) -> Any:
 def filled(node: Any, other: Any, layout: Layout) -> Any:
     """`node` with zeros for each optional array that only `other` has."""
     known, changed = sizes(node, layout), {}
-    for field in dataclasses.fields(node):
-        declared = field.metadata.get("leaf")
-        lacks = getattr(node, field.name) is None and getattr(other, field.name) is not None
-        if declared is not None and lacks:
-            shape = sum((known[axis] for axis in declared.leaf.axes), ())
-            changed[field.name] = jnp.zeros(shape, jnp.float32)
+    for name, axes in axes_of(type(node)).items():
+        if getattr(node, name) is None and getattr(other, name) is not None:
+            changed[name] = jnp.zeros(sum((known[axis] for axis in axes), ()), jnp.float32)
     return dataclasses.replace(node, **changed)
 
 

@@ -59,7 +59,6 @@ _CHECK_BASE = flags.DEFINE_bool("check_base", True, "Hold an adapter to its base
 _PROFILE = flags.DEFINE_enum("profile", "peft", ["peft", "vllm"], "Of an adapter.")
 
 _FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json", ".whl", ".zip")
-_NOT_MERGED = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING")
 
 
 def convert() -> dict[str, str]:
@@ -150,7 +149,8 @@ def check_adapter(folder: Path) -> None:
             "adapter_model.safetensors."
         )
     method = read_json(folder / "adapter_config.json").get("peft_type")
-    if _MERGE.value and method in _NOT_MERGED:
+    beside = [name for codec in peft.CODECS if not codec.in_layers for name in codec.types]
+    if _MERGE.value and method in beside:
         raise ValueError(
             f"{folder} is of {method}, which no weight can take up: leave --merge out, and serve "
             "model and adapter side by side."

@@ -230,7 +230,7 @@ WRONG = {
     "other prefix": ({"tensors": lambda t: {k[5:]: v for k, v in t.items()}},
                      "does not begin with 'base_model.model.'"),
     "rank": ({"config": {"r": 4}}, "q_proj has rank 3, its config says 4"),
-    "method": ({"config": {"peft_type": "LOHA"}}, "peft_type 'LOHA' is not supported; supported: "),
+    "method": ({"config": {"peft_type": "LOKR"}}, "peft_type 'LOKR' is not supported; supported: "),
     "option": ({"config": {"layer_replication": [[0, 2]]}}, "layer_replication=.* not supported"),
     "moved base": ({"config": {"init_lora_weights": "pissa_niter_4"}},
                    "init_lora_weights='pissa_niter_4' has moved a part of the base"),

@@ -1,7 +1,8 @@
 """Adapters of Hugging Face PEFT, in and out: `names` says which of its modules is which of our
-leaves, `config` is its adapter_config.json, `tensors` its adapter_model.safetensors."""
+leaves, `codecs` lists the methods, one file each, `files` reads and writes a folder."""
 
 from lora_jax.interop.peft.card import model_card as model_card
+from lora_jax.interop.peft.codecs import CODECS as CODECS
 from lora_jax.interop.peft.files import load_adapter as load_adapter
 from lora_jax.interop.peft.files import save_adapter as save_adapter
 from lora_jax.interop.peft.ia3 import scale_biases as scale_biases

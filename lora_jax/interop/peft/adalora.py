@@ -1,16 +1,29 @@
 """AdaLoRA, with what its training would need to go on left fresh."""
 
+import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.interop.peft.config import target_modules
-from lora_jax.interop.peft.model import Model, Tensors, layer_of, take
+from lora_jax.interop.peft.codec import Codec, Contents, Nodes
+from lora_jax.interop.peft.config import COUNT, NUMBER, Kind
+from lora_jax.interop.peft.layers import (
+    adapted_layers,
+    as_tensors,
+    linear_layers,
+    stacked,
+    take,
+    take_leaves,
+)
+from lora_jax.interop.peft.lora import VALUES as LORA_VALUES
+from lora_jax.interop.peft.model import Model, Tensors
 from lora_jax.interop.peft.names import Slot
-from lora_jax.methods import AdaLoRA, AdaLoRANode, DeltaNode
+from lora_jax.methods import AdaLoRA, AdaLoRANode
 from lora_jax.methods.adalora import Statistics
+
+_FACTORS, _VALUES = {"a": "lora_A", "b": "lora_B"}, "lora_E"
 
 # PEFT's names of AdaLoRA's fields.
 _FIELDS = {
@@ -20,75 +33,53 @@ _FIELDS = {
 }  # fmt: skip
 
 
-def to_peft(nodes: Mapping[str, Any], model: Model) -> tuple[dict[str, Any], Tensors]:
-    methods = {node.method for node in nodes.values()}
+def _encode(nodes: Nodes, model: Model) -> Contents:
+    methods = {node.method for node in cast(Any, nodes).values()}
     if len(methods) > 1:
         raise ValueError("PEFT's AdaLoRA has one schedule for all paths, the delta has several.")
     (method,) = methods
-    tensors: Tensors = {}
-    modules = []
-    for slot in model.slots_at(nodes):
-        node = layer_of(nodes[slot.path], slot)
+    modules: dict[str, Tensors] = {}
+    for slot, node in linear_layers(nodes, model):
         if not np.any(np.asarray(node.scale)):
             continue  # a layer without it
         values, scale = np.asarray(node.e), np.float32(_scale(method))
         if node.scale != scale:
             values = values * (np.asarray(node.scale) / scale)
-        tensors |= {
-            f"{slot.module}.lora_A": np.asarray(node.a).T,
-            f"{slot.module}.lora_E": values[:, None],
-            f"{slot.module}.lora_B": np.asarray(node.b).T,
-        }
-        modules.append(slot.module)
+        modules[slot.module] = as_tensors(node, _FACTORS) | {_VALUES: values[:, None]}
     config = {name: getattr(method, field) for name, field in _FIELDS.items()}
-    config |= {
-        "peft_type": "ADALORA",
-        "target_modules": target_modules(modules, list(model.slots)),
-        "bias": "none",
-        "fan_in_fan_out": False,
-    }
-    return config, tensors
+    return Contents(config | {"bias": "none", "fan_in_fan_out": False}, modules)
 
 
-def from_peft(
-    config: Mapping[str, Any], tensors: Mapping[str, Tensors], model: Model
-) -> dict[str, DeltaNode]:
-    """AdaLoRANode that PEFT pruned from its file come back as zeros at the end."""
-    method = _method(config, model)
-    rank, masks = method.rank, _masks(config)
-    nodes: dict[str, DeltaNode] = {}
-    for path, slots in model.by_path().items():
-        found = [slot for slot in slots if slot.module in tensors]
-        if not found:
-            continue
-        a = np.zeros((len(slots), slots[0].d_in, rank), np.float32)
-        b = np.zeros((len(slots), rank, slots[0].d_out), np.float32)
-        e, scale = np.zeros((len(slots), rank), np.float32), np.zeros(len(slots), np.float32)
-        for slot in found:
-            given, i = dict(tensors[slot.module]), slots.index(slot)
-            values = take(model, slot, given, "lora_E", (None, 1))[:, 0]
-            kept = _kept(slot, len(values), rank, masks, model)
-            a[i, :, :kept] = take(model, slot, given, "lora_A", (kept, slot.d_in)).T
-            b[i, :kept] = take(model, slot, given, "lora_B", (slot.d_out, kept)).T
-            e[i, :kept], scale[i] = values, _scale(method)
-            model.refuse_rest(slot, given)
-        stack, d_in, d_out = model.dims(path)
-        a, b = a.reshape(*stack, *d_in, rank), b.reshape(*stack, rank, *d_out)
-        e = e.reshape(*stack, rank)
-        zeros = Statistics(a=jnp.zeros(a.shape), e=jnp.zeros(e.shape), b=jnp.zeros(b.shape))
-        nodes[path] = AdaLoRANode(
-            a=jnp.asarray(a),
-            e=jnp.asarray(e),
-            b=jnp.asarray(b),
-            scale=jnp.asarray(scale.reshape(stack)),
-            mask=jnp.ones(e.shape),
-            sensitivity=zeros,
-            uncertainty=zeros,
-            method=method,
-            dropout=method.dropout,
-            layout=model.layout(path),
+def _decode(contents: Contents, model: Model) -> dict[str, Any]:
+    method, masks = _method(contents.config, model), _masks(contents.config)
+    nodes: dict[str, Any] = {}
+    for path, found in adapted_layers(contents.modules, model):
+        layers = {slot: _triplets(slot, found[slot], method, masks, model) for slot in found}
+        fresh: dict[str, Any] = dict.fromkeys(("mask", "sensitivity", "uncertainty"))
+        node = stacked(
+            model, path, AdaLoRANode, layers, method=method, dropout=method.dropout, **fresh
+        )
+        zeros = Statistics(*(jnp.zeros(leaf.shape) for leaf in (node.a, node.e, node.b)))
+        nodes[path] = dataclasses.replace(
+            node, mask=jnp.ones(node.e.shape), sensitivity=zeros, uncertainty=zeros
         )
     return nodes
+
+
+def _triplets(
+    slot: Slot, given: Tensors, method: AdaLoRA, masks: Mapping[str, list[bool]], model: Model
+) -> dict[str, Any]:
+    """The leaves of one layer. What PEFT pruned from its file comes back as zeros at the end."""
+    values = take(model, slot, given, _VALUES, (None, 1))[:, 0]
+    kept = _kept(slot, len(values), method.rank, masks, model)
+    factors = take_leaves(model, slot, given, AdaLoRANode, _FACTORS, rank=kept)
+    pruned = (0, method.rank - kept)
+    return {
+        "a": np.pad(factors["a"], ((0, 0), pruned)),
+        "e": np.pad(values, pruned),
+        "b": np.pad(factors["b"], (pruned, (0, 0))),
+        "scale": _scale(method),
+    }
 
 
 def _method(config: Mapping[str, Any], model: Model) -> AdaLoRA:
@@ -130,3 +121,25 @@ def _kept(slot: Slot, found: int, rank: int, masks: Mapping[str, list[bool]], mo
 
 def _ends(name: str, module: str) -> bool:
     return name == module or name.endswith(f".{module}")
+
+
+def _are_masks(value: Any) -> bool:
+    return not value or (
+        isinstance(value, dict)
+        and all(isinstance(mask, list) for mask in value.values())
+        and all(isinstance(kept, bool) for mask in value.values() for kept in mask)
+    )
+
+
+CODEC = Codec(
+    types=("ADALORA",),
+    nodes=(AdaLoRANode,),
+    decode=_decode,
+    encode=_encode,
+    values=LORA_VALUES  # whose config PEFT's is a kind of
+    | dict.fromkeys(("init_r", "target_r", "total_step", "tinit", "tfinal", "deltaT"), COUNT)
+    | dict.fromkeys(("beta1", "beta2", "orth_reg_weight"), NUMBER)
+    | {"rank_pattern": Kind.expected(_are_masks, "an object of lists of booleans")},
+    own_biases="lora_only",
+    ties_head=True,
+)

@@ -1,100 +1,60 @@
 """The delta that the tensors of an adapter are."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from lora_jax.interop.peft import adalora, full, ia3, lora, prompts, tokens, vera
+from lora_jax.interop.peft import full, tokens
+from lora_jax.interop.peft.codec import Codec, Contents
+from lora_jax.interop.peft.codecs import CODECS
 from lora_jax.interop.peft.complete import check_saved, check_targets, without_base
-from lora_jax.interop.peft.config import check_supported
 from lora_jax.interop.peft.model import Model, Tensors
 from lora_jax.interop.peft.names import HEAD, TABLE, parents
 from lora_jax.interop.peft.targeted import saved
 from lora_jax.interop.peft.tied import without_head
 from lora_jax.methods import FullNode
-from lora_jax.paths import nearest, nest
-from lora_jax.transform import delta_nodes
-
-_PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
-_DECODERS: dict[str, Callable[..., dict[str, Any]]] = {
-    "LORA": lora.from_peft,
-    "ADALORA": adalora.from_peft,
-    "IA3": ia3.from_peft,
-}
-TYPES = ("LORA", "IA3", "VERA", "ADALORA", *_PROMPTS)
+from lora_jax.paths import nearest
 
 
 def decoded(
-    kind: str,
+    codec: Codec,
     config: Mapping[str, Any],
     tensors: Tensors,
+    metadata: Mapping[str, str],
     model: Model,
-    *,
-    scales_biases: bool = True,
 ) -> dict[str, Any]:
     """`{path: node}` of an adapter's file.
-
-    Args:
-      kind: one of `TYPES`.
-      scales_biases: whether IA3 is PEFT's, which scales a layer's bias with its output.
 
     Raises:
       ValueError: for what the config states and the file lacks, or the other way round; for what
         has no form here.
     """
-    check_supported(model.source, config)
     if not tensors:
         raise ValueError(f"{model.source} is not whole: its file holds no tensor.")
-    own: dict[str, Any] = {}
-    if kind in _PROMPTS:
-        own, tensors = _prompts(kind, config, tensors, model)
-    pair = {name: tensors.pop(name) for name in list(tensors) if name in vera.PAIR}
-    if kind not in _PROMPTS:
-        tensors = {_inner_name(model.source, name): value for name, value in tensors.items()}
+    own = {name: value for name, value in tensors.items() if name in codec.own}
+    tensors = {
+        _inner_name(model.source, codec, name): value
+        for name, value in tensors.items()
+        if name not in own
+    }
+    if codec.in_layers:
         check_targets(config, tensors, model)
     check_saved(config, tensors, model)
     tensors = without_base(tensors, model)
     tensors = without_head(config, tensors, model)
     rows = tokens.from_peft(config, tensors, model)
     whole = _without_unchanged(config, full.from_peft(tensors, model), model)
-    grouped = _by_module(tensors, model)
-    if kind == "VERA":
-        own = vera.from_peft(config, grouped, pair, model)
-    elif pair:
-        raise ValueError(f"{model.source}: {', '.join(pair)} belong to VeRA, not to {kind}.")
-    elif kind in _DECODERS:
-        own = _DECODERS[kind](config, grouped, model)
-        if kind == "IA3" and scales_biases:
-            own = delta_nodes(ia3.scale_biases(nest(own), model.names))
-    elif grouped:
-        raise ValueError(f"{model.source}: {', '.join(grouped)} are adapted beside a prompt.")
-    if kind in ("PROMPT_TUNING", "P_TUNING"):
-        full.refuse_table_of_prompt(whole, model)
-    return _together(model, own, whole, rows)
-
-
-def _prompts(
-    kind: str, config: Mapping[str, Any], tensors: Tensors, model: Model
-) -> tuple[dict[str, Any], Tensors]:
-    """The prompt, and the other tensors under the names of the model."""
-    rest = {
-        name.removeprefix("base_model."): value
-        for name, value in tensors.items()
-        if name != prompts.TABLE
-    }
-    if prompts.TABLE not in tensors:
-        raise ValueError(f"{model.source} is not whole: it lacks the tensor {prompts.TABLE!r}.")
-    table = tensors[prompts.TABLE]
-    prompts.check_count(config, table)
-    if kind != "PREFIX_TUNING":
-        tables = [slot.d_out for slot in model.slots.values() if slot.suffix == TABLE]
-        return prompts.prompt_from_peft(table, tables[0] if tables else None), rest
-    keys = [slot for slot in model.slots.values() if slot.suffix == "k_proj"]
-    if not keys:
-        raise ValueError("a prefix takes its width from a leaf named k_proj; names has none.")
-    place = "/".join([*keys[0].path.split("/")[:-1], "prefix"])
-    return prompts.prefix_from_peft(table, place, len(keys), keys[0].d_out), rest
+    modules = _by_module(tensors, model)
+    if modules and not codec.in_layers:
+        raise ValueError(
+            f"{model.source}: {', '.join(modules)} are adapted, which {codec.types[0]} does to no "
+            "layer."
+        )
+    nodes = codec.decode(Contents(config, modules, own, metadata), model)
+    if codec.check_whole:
+        codec.check_whole(whole, model)
+    return _together(model, nodes, whole, rows)
 
 
 def _without_unchanged(
@@ -127,11 +87,12 @@ def _together(model: Model, *parts: Mapping[str, Any]) -> dict[str, Any]:
     return nodes
 
 
-def _inner_name(folder: str, name: str) -> str:
-    prefix = "base_model.model."
-    if not name.startswith(prefix):
-        raise ValueError(f"{folder}: the tensor {name!r} does not begin with {prefix!r}.")
-    return name.removeprefix(prefix)
+def _inner_name(folder: str, codec: Codec, name: str) -> str:
+    if name.startswith(codec.prefix):
+        return name.removeprefix(codec.prefix)
+    if other := next((other for other in CODECS if name in other.own), None):
+        raise ValueError(f"{folder}: {name} belongs to {other.types[0]}, not to {codec.types[0]}.")
+    raise ValueError(f"{folder}: the tensor {name!r} does not begin with {codec.prefix!r}.")
 
 
 def _by_module(tensors: Tensors, model: Model) -> dict[str, Tensors]:

@@ -6,22 +6,20 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.interop.peft.codec import Codec
 from lora_jax.interop.peft.model import Model, Tensors
 from lora_jax.interop.peft.names import HEAD, TABLE
 from lora_jax.interop.peft.targeted import saved
 from lora_jax.methods import FullNode
 
-# How each of PEFT's types says that the biases of its own modules are trained.
-_OWN_BIASES = {"LORA": "lora_only", "ADALORA": "lora_only", "VERA": "vera_only"}
-
 
 def to_peft(
-    nodes: Mapping[str, FullNode], model: Model, adapted: set[str], kind: str
+    nodes: Mapping[str, FullNode], model: Model, adapted: set[str], codec: Codec
 ) -> tuple[dict[str, Any], Tensors]:
     """What adapter_config.json says of them, and the trained values.
 
     PEFT saves and loads modules whole: a trained weight brings its bias along. `adapted` are the
-    modules that the adapter's own method, `kind`, is on: PEFT keeps their biases under another
+    modules that the adapter's own method, of `codec`, is on: PEFT keeps their biases under another
     name.
     """
     if unnamed := [path for path in nodes if path not in model.names]:
@@ -29,16 +27,16 @@ def to_peft(
             f"{', '.join(unnamed)}: no PyTorch module is named for this path. Add it to names."
         )
     known = model.tensors()
-    if kind == "PROMPT_TUNING":
-        refuse_table_of_prompt(nodes, model)
+    if codec.check_whole:
+        codec.check_whole(nodes, model)
     changed = [name for name, (path, _) in known.items() if path in nodes]
     whole = {_module(name) for name in changed if not name.endswith(".bias")}
     biases = {_module(name) for name in changed} - whole
-    if kind not in _OWN_BIASES:
+    if codec.own_biases is None:
         if biases & adapted:
             raise ValueError(
-                f"{_first(biases & adapted)}.bias: PEFT's type {kind} has no trained bias of a "
-                "layer that it adapts. Merge the adapter and export the merged model."
+                f"{_first(biases & adapted)}.bias: PEFT's type {codec.types[0]} has no trained "
+                "bias of a layer that it adapts. Merge the adapter and export the merged model."
             )
         whole, biases = whole | biases, set()
     taken = _taken(model, {_module(name) for name in known}, whole, adapted)
@@ -46,10 +44,10 @@ def to_peft(
     tensors = _values(nodes, model, [*wanted, *(f"{module}.bias" for module in biases)])
     config: dict[str, Any] = {"modules_to_save": sorted(whole) or None}
     if biases:
-        config["bias"] = _OWN_BIASES[kind] if biases <= adapted else "all"
+        config["bias"] = codec.own_biases if biases <= adapted else "all"
     for module in biases & adapted:
         tensors[f"{module}.base_layer.bias"] = tensors.pop(f"{module}.bias")
-    return config | _tied_head(config, tensors, model, kind), tensors
+    return config | _tied_head(config, tensors, model, codec), tensors
 
 
 def from_peft(tensors: Tensors, model: Model) -> dict[str, FullNode]:
@@ -74,20 +72,6 @@ def from_peft(tensors: Tensors, model: Model) -> dict[str, FullNode]:
         path: FullNode(delta=jnp.asarray(model.from_torch(path, delta)))
         for path, delta in found.items()
     }
-
-
-def refuse_table_of_prompt(nodes: Mapping[str, FullNode], model: Model) -> None:
-    """PEFT's prompts look tokens up in the base's table, whatever modules_to_save says of it.
-
-    Raises:
-      ValueError: where the table is trained beside a prompt.
-    """
-    for path, node in nodes.items():
-        if model.names[path].endswith(TABLE) and np.any(np.asarray(node.delta)):
-            raise ValueError(
-                f"{path} is trained beside a prompt, and PEFT reads tokens from the base's own "
-                "table then: it has no form for both. Leave one of them out."
-            )
 
 
 def _taken(model: Model, modules: set[str], whole: set[str], adapted: set[str]) -> set[str]:
@@ -117,13 +101,15 @@ def _values(nodes: Mapping[str, FullNode], model: Model, names: Iterable[str]) -
     return values
 
 
-def _tied_head(config: dict[str, Any], tensors: Tensors, model: Model, kind: str) -> dict[str, Any]:
+def _tied_head(
+    config: dict[str, Any], tensors: Tensors, model: Model, codec: Codec
+) -> dict[str, Any]:
     """PEFT saves a tied table and its head both, and ties them again where its type can."""
     table = next((name for name in tensors if name.endswith(f"{TABLE}.weight")), None)
     if table is None or not model.is_tied:
         return {}
     tensors[f"{HEAD}.weight"] = tensors[table]
-    if kind in ("LORA", "ADALORA"):
+    if codec.ties_head:
         return {"ensure_weight_tying": True}
     return {"modules_to_save": [*config["modules_to_save"], HEAD]}
 

@@ -1,18 +1,21 @@
 """IA3: a vector for each module, of its output, bias included, or of its input."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.interop.peft.codec import Codec, Contents, Nodes
 from lora_jax.interop.peft.config import target_modules
-from lora_jax.interop.peft.model import Model, Tensors, layer_of, take
-from lora_jax.interop.peft.names import Names
-from lora_jax.methods import DeltaNode, IA3BiasNode, IA3InputNode, IA3Node
+from lora_jax.interop.peft.layers import adapted_layers, linear_layers, refuse_rest, stacked, take
+from lora_jax.interop.peft.model import Model
+from lora_jax.interop.peft.names import Names, Slot
+from lora_jax.interop.peft.stated_base import FORM
+from lora_jax.methods import IA3BiasNode, IA3InputNode, IA3Node
 from lora_jax.paths import nest
 from lora_jax.transform import Delta, delta_nodes
+
+_NAME, _SCALES_BIASES = "ia3_l", "lora_jax.ia3_scales_biases"
 
 
 def scale_biases(delta: Delta, names: Names) -> Delta:
@@ -35,58 +38,50 @@ def scale_biases(delta: Delta, names: Names) -> Delta:
     return nest(nodes)
 
 
-def to_peft(nodes: Mapping[str, Any], model: Model) -> tuple[dict[str, Any], Tensors]:
-    tensors, inputs = {}, []
-    vectors = {path: node for path, node in nodes.items() if isinstance(node, IA3Node)}
+def _encode(nodes: Nodes, model: Model) -> Contents:
+    vectors: Any = {path: node for path, node in nodes.items() if isinstance(node, IA3Node)}
     for path in vectors:
         _check_bias(path, nodes, model)
-    for slot in model.slots_at(vectors):
-        node = layer_of(nodes[slot.path], slot)
-        if not np.any(np.asarray(node.active)):
-            continue
-        vector = np.asarray(node.l)
-        tensors[f"{slot.module}.ia3_l"] = vector[None] if node.input else vector[:, None]
-        inputs += [slot.module] if node.input else []
-    modules = [name.rpartition(".")[0] for name in tensors]
+    layers = {slot: node for slot, node in linear_layers(vectors, model) if np.any(node.active)}
     config = {
-        "peft_type": "IA3",
-        "target_modules": target_modules(modules, list(model.slots)),
-        "feedforward_modules": target_modules(inputs, list(model.slots)),
+        "feedforward_modules": target_modules(
+            [slot.module for slot, node in layers.items() if node.input], list(model.slots)
+        ),
         "fan_in_fan_out": False,
         "init_ia3_weights": True,
     }
-    return config, tensors
+    modules = {
+        slot.module: {_NAME: np.asarray(node.l)[None if node.input else (..., None)]}
+        for slot, node in layers.items()
+    }
+    return Contents(config, modules, metadata={_SCALES_BIASES: "true"})
 
 
-def from_peft(
-    config: Mapping[str, Any], tensors: Mapping[str, Tensors], model: Model
-) -> dict[str, DeltaNode]:
-    nodes: dict[str, DeltaNode] = {}
-    for path, slots in model.by_path().items():
-        found = [slot for slot in slots if slot.module in tensors]
-        if not found:
-            continue
-        scales_input = tensors[found[0].module].get("ia3_l", np.zeros(2)).shape[:1] == (1,)
-        width = slots[0].d_in if scales_input else slots[0].d_out
-        vectors, active = np.ones((len(slots), width), np.float32), np.zeros(len(slots), np.float32)
-        for slot in found:
-            given, i = dict(tensors[slot.module]), slots.index(slot)
-            shape = (1, width) if scales_input else (width, 1)
-            vectors[i], active[i] = take(model, slot, given, "ia3_l", shape).reshape(-1), 1
-            model.refuse_rest(slot, given)
-        stack, d_in, d_out = model.dims(path)
-        kind = IA3InputNode if scales_input else IA3Node
-        nodes[path] = kind(
-            l=jnp.asarray(vectors.reshape(*stack, *(d_in if scales_input else d_out))),
-            active=jnp.asarray(active.reshape(stack)),
-            layout=model.layout(path),
-        )
-    return nodes
+def _decode(contents: Contents, model: Model) -> dict[str, Any]:
+    nodes: dict[str, Any] = {}
+    for path, found in adapted_layers(contents.modules, model):
+        first = next(iter(found.values()))
+        kind = IA3InputNode if first.get(_NAME, np.zeros(2)).shape[:1] == (1,) else IA3Node
+        layers: dict[Slot, Any] = {}
+        for slot in model.by_path()[path]:
+            width = slot.d_in if kind is IA3InputNode else slot.d_out
+            layers[slot] = {"l": np.ones(width), "active": 0}
+            if slot in found:
+                shape = (1, width) if kind is IA3InputNode else (width, 1)
+                vector = take(model, slot, found[slot], _NAME, shape)
+                layers[slot] = {"l": vector.reshape(-1), "active": 1}
+                refuse_rest(model, slot, found[slot])
+        nodes[path] = stacked(model, path, kind, layers)
+    # Version 0.1.0 wrote IA3 that had left the biases alone.
+    if FORM in contents.metadata and _SCALES_BIASES not in contents.metadata:
+        return nodes
+    return delta_nodes(scale_biases(nest(nodes), model.names))
 
 
-def _check_bias(path: str, nodes: Mapping[str, Any], model: Model) -> None:
+def _check_bias(path: str, nodes: Nodes, model: Model) -> None:
     """PEFT's vector scales the bias as well."""
-    node, bias = nodes[path], model.bias_of(path)
+    node: Any = nodes[path]
+    bias = model.bias_of(path)
     if node.input or bias is None:
         return
     entry = nodes.get(bias)
@@ -102,3 +97,6 @@ def _check_bias(path: str, nodes: Mapping[str, Any], model: Model) -> None:
         "scale the two together: delta = peft.scale_biases(delta, names). Of a trained one, merge "
         "it and export the merged model."
     )
+
+
+CODEC = Codec(types=("IA3",), nodes=(IA3Node, IA3BiasNode), decode=_decode, encode=_encode)

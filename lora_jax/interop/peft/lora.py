@@ -9,16 +9,54 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.interop.peft.config import as_pattern, pattern_values, target_modules
-from lora_jax.interop.peft.model import Model, Tensors, layer_of, take
+from lora_jax.interop.peft.codec import Codec, Contents
+from lora_jax.interop.peft.config import (
+    COUNT,
+    NUMBER,
+    NUMBERS,
+    SWITCH,
+    UNSUPPORTED,
+    Kind,
+    as_pattern,
+    one_of,
+    pattern_values,
+)
+from lora_jax.interop.peft.layers import adapted_layers, layer_of, refuse_rest, stacked, take
+from lora_jax.interop.peft.model import Model, Tensors
 from lora_jax.interop.peft.names import HEAD, Slot
-from lora_jax.methods import DeltaNode, DoRA, DoRANode, FullNode, LoRANode
+from lora_jax.methods import DoRA, DoRANode, FullNode, LoRANode
 
 # vLLM serves these ranks, one scale for all modules, and no magnitudes.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+_MAGNITUDE = "lora_magnitude_vector"
+# Inits that move a part of the base into the factors: the adapter fits that other base alone.
+_MOVES_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
+VALUES = {
+    "r": COUNT,
+    "lora_alpha": NUMBER,
+    "lora_dropout": NUMBER,
+    "rank_pattern": NUMBERS,
+    "alpha_pattern": NUMBERS,
+    "bias": one_of("none", "all", "lora_only"),
+    **dict.fromkeys(("use_dora", "use_rslora", "lora_bias", "ensure_weight_tying"), SWITCH),
+    "init_lora_weights": Kind(
+        lambda start: not (isinstance(start, str) and start.lower().startswith(_MOVES_THE_BASE)),
+        "{field}={value} has moved a part of the base into the adapter, which fits that changed "
+        "base alone. Save it from PEFT as a plain LoRA: "
+        "save_pretrained(..., path_initial_model_for_weight_conversion=...).",
+    ),
+    **dict.fromkeys(
+        (
+            "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication",
+            "megatron_config", "monteclora_config", "target_parameters", "use_bdlora",
+            "use_qalora", "velora_config",
+        ),
+        UNSUPPORTED,
+    ),
+}  # fmt: skip
 
 
-def to_peft(nodes: Mapping[str, DeltaNode], model: Model) -> tuple[dict[str, Any], Tensors]:
+def _encode(nodes: Mapping[str, Any], model: Model) -> Contents:
     """What began as PiSSA or OLoRA is written as the plain adapter of the original base that it is,
     of twice the rank."""
     kinds = {type(node) for node in nodes.values()}
@@ -26,29 +64,24 @@ def to_peft(nodes: Mapping[str, DeltaNode], model: Model) -> tuple[dict[str, Any
         raise ValueError(
             "PEFT's use_dora holds for a whole adapter: save the LoRA and the DoRA paths as two."
         )
-    tensors: Tensors = {}
+    modules: dict[str, Tensors] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for slot in model.slots_at(nodes):
-        node = layer_of(nodes[slot.path], slot)
-        low = node
+        low = layer_of(nodes[slot.path], slot)
         if not np.any(np.asarray(low.scale)):
             continue  # a layer of rank 0
         a, b = used_factors(low)
-        ranks[slot.module], alphas[slot.module] = len(b), _tidy(float(low.scale) * len(b))
-        names = _names(slot)
-        tensors |= {f"{slot.module}.{names[0]}": a.T, f"{slot.module}.{names[1]}": b.T}
-        if isinstance(node, DoRANode):
-            tensors[f"{slot.module}.lora_magnitude_vector"] = np.asarray(node.magnitude)
+        ranks[slot.module], alphas[slot.module] = len(b), tidy(float(low.scale) * len(b))
+        modules[slot.module] = dict(zip(_names(slot), (a.T, b.T), strict=True))
+        if isinstance(low, DoRANode):
+            modules[slot.module][_MAGNITUDE] = np.asarray(low.magnitude)
         if slot.is_embedding and model.is_tied:
-            tensors |= _tied_head(slot, node, a, b)
+            modules[HEAD] = _tied_head(slot, low, a, b)
             ranks[HEAD], alphas[HEAD] = ranks[slot.module], alphas[slot.module]
-    if not ranks:
-        raise ValueError("the delta adapts nothing: every layer's scale is zero.")
     rank, rank_pattern = as_pattern(ranks)
     alpha, alpha_pattern = as_pattern(alphas)
     config = {
-        "peft_type": "LORA",
         "r": rank,
         "lora_alpha": alpha,
         "rank_pattern": rank_pattern,
@@ -59,21 +92,21 @@ def to_peft(nodes: Mapping[str, DeltaNode], model: Model) -> tuple[dict[str, Any
         "fan_in_fan_out": False,
         "bias": "none",
         "init_lora_weights": True,
-        "target_modules": target_modules([m for m in ranks if m in model.slots], list(model.slots)),
     }
     if model.is_tied and HEAD in ranks:
         config["ensure_weight_tying"] = True
-    return config, tensors
+    return Contents(config, modules)
 
 
-def to_vllm(nodes: Mapping[str, DeltaNode], model: Model) -> tuple[dict[str, Any], Tensors]:
+def _encode_vllm(nodes: Mapping[str, Any], model: Model) -> Contents:
     """What vLLM reads: one rank that it accepts and one scale, of 1, folded into B."""
     if odd := sorted(path for path, node in nodes.items() if not isinstance(node, LoRANode)):
         raise ValueError(
             f"vLLM serves LoRA alone, and not {type(nodes[odd[0]]).__name__} on {odd[0]}. Merge "
             "the adapter and serve the merged model."
         )
-    config, tensors = to_peft(nodes, model)
+    contents = _encode(nodes, model)
+    config = dict(contents.config)
     if config.get("ensure_weight_tying"):
         raise ValueError(
             "vLLM serves no adapter of a table that is the output head as well. Merge the adapter "
@@ -83,33 +116,35 @@ def to_vllm(nodes: Mapping[str, DeltaNode], model: Model) -> tuple[dict[str, Any
     rank = next((rank for rank in VLLM_RANKS if rank >= widest), None)
     if rank is None:
         raise ValueError(f"vLLM serves ranks up to {VLLM_RANKS[-1]}, the adapter's is {widest}.")
-    for slot in model.slots_at(nodes):
-        (name_a, name_b), scale = _names(slot), float(layer_of(nodes[slot.path], slot).scale)
-        if (a := tensors.get(f"{slot.module}.{name_a}")) is None:
-            continue
-        b = tensors[f"{slot.module}.{name_b}"] * np.float32(scale)
-        missing = rank - len(a)
-        tensors[f"{slot.module}.{name_a}"] = np.pad(a, ((0, missing), (0, 0)))
-        tensors[f"{slot.module}.{name_b}"] = np.pad(b, ((0, 0), (0, missing)))
+    modules: dict[str, Tensors] = {}
+    for module, tensors in contents.modules.items():
+        slot = model.slots[module]
+        (name_a, a), (name_b, b) = tensors.items()
+        scale, missing = np.float32(layer_of(nodes[slot.path], slot).scale), rank - len(a)
+        modules[module] = {
+            name_a: np.pad(a, ((0, missing), (0, 0))),
+            name_b: np.pad(b * scale, ((0, 0), (0, missing))),
+        }
     config |= {"r": rank, "lora_alpha": rank, "lora_dropout": 0.0}
-    return config | {"rank_pattern": {}, "alpha_pattern": {}}, tensors
+    return Contents(config | {"rank_pattern": {}, "alpha_pattern": {}}, modules)
 
 
-def from_peft(
-    config: Mapping[str, Any], tensors: Mapping[str, Tensors], model: Model
-) -> dict[str, DeltaNode]:
+def _decode(contents: Contents, model: Model) -> dict[str, Any]:
+    config = contents.config
     if config.get("r") is None or config.get("lora_alpha") is None:
         raise ValueError(f"{model.source}: its config lacks r or lora_alpha.")
-    scaling = _Scaling(config, tensors, model.source)
-    nodes: dict[str, DeltaNode] = {}
-    for path, slots in model.by_path().items():
-        if found := [slot for slot in slots if slot.module in tensors]:
-            low = _low_rank(path, slots, found, scaling, tensors, model)
-            nodes[path] = low
-            if config.get("use_dora"):
-                nodes[path] = _decomposed(path, low, slots, found, tensors, model)
-            if config.get("lora_bias"):
-                nodes |= _biases(path, low, slots, found, tensors, model)
+    scaling = _Scaling(config, contents.modules, model.source)
+    nodes: dict[str, Any] = {}
+    for path, found in adapted_layers(contents.modules, model):
+        dropout = float(config.get("lora_dropout") or 0.0)
+        layers = {slot: _factors(slot, given, scaling, model) for slot, given in found.items()}
+        nodes[path] = low = stacked(model, path, LoRANode, layers, dropout=dropout)
+        if config.get("use_dora"):
+            nodes[path] = _decomposed(path, low, found, model)
+        if config.get("lora_bias"):
+            nodes |= _biases(path, low, found, model)
+        for slot, given in found.items():
+            refuse_rest(model, slot, given)
     return nodes
 
 
@@ -145,80 +180,52 @@ class _Scaling:
         return self._alphas[module] / root
 
 
-def _low_rank(path, slots, found, scaling: _Scaling, tensors, model: Model) -> LoRANode:
-    factors, scales, config = {}, {}, scaling.config
-    beside = [
-        name
-        for name, field in (("lora_magnitude_vector", "use_dora"), ("lora_B.bias", "lora_bias"))
-        if config.get(field)
-    ]
-    for slot in found:
-        given, names = dict(tensors[slot.module]), _names(slot)
-        if "lora_magnitude_vector" in given and not config.get("use_dora"):
-            raise ValueError(
-                f"{model.source}: {slot.module} has a lora_magnitude_vector, and its config says "
-                "that use_dora is false: which of the two was trained?"
-            )
-        a, b = (take(model, slot, given, name, (None, None)) for name in names)
-        rank = len(a)
-        if a.shape != (rank, slot.d_in) or b.shape != (slot.d_out, rank) or not rank:
-            raise ValueError(
-                f"{model.source}: {slot.module} has A {a.shape} and B {b.shape}, expected "
-                f"({rank}, {slot.d_in}) and ({slot.d_out}, {rank}). Is it an adapter of this base?"
-            )
-        if (stated := scaling.rank(slot.module)) != rank:
-            raise ValueError(
-                f"{model.source}: {slot.module} has rank {rank}, its config says {stated}."
-            )
-        scales[slot] = scaling.scale(slot.module, rank)
-        factors[slot] = a.T, b.T
-        model.refuse_rest(slot, given, also=tuple(beside))
-    widest = max(a.shape[1] for a, _ in factors.values())
-    whole_a = np.zeros((len(slots), slots[0].d_in, widest), np.float32)
-    whole_b = np.zeros((len(slots), widest, slots[0].d_out), np.float32)
-    scale = np.zeros(len(slots), np.float32)
-    for i, slot in enumerate(slots):
-        if slot in factors:
-            a, b = factors[slot]
-            whole_a[i, :, : a.shape[1]], whole_b[i, : len(b)], scale[i] = a, b, scales[slot]
-    stack, d_in, d_out = model.dims(path)
-    return LoRANode(
-        a=jnp.asarray(whole_a.reshape(*stack, *d_in, widest)),
-        b=jnp.asarray(whole_b.reshape(*stack, widest, *d_out)),
-        scale=jnp.asarray(scale.reshape(stack)),
-        dropout=float(config.get("lora_dropout") or 0.0),
-        layout=model.layout(path),
-    )
+def _factors(slot: Slot, given: Tensors, scaling: _Scaling, model: Model) -> dict[str, Any]:
+    if _MAGNITUDE in given and not scaling.config.get("use_dora"):
+        raise ValueError(
+            f"{model.source}: {slot.module} has a {_MAGNITUDE}, and its config says that use_dora "
+            "is false: which of the two was trained?"
+        )
+    a, b = (take(model, slot, given, name, (None, None)) for name in _names(slot))
+    rank = len(a)
+    if a.shape != (rank, slot.d_in) or b.shape != (slot.d_out, rank) or not rank:
+        raise ValueError(
+            f"{model.source}: {slot.module} has A {a.shape} and B {b.shape}, expected "
+            f"({rank}, {slot.d_in}) and ({slot.d_out}, {rank}). Is it an adapter of this base?"
+        )
+    if (stated := scaling.rank(slot.module)) != rank:
+        raise ValueError(
+            f"{model.source}: {slot.module} has rank {rank}, its config says {stated}."
+        )
+    return {"a": a.T, "b": b.T, "scale": scaling.scale(slot.module, rank)}
 
 
-def _biases(path, low: LoRANode, slots, found, tensors, model: Model) -> dict[str, DeltaNode]:
+def _biases(
+    path: str, low: LoRANode, found: Mapping[Slot, Tensors], model: Model
+) -> dict[str, FullNode]:
     """PEFT's lora_bias: a constant that is added to the layer's output, scaled as B is."""
-    place = model.bias_of(path)
+    place, slots = model.bias_of(path), model.by_path()[path]
     if place is None:
         raise ValueError(
-            f"{model.source}: lora_bias adds a constant to the output of {found[0].module}, and "
+            f"{model.source}: lora_bias adds a constant to the output of {slots[0].module}, and "
             "this base has no bias there to add it to: there is no form for it here."
         )
     shifts, scale = np.zeros((len(slots), slots[0].d_out), np.float32), np.asarray(low.scale)
-    for slot in found:
-        given, i = dict(tensors[slot.module]), slots.index(slot)
+    for slot, given in found.items():
         bias = take(model, slot, given, "lora_B.bias", (slot.d_out,))
-        shifts[i] = bias * scale.reshape(-1)[i]
+        shifts[slots.index(slot)] = bias * scale.reshape(-1)[slots.index(slot)]
     return {place: FullNode(delta=jnp.asarray(shifts.reshape(model.leaf(place).shape)))}
 
 
-def _decomposed(path, low: LoRANode, slots, found, tensors, model: Model) -> DeltaNode:
-    base = model.leaf(path)
+def _decomposed(path: str, low: LoRANode, found: Mapping[Slot, Tensors], model: Model) -> DoRANode:
+    base, slots = model.leaf(path), model.by_path()[path]
     if isinstance(base, jax.ShapeDtypeStruct):
         raise ValueError(f"{path}: DoRA needs the base's weights, found their shape alone.")
     keys = jax.random.split(jax.random.key(0), model.dims(path)[0])
     fresh: Any = DoRA(rank=1).init_node(path, base, layout=low.layout, key=keys)
     magnitude = np.array(fresh.magnitude).reshape(len(slots), -1)
-    for slot in found:
-        given = dict(tensors[slot.module])
-        magnitude[slots.index(slot)] = take(
-            model, slot, given, "lora_magnitude_vector", (slot.d_out,)
-        )
+    for slot, given in found.items():
+        magnitude[slots.index(slot)] = take(model, slot, given, _MAGNITUDE, (slot.d_out,))
     trained = jnp.asarray(magnitude.reshape(fresh.magnitude.shape))
     leaves = {field.name: getattr(low, field.name) for field in dataclasses.fields(low)}
     return DoRANode(**leaves, magnitude=trained, base_square=fresh.base_square)
@@ -232,7 +239,7 @@ def _tied_head(slot: Slot, node: Any, a: np.ndarray, b: np.ndarray) -> Tensors:
             "apart. Leave it out, or untie the model first: models.untie(params, config)."
         )
     names = _names(dataclasses.replace(slot, module=HEAD))
-    return {f"{HEAD}.{names[0]}": b, f"{HEAD}.{names[1]}": a}
+    return dict(zip(names, (b, a), strict=True))
 
 
 def _names(slot: Slot) -> tuple[str, str]:
@@ -241,5 +248,17 @@ def _names(slot: Slot) -> tuple[str, str]:
     return "lora_A.weight", "lora_B.weight"
 
 
-def _tidy(alpha: float) -> float:
+def tidy(alpha: float) -> float:
     return int(alpha) if alpha.is_integer() else alpha
+
+
+CODEC = Codec(
+    types=("LORA",),
+    nodes=(LoRANode, DoRANode),
+    decode=_decode,
+    encode=_encode,
+    encode_vllm=_encode_vllm,
+    values=VALUES,
+    own_biases="lora_only",
+    ties_head=True,
+)

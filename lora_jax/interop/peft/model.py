@@ -26,6 +26,7 @@ class Model:
       names: `{path: module}`.
       layouts: of leaves that are more than stacked matrices.
       slots: `{module: Slot}` of every matrix.
+      num_kv_heads: of the attention, where it is known.
       read: `{path: array}` of the leaves whose values were asked for, as PyTorch has them.
     """
 
@@ -34,6 +35,7 @@ class Model:
     names: Names
     layouts: Mapping[str, Layout | None]
     slots: Mapping[str, Slot]
+    num_kv_heads: int | None = None
     read: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def leaf(self, path: str) -> Any:
@@ -133,47 +135,14 @@ class Model:
     def _is_table(self, path: str) -> bool:
         return self.names[path].endswith(TABLE)
 
-    def refuse_rest(self, slot: Slot, given: Tensors, also: tuple[str, ...] = ()) -> None:
-        """Raises ValueError for tensors of a module that nothing took."""
-        if rest := sorted(given.keys() - set(also)):
-            raise ValueError(
-                f"{self.source}: {slot.module} has {', '.join(rest)}, which an adapter of this "
-                "type has no place for."
-            )
-
 
 def model_of(
-    source: str, params: Any, names: Names, layouts: Mapping[str, Layout | None] | None
+    source: str,
+    params: Any,
+    names: Names,
+    layouts: Mapping[str, Layout | None] | None,
+    num_kv_heads: int | None = None,
 ) -> Model:
     leaves = paths.flatten(params, is_leaf=is_weight)
     layouts = layouts or {}
-    return Model(source, leaves, names, layouts, slots_of(leaves, names, layouts))
-
-
-def layer_of(node: Any, slot: Slot) -> Any:
-    """The node of one layer, as a matrix's."""
-    node = node.as_matrix()
-    return node if slot.layer is None else jax.tree.map(lambda leaf: leaf[slot.layer], node)
-
-
-def take(
-    model: Model, slot: Slot, given: Tensors, name: str, shape: tuple[int | None, ...]
-) -> np.ndarray:
-    """Removes a module's tensor from `given`.
-
-    Raises:
-      ValueError: if it is missing or of another shape; None in `shape` stands for any size.
-    """
-    if name not in given:
-        raise ValueError(f"{model.source} lacks {slot.module}.{name}.")
-    tensor = given.pop(name)
-    fits = len(tensor.shape) == len(shape) and all(
-        size in (None, found) for size, found in zip(shape, tensor.shape, strict=True)
-    )
-    if not fits:
-        raise ValueError(
-            f"{model.source}: {slot.module}.{name} has shape {tensor.shape}, expected "
-            f"{tuple('r' if size is None else size for size in shape)}. Is it an adapter of this "
-            "base?"
-        )
-    return np.asarray(tensor, np.float32)
+    return Model(source, leaves, names, layouts, slots_of(leaves, names, layouts), num_kv_heads)

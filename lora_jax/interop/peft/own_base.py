@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax.methods import DeltaNode, LoRANode
+from lora_jax.methods import DeltaNode, LowRank
 
 _OWN_BASE = "lora_jax.own_base"
 
@@ -17,7 +17,7 @@ def metadata_of(nodes: Mapping[str, DeltaNode], exported: bool) -> dict[str, str
       ValueError: unless `exported`, which says that their base is exported with them, is as the
         nodes are.
     """
-    owned = {p: n.own_base for p, n in nodes.items() if isinstance(n, LoRANode) and n.own_base}
+    owned = {p: n.own_base for p, n in nodes.items() if isinstance(n, LowRank) and n.own_base}
     if owned and not exported:
         path, name = next(iter(owned.items()))
         raise ValueError(
@@ -39,7 +39,7 @@ def marked(nodes: Mapping[str, Any], metadata: Mapping[str, str]) -> dict[str, A
         raise ValueError(f"its metadata {_OWN_BASE} is {owned!r:.200}, expected names by path.")
     return {
         path: dataclasses.replace(node, own_base=owned.get(path, ""))
-        if isinstance(node, LoRANode)
+        if isinstance(node, LowRank)
         else node
         for path, node in nodes.items()
     }

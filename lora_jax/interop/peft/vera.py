@@ -1,90 +1,91 @@
 """VeRA: two vectors for each module, and one pair of matrices for all."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.interop.peft.config import target_modules
-from lora_jax.interop.peft.model import Model, Tensors, layer_of, take
+from lora_jax.interop.peft.codec import Codec, Contents, Nodes
+from lora_jax.interop.peft.config import NUMBER, one_of
+from lora_jax.interop.peft.layers import (
+    adapted_layers,
+    as_tensors,
+    linear_layers,
+    stacked,
+    take_leaves,
+)
+from lora_jax.interop.peft.model import Model
 from lora_jax.interop.peft.names import Slot
-from lora_jax.methods import DeltaNode, VeRA, VeRANode, VeRAProjection
+from lora_jax.methods import VeRA, VeRANode, VeRAProjection
 
-PAIR = ("base_model.vera_A", "base_model.vera_B")
+_PAIR = ("base_model.vera_A", "base_model.vera_B")
+_NAMES = {"lambda_d": "vera_lambda_d", "lambda_b": "vera_lambda_b"}
 
 
-def to_peft(
-    nodes: Mapping[str, Any], pairs: Mapping[str, VeRAProjection], model: Model
-) -> tuple[dict[str, Any], Tensors]:
+def _encode(nodes: Nodes, model: Model) -> Contents:
+    pairs = [node for node in nodes.values() if isinstance(node, VeRAProjection)]
+    vectors: Any = {path: node for path, node in nodes.items() if isinstance(node, VeRANode)}
     if len(pairs) != 1:
         raise ValueError(f"PEFT's VeRA shares one projection, the delta has {len(pairs)}.")
-    (pair,) = pairs.values()
-    tensors: Tensors = dict(zip(PAIR, (np.asarray(pair.a).T, np.asarray(pair.b).T), strict=True))
-    modules = []
-    for slot in model.slots_at(nodes):
-        node = layer_of(nodes[slot.path], slot)
-        tensors[f"{slot.module}.vera_lambda_d"] = np.asarray(node.lambda_d)
-        tensors[f"{slot.module}.vera_lambda_b"] = np.asarray(node.lambda_b)
-        modules.append(slot.module)
+    (pair,) = pairs
     config = {
-        "peft_type": "VERA",
         "r": pair.a.shape[1],
-        "target_modules": target_modules(modules, list(model.slots)),
-        "vera_dropout": max(node.dropout for node in nodes.values()),
+        "vera_dropout": max(node.dropout for node in vectors.values()),
         "projection_prng_key": 0,
         "save_projection": True,
         "bias": "none",
         "fan_in_fan_out": False,
     }
-    return config, tensors
+    return Contents(
+        config,
+        {slot.module: as_tensors(node, _NAMES) for slot, node in linear_layers(vectors, model)},
+        own=dict(zip(_PAIR, (np.asarray(pair.a).T, np.asarray(pair.b).T), strict=True)),
+    )
 
 
-def from_peft(
-    config: Mapping[str, Any],
-    tensors: Mapping[str, Tensors],
-    pair: Tensors,
-    model: Model,
-) -> dict[str, DeltaNode]:
-    if set(pair) != set(PAIR):
+def _decode(contents: Contents, model: Model) -> dict[str, Any]:
+    config, pair = contents.config, contents.own
+    if set(pair) != set(_PAIR):
         raise ValueError(
-            f"{model.source} lacks the shared projection ({', '.join(PAIR)}), which cannot be "
+            f"{model.source} lacks the shared projection ({', '.join(_PAIR)}), which cannot be "
             "drawn again here: save the adapter from PEFT with save_projection=True."
         )
-    if any(pair[name].ndim != 2 for name in PAIR):
-        raise ValueError(f"{model.source}: {', '.join(PAIR)} are no matrices.")
-    a, b = (jnp.asarray(np.asarray(pair[name], np.float32).T) for name in PAIR)
+    if any(pair[name].ndim != 2 for name in _PAIR):
+        raise ValueError(f"{model.source}: {', '.join(_PAIR)} are no matrices.")
+    a, b = (jnp.asarray(np.asarray(pair[name], np.float32).T) for name in _PAIR)
     rank, dropout = a.shape[1], float(config.get("vera_dropout") or 0.0)
     place = VeRA(rank=rank, d_initial=config.get("d_initial") or 0.1, dropout=dropout).projection
-    nodes: dict[str, DeltaNode] = {}
-    for path, slots in model.by_path().items():
-        found = [slot for slot in slots if slot.module in tensors]
-        if not found:
-            continue
-        _check_pair(a, b, slots[0], model)
-        lambda_d = np.zeros((len(slots), rank), np.float32)
-        lambda_b = np.zeros((len(slots), slots[0].d_out), np.float32)
-        for slot in found:
-            given, i = dict(tensors[slot.module]), slots.index(slot)
-            lambda_d[i] = take(model, slot, given, "vera_lambda_d", (rank,))
-            lambda_b[i] = take(model, slot, given, "vera_lambda_b", (slot.d_out,))
-            model.refuse_rest(slot, given)
-        stack, _, d_out = model.dims(path)
-        nodes[path] = VeRANode(
-            lambda_d=jnp.asarray(lambda_d.reshape(*stack, rank)),
-            lambda_b=jnp.asarray(lambda_b.reshape(*stack, *d_out)),
-            path=place,
-            dropout=dropout,
-            layout=model.layout(path),
-        )
+    nodes: dict[str, Any] = {}
+    for path, found in adapted_layers(contents.modules, model):
+        _check_pair(a, b, next(iter(found)), model)
+        layers = {
+            slot: take_leaves(model, slot, given, VeRANode, _NAMES, rank=rank)
+            for slot, given in found.items()
+        }
+        nodes[path] = stacked(model, path, VeRANode, layers, path=place, dropout=dropout)
     return nodes | {place: VeRAProjection(a=a, b=b)}
 
 
 def _check_pair(a: jax.Array, b: jax.Array, slot: Slot, model: Model) -> None:
     if a.shape[0] < slot.d_in or b.shape[1] < slot.d_out or a.shape[1] != b.shape[0]:
         raise ValueError(
-            f"{model.source}: {PAIR[0]} has shape {a.shape[::-1]} and {PAIR[1]} {b.shape[::-1]}, "
+            f"{model.source}: {_PAIR[0]} has shape {a.shape[::-1]} and {_PAIR[1]} {b.shape[::-1]}, "
             f"too small for {slot.module}, of {slot.d_in} inputs and {slot.d_out} outputs, or of "
             "two ranks. Is it an adapter of this base?"
         )
+
+
+CODEC = Codec(
+    types=("VERA",),
+    nodes=(VeRANode, VeRAProjection),
+    decode=_decode,
+    encode=_encode,
+    values={
+        "vera_dropout": NUMBER,
+        "d_initial": NUMBER,
+        "bias": one_of("none", "all", "vera_only"),
+    },
+    own=_PAIR,
+    own_biases="vera_only",
+)

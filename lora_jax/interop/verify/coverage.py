@@ -1,7 +1,6 @@
 """What an adapter was to reach, and what it reaches."""
 
 import dataclasses
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -9,22 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
 
 from lora_jax import paths
 from lora_jax.interop.digest import KEY, Digest, name_of
-from lora_jax.interop.peft.names import Names, slots_of
+from lora_jax.interop.peft.codecs import codec_of
+from lora_jax.interop.peft.folder import TENSORS, read_config, read_tensors
+from lora_jax.interop.peft.names import HEAD, Names, parents, slots_of
 from lora_jax.interop.verify.report import Finding
 from lora_jax.layouts import Layout
 from lora_jax.targets import guessed_layout, is_embedding_or_head
 from lora_jax.weights import PyTree, is_weight
 
-_PREFIX = "base_model.model."
-# Of tensors of PEFT, what stands behind the module's name.
-_LAST = re.compile(r"\.(?:lora_(?:embedding_)?[ABE]|lora_magnitude_vector|ia3_l|vera_lambda_[bd]|"
-                   r"base_layer|modules_to_save|weight|bias|default)$")  # fmt: skip
-_TABLE = "prompt_embeddings"
-_WITHOUT_MODULE = (_TABLE, "base_model.vera_A", "base_model.vera_B")
 _INDEX = re.compile(r"(?<![^/])\d+(?![^/])")
 _FEW = 0.1
 
@@ -36,7 +30,8 @@ class AdapterFile:
     Attributes:
       folder: where it is.
       config: its adapter_config.json.
-      tensors: the names in adapter_model.safetensors.
+      tensors: the names in adapter_model.safetensors, as the model has its modules.
+      own: the names of those that belong to no module.
       name: of the tensors' bits.
       digest: what it carries.
     """
@@ -44,39 +39,33 @@ class AdapterFile:
     folder: Path
     config: Mapping[str, Any]
     tensors: tuple[str, ...]
+    own: frozenset[str]
     name: str
     digest: Digest | None
 
     @classmethod
     def read(cls, folder: Path) -> "AdapterFile":
         """Of a folder that `load_adapter` has read."""
-        path = folder / "adapter_model.safetensors"
-        with safe_open(path, framework="numpy") as file:
-            names, metadata = tuple(file.keys()), file.metadata() or {}
-            name = name_of({name: file.get_tensor(name) for name in names})
+        config = read_config(folder)
+        tensors, metadata = read_tensors(folder)
+        codec = codec_of(str(folder), config)
         text = metadata.get(KEY)
-        digest = None if text is None else Digest.from_json(text, f"the digest in {path}")
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        if _TABLE in names:  # beside which PEFT names modules without its own wrapper
-            own = (n.removeprefix("base_model.") for n in names)
-            names = tuple(n if n == _TABLE else _PREFIX + n for n in own)
-        return cls(folder, config, names, name, digest)
+        return cls(
+            folder,
+            config,
+            tuple(n if n in codec.own else n.removeprefix(codec.prefix) for n in tensors),
+            frozenset(codec.own),
+            name_of(tensors),
+            None if text is None else Digest.from_json(text, f"the digest in {folder / TENSORS}"),
+        )
 
     def modules(self) -> set[str]:
-        """The modules that tensors belong to."""
-        return {module_of(tensor) for tensor in self.tensors} - {""}
+        """The modules that tensors belong to, and those that hold these."""
+        return {module for tensor in self.tensors for module in parents(tensor)}
 
-
-def module_of(tensor: str) -> str:
-    """The module that a tensor of PEFT belongs to; empty for what the model reads by itself."""
-    if tensor in _WITHOUT_MODULE:
-        return ""
-    module = tensor.removeprefix(_PREFIX)
-    while shorter := _LAST.sub("", module):
-        if shorter == module:
-            break
-        module = shorter
-    return module
+    def placed_in(self, places: "Places") -> int:
+        """How many tensors have a place there."""
+        return sum(tensor in self.own or places.has(tensor) for tensor in self.tensors)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,11 +99,14 @@ class Places:
         return cls(matrices, frozenset(others), ends)
 
     def has(self, tensor: str) -> bool:
-        module = module_of(tensor)
-        end = module.rpartition(".")[2]
-        known = module in self.matrices or module in self.others or not module
-        tied = end == "lm_head" and end not in self.matrices  # saved beside the table that it is
-        return known or tied or end in self.delta_ends
+        """Whether the tensor belongs to one of the modules."""
+        ends = self.delta_ends
+        if HEAD not in self.matrices:
+            ends |= {HEAD}  # tied: saved beside the table that it is
+        return any(
+            module in self.matrices or module in self.others or module.rpartition(".")[2] in ends
+            for module in parents(tensor)
+        )
 
 
 def asked_for(config: Mapping[str, Any], known: Iterable[str]) -> Iterator[tuple[str, set[str]]]:

@@ -100,7 +100,7 @@ def verify(
     matched = None
     if file and names is not None:
         places = Places.of(params, names, layouts, delta_nodes(delta))
-        matched = sum(map(places.has, file.tensors))
+        matched = file.placed_in(places)
         findings += unmet(file, places)
     findings += model.without_effect()
     tried: list[Form] = []
@@ -161,14 +161,14 @@ def _loaded(
 def _share(folder: Path, params: PyTree, names: Names, layouts: Mapping) -> str:
     """Of an adapter that was refused, how much of it the base has a place for; empty if all."""
     try:
-        tensors = AdapterFile.read(folder).tensors
+        file = AdapterFile.read(folder)
     except Exception:  # the folder is refused already, and by a better message
         return ""
     places = Places.of(params, names, layouts, ())
-    matched = sum(map(places.has, tensors))
-    if matched == len(tensors):
+    matched = file.placed_in(places)
+    if matched == len(file.tensors):
         return ""
-    return f" Of its {len(tensors)} tensors {matched} have a place in this base."
+    return f" Of its {len(file.tensors)} tensors {matched} have a place in this base."
 
 
 def _targets(
