@@ -128,7 +128,8 @@ def stacked(
         widest = tuple(map(max, zip(*(array.shape for array in arrays.values()), strict=True)))
         whole = np.zeros((*(stack or (1,)), *widest), np.float32)
         for i, array in arrays.items():
-            whole[i][tuple(slice(size) for size in array.shape)] = array
+            place: Any = (i, *(slice(size) for size in array.shape))
+            whole[place] = array
         own = (axis for axis in axes[name] if axis != "stack")
         sizes = (groups.get(axis, (size,)) for axis, size in zip(own, widest, strict=True))
         found[name] = jnp.asarray(whole.reshape((*stack, *sum(sizes, ()))))
