@@ -1,5 +1,6 @@
 """Strict promotion, eight host devices and quick compilation for every test below."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -23,6 +24,15 @@ jax.config.update(
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+# Where in our source an operation was written concerns a reader of HLO; finding out takes time.
+jax.config.update("jax_traceback_in_locations_limit", 0)
+
+
+def pytest_collection_finish():
+    """What was imported stays: the collector need not go through it again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 def pytest_configure(config):
