@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import flax.linen as nn
 import flax.struct
 import jax
@@ -243,6 +244,9 @@ def llama_delta(params, method, seed: int = 0, size: float = 0.3, **kwargs):
     return moved(make(params), seed, size)
 
 
+assert_equal = chex.assert_trees_all_equal
+
+
 def assert_close(actual, expected, rtol=1e-5, atol=1e-6):
     """Leaf by leaf, `atol` relative to each leaf's largest entry."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
@@ -250,11 +254,6 @@ def assert_close(actual, expected, rtol=1e-5, atol=1e-6):
         ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
         largest = max(np.abs(theirs[np.isfinite(theirs)]).max(initial=0), 1e-30)
         np.testing.assert_allclose(ours, theirs, rtol=rtol, atol=atol * max(largest, 1e-3))
-
-
-def assert_equal(actual, expected):
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
 def assert_same_draws(actual, expected):

@@ -12,6 +12,7 @@ if jax.__version_info__ < (0, 11):  # later ones lack the flag, and compile fast
     os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false"
 
 import cases
+import chex
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -56,6 +57,12 @@ def quick_compilation(request):
     """Small models compile for longer than they run; a model of real size is worth optimizing."""
     optimized = "smollm2" in request.fixturenames or request.node.get_closest_marker("optimized")
     jax.config.update("jax_disable_most_optimizations", not optimized)
+
+
+@pytest.fixture(autouse=True)
+def counted_traces():
+    """`chex.assert_max_traces` counts within a test."""
+    chex.clear_trace_counter()
 
 
 @pytest.fixture(autouse=True)
