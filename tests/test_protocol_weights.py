@@ -65,6 +65,7 @@ def base():
     return BASES["nf4"]
 
 
+@jax.jit
 def dense_form(base):
     return jax.tree.map(
         lambda w: w.dense() if isinstance(w, lora.Weight) else w,

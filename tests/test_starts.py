@@ -1,5 +1,7 @@
 """Adapters that start from the weight: PiSSA, OLoRA, LoftQ, and the way back to a plain one."""
 
+import functools
+
 import cases
 import chex
 import jax
@@ -250,6 +252,7 @@ def test_starts_keep_each_layers_rank(start):
     """As if each layer stood alone with an adapter of its rank; rank 0 adapts nothing."""
     base = lora.quantize(DEEP, "int4", block_size=8)
 
+    @functools.partial(jax.jit, static_argnums=2)
     def started(params, base, rank):
         delta = lora.lora_transform(base, lora.LoRA(rank=rank), key=KEY)[1]
         if start == "loftq":
