@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import flax.linen as nn
 import flax.struct
 import jax
@@ -102,8 +103,12 @@ class Pair:
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
-    """Drawn by numpy, for XLA takes long to compile its generator for every new shape."""
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
+    """Drawn by numpy and put: what JAX draws or converts, it compiles for every new shape."""
+    return jax.device_put(drawn(seed, *shape))
+
+
+def drawn(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 @functools.cache
@@ -208,7 +213,9 @@ def moved(delta, seed: int = 1, size: float = 0.3):
     """The delta after some training: every trained leaf redrawn, so that nothing is zero."""
     seeds = iter(range(1000 * seed, 1000 * (seed + 1)))
     return jax.tree.map(
-        lambda leaf, trains: size * normal(next(seeds), *leaf.shape) if trains else leaf,
+        lambda leaf, trains: (
+            jax.device_put(np.float32(size) * drawn(next(seeds), *leaf.shape)) if trains else leaf
+        ),
         delta,
         lora.trainable_mask(delta),
     )
@@ -229,17 +236,17 @@ def llama_params(config: LlamaConfig):
 
     def draw(path, leaf):
         if "norm" in jax.tree_util.keystr(path):
-            return 1 + 0.1 * normal(next(seeds), *leaf.shape)
-        return normal(next(seeds), *leaf.shape) / np.float32(np.sqrt(leaf.shape[-2]))
+            return np.float32(1) + np.float32(0.1) * drawn(next(seeds), *leaf.shape)
+        return drawn(next(seeds), *leaf.shape) / np.float32(np.sqrt(leaf.shape[-2]))
 
-    return jax.tree_util.tree_map_with_path(draw, shapes)
+    return jax.device_put(jax.tree_util.tree_map_with_path(draw, shapes))
 
 
 def llama_case(**changes):
     """A tiny random Llama: config, params, tokens `[2, 7]`."""
     config = tiny_llama(**changes)
     tokens = np.random.default_rng(3).integers(0, config.vocab_size, (2, 7), dtype=np.int32)
-    return config, dict(llama_params(config)), jnp.asarray(tokens)
+    return config, dict(llama_params(config)), jax.device_put(tokens)
 
 
 def llama_delta(params, method, seed: int = 0, size: float = 0.3, **kwargs):
@@ -252,6 +259,9 @@ def llama_delta(params, method, seed: int = 0, size: float = 0.3, **kwargs):
     return moved(make(params), seed, size)
 
 
+assert_equal = chex.assert_trees_all_equal
+
+
 def assert_close(actual, expected, rtol=1e-5, atol=1e-6):
     """Leaf by leaf, `atol` relative to each leaf's largest entry."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
@@ -259,11 +269,6 @@ def assert_close(actual, expected, rtol=1e-5, atol=1e-6):
         ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
         largest = max(np.abs(theirs[np.isfinite(theirs)]).max(initial=0), 1e-30)
         np.testing.assert_allclose(ours, theirs, rtol=rtol, atol=atol * max(largest, 1e-3))
-
-
-def assert_equal(actual, expected):
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
 def assert_same_draws(actual, expected):

@@ -1,5 +1,6 @@
 """Strict promotion, eight host devices and quick compilation for every test below."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -11,6 +12,7 @@ if jax.__version_info__ < (0, 11):  # later ones lack the flag, and compile fast
     os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false"
 
 import cases
+import chex
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -23,6 +25,15 @@ jax.config.update(
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+# Where in our source an operation was written concerns a reader of HLO; finding out takes time.
+jax.config.update("jax_traceback_in_locations_limit", 0)
+
+
+def pytest_collection_finish():
+    """What was imported stays: the collector need not go through it again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 def pytest_configure(config):
@@ -46,6 +57,12 @@ def quick_compilation(request):
     """Small models compile for longer than they run; a model of real size is worth optimizing."""
     optimized = "smollm2" in request.fixturenames or request.node.get_closest_marker("optimized")
     jax.config.update("jax_disable_most_optimizations", not optimized)
+
+
+@pytest.fixture(autouse=True)
+def counted_traces():
+    """`chex.assert_max_traces` counts within a test."""
+    chex.clear_trace_counter()
 
 
 @pytest.fixture(autouse=True)

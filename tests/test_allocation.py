@@ -3,11 +3,12 @@
 import functools
 
 import cases
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import assert_close, assert_equal
+from cases import assert_close
 
 import lora_jax as lora
 from lora_jax.models import llama
@@ -103,4 +104,4 @@ def test_padded_ranks_survive_eva():
     same = jnp.broadcast_to(jnp.eye(6), (3, 6, 6))
     node = lora.eva_start(delta, {"layers/q_proj": same})["layers"]["q_proj"]
     assert [int(np.any(a, axis=0).sum()) for a in np.asarray(node.a)] == [2, 0, 1]
-    assert_equal(node.scale, delta["layers"]["q_proj"].scale)
+    chex.assert_trees_all_equal(node.scale, delta["layers"]["q_proj"].scale)

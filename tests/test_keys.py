@@ -5,6 +5,7 @@ import pkgutil
 from importlib import import_module
 
 import cases
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,7 +92,7 @@ def test_a_raw_key_is_the_typed_one(name):
     call = CASES[name]
     typed = call(jax.random.key(3))
     for raw in (jax.random.PRNGKey(3), np.asarray(jax.random.PRNGKey(3))):
-        cases.assert_equal(call(raw), typed)
+        chex.assert_trees_all_equal(call(raw), typed)
 
 
 WRONG = {

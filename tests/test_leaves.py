@@ -4,11 +4,11 @@ import dataclasses
 import functools
 
 import cases
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import assert_equal
 
 import lora_jax as lora
 from lora_jax.fingerprint import fingerprint, form
@@ -37,11 +37,10 @@ def test_abstract_params_give_the_same_shapes(name):
 
         shapes = jax.eval_shape(lambda: base)  # noqa: B023
         found, expected = make(shapes), jax.eval_shape(make, base)
-        described = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)  # noqa: E731
-        assert described(found) == described(expected)
+        chex.assert_trees_all_equal_shapes_and_dtypes(found, expected)
         assert lora.describe(*found) == lora.describe(*expected)
         if not method.reads_values:
-            assert_equal(found[1], make(base)[1])
+            chex.assert_trees_all_equal(found[1], make(base)[1])
 
 
 @dataclasses.dataclass(frozen=True)

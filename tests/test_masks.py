@@ -1,12 +1,13 @@
 """What an optimizer may move."""
 
 import cases
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import X, assert_close, assert_equal, moved
+from cases import X, assert_close, moved
 
 import lora_jax as lora
 
@@ -123,7 +124,7 @@ def test_training_the_combined_tree_is_training_the_delta(case):
         leaf.base if isinstance(leaf, lora.Adapted) else leaf
         for leaf in jax.tree.leaves(combined, is_leaf=lambda x: isinstance(x, lora.Adapted))
     ]
-    assert_equal(frozen, jax.tree.leaves(base))
+    chex.assert_trees_all_equal(frozen, jax.tree.leaves(base))
 
 
 def test_b_moves_faster_in_loraplus():
@@ -137,7 +138,7 @@ def test_b_moves_faster_in_loraplus():
 
     plus = updates(lora.mask_optimizer(adamw, delta, b_ratio=4.0))
     chained = updates(lora.mask_optimizer(optax.chain(adamw, lora.scale_b(4.0)), delta))
-    assert_equal(plus, chained)
+    chex.assert_trees_all_equal(plus, chained)
     assert_close(plus.a, updates(lora.mask_optimizer(adamw, delta)).a)
     assert_close(plus.b, updates(lora.mask_optimizer(faster, delta)).b)
     assert not np.any(plus.scale)
@@ -160,7 +161,7 @@ def test_projected_gradient_of_b_is_the_nearest_to_the_whole_gradient(kind):
     plain = jax.tree.map(lambda leaf: slope if leaf is node.b else leaf, delta)
     tx = lora.project_b()
     updates = tx.update(plain, tx.init(delta), delta)[0]
-    assert_equal(updates["out"], plain["out"])
+    chex.assert_trees_all_equal(updates["out"], plain["out"])
     found = pair_of(updates["block"]["q_proj"]).b
     expected = np.linalg.lstsq(np.asarray(node.scale * node.a), np.asarray(whole), rcond=None)[0]
     assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -4,11 +4,12 @@ rounded once. A base that stands for float32 has nothing to round, and says what
 import functools
 
 import cases
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import assert_equal, moved
+from cases import moved
 from test_protocol_weights import quantized as own_format
 
 import lora_jax as lora
@@ -60,8 +61,10 @@ def test_a_merged_weight(name, dtype):
         assert weight.dtype == dtype
         assert_rounded_once(weight, exact[path])
         if path == "nf4":
-            assert_equal(dense(bound[path]), weight)
-            assert_equal(dense(transpose(bound[path])) if name == "lora" else weight.mT, weight.mT)
+            chex.assert_trees_all_equal(dense(bound[path]), weight)
+            chex.assert_trees_all_equal(
+                dense(transpose(bound[path])) if name == "lora" else weight.mT, weight.mT
+            )
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
@@ -74,7 +77,7 @@ def test_a_requantised_weight_has_the_codes_of_the_exact_sum(name, double_quant)
     )
     for format in FORMATS:
         assert again[format].dtype == jnp.bfloat16
-        assert_equal(jax.tree.leaves(again[format]), jax.tree.leaves(exact[format]))
+        chex.assert_trees_all_equal(jax.tree.leaves(again[format]), jax.tree.leaves(exact[format]))
     jitted = jax.jit(lora.merge, static_argnames="requantize")
     codes = jitted(base("bfloat16", double_quant), delta, requantize=True)["nf4"].codes
     assert np.mean(codes != again["nf4"].codes) < 0.01  # but for a sum on the border of two codes
@@ -88,14 +91,14 @@ def test_an_init_from_the_weight_takes_what_is_decoded(init):
         for kind in ("bfloat16", "float32")
     )
     assert ours[0]["nf4"].dtype == jnp.bfloat16
-    assert_equal(jax.tree.leaves(ours), jax.tree.leaves(exact))
+    chex.assert_trees_all_equal(jax.tree.leaves(ours), jax.tree.leaves(exact))
 
 
 def test_norms_starts_and_extraction_take_what_is_decoded():
     half, exact = ({"nf4": base(kind)["nf4"]} for kind in ("bfloat16", "float32"))
     given = {"targets": ".*", "key": KEY}
     dora = [lora.lora_transform(tree, lora.DoRA(rank=2), **given)[1] for tree in (half, exact)]
-    assert_equal(*dora)
+    chex.assert_trees_all_equal(*dora)
     original = {"nf4": cases.normal(7, *SHAPE)}
     low = [lora.lora_transform(tree, lora.LoRA(rank=2), **given)[1] for tree in (half, exact)]
     for iterations in (1, 2):
@@ -104,16 +107,16 @@ def test_norms_starts_and_extraction_take_what_is_decoded():
             for tree, delta in zip((half, exact), low, strict=True)
         ]
         assert loftq[0][0]["nf4"].dtype == jnp.bfloat16
-        assert_equal(*map(jax.tree.leaves, loftq))
+        chex.assert_trees_all_equal(*map(jax.tree.leaves, loftq))
     found = [
         lora.extract(tree, original, lora.LoRA(rank=2), targets=".*") for tree in (half, exact)
     ]
-    assert_equal(*found)
+    chex.assert_trees_all_equal(*found)
 
 
 def test_a_format_of_ones_own_need_not_say_more_than_its_dense_form():
     weight = own_format(cases.normal(0, 16, 8).astype(jnp.bfloat16))
-    assert_equal(weight.dense_float32(), weight.dense().astype(jnp.float32))
+    chex.assert_trees_all_equal(weight.dense_float32(), weight.dense().astype(jnp.float32))
     base, delta = lora.lora_transform({"w": weight}, lora.LoRA(rank=2), targets="w", key=KEY)
     update = lora.merge({"w": jnp.zeros((16, 8))}, moved(delta))["w"]
     merged = lora.merge(base, moved(delta))["w"]

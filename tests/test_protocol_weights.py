@@ -72,6 +72,7 @@ def base(request):
     return BASES[request.param]
 
 
+@jax.jit
 def dense_form(base):
     return jax.tree.map(
         lambda w: w.dense() if isinstance(w, lora.Weight) else w,

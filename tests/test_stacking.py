@@ -1,12 +1,13 @@
 """Several deltas as one: exact in value and throughout training."""
 
 import cases
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import X, assert_close, assert_equal, moved
+from cases import X, assert_close, moved
 
 import lora_jax as lora
 from lora_jax.models import llama
@@ -39,7 +40,7 @@ def test_padded_members_compute_what_they_did(case):
 def test_unstack_like_inverts(case):
     deltas = [moved(delta, i) for i, delta in enumerate(mixed(case))]
     for back, delta in zip(lora.unstack(lora.stack(deltas), like=deltas), deltas, strict=True):
-        assert_equal(back, delta)
+        chex.assert_trees_all_equal(back, delta)
 
 
 def test_unstack_alone_keeps_the_common_shape(case):
@@ -51,7 +52,7 @@ def test_unstack_alone_keeps_the_common_shape(case):
 
 def test_stack_under_jit_and_eval_shape(case):
     deltas = mixed(case)
-    assert_equal(jax.jit(lora.stack)(deltas), lora.stack(deltas))
+    chex.assert_trees_all_equal(jax.jit(lora.stack)(deltas), lora.stack(deltas))
     shapes = jax.eval_shape(lora.stack, deltas)
     assert jax.tree.map(jnp.shape, lora.stack(deltas)) == jax.tree.map(lambda s: s.shape, shapes)
 
@@ -99,7 +100,7 @@ def assert_padding_is_zero(stacked, deltas):
     """What is cut back and padded anew is what was there."""
     trimmed, widest = lora.unstack(stacked, like=deltas), deltas[-1]
     for member, narrow in zip(lora.unstack(stacked), trimmed, strict=True):
-        assert_equal(member, lora.unstack(lora.stack([narrow, widest]))[0])
+        chex.assert_trees_all_equal(member, lora.unstack(lora.stack([narrow, widest]))[0])
 
 
 @pytest.mark.mixed_dtypes

@@ -1,11 +1,14 @@
 """Adapters that start from the weight: PiSSA, OLoRA, LoftQ, and the way back to a plain one."""
 
+import functools
+
 import cases
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import assert_close, assert_equal, moved
+from cases import assert_close, moved
 from test_protocol_weights import Int8, quantized
 
 import lora_jax as lora
@@ -39,7 +42,7 @@ def test_a_start_changes_nothing_to_the_last_bit(init):
     """Neither the base nor what a model computes, bound or merged, over four bits too."""
     for params in (PARAMS, QUANTISED):
         base, delta = made(init, params)
-        assert_equal(base, params)
+        chex.assert_trees_all_equal(base, params)
         assert np.abs(delta["out"].a @ delta["out"].b).max() > 0.1
 
         @jax.jit
@@ -49,8 +52,8 @@ def test_a_start_changes_nothing_to_the_last_bit(init):
             return outputs(lora.bind(base, delta)), outputs(base), merged, slope(delta)
 
         bound, plain, merged, slope = everything(base, delta)
-        assert_equal(bound, plain)
-        assert_equal(merged, lora.dequantize(params))
+        chex.assert_trees_all_equal(bound, plain)
+        chex.assert_trees_all_equal(merged, lora.dequantize(params))
         moving = jax.tree.map(lambda leaf: bool(np.any(leaf)), slope["layers"]["q_proj"])
         assert moving == delta["layers"]["q_proj"].trainable()
 
@@ -80,7 +83,7 @@ def test_pissa_takes_the_leading_triplets():
         assert_close(2 * node.a @ node.b, u[:, :3] * s[:3] @ vt[:3], rtol=1e-4, atol=1e-5)
         assert_close(jnp.linalg.norm(node.a, axis=0), np.sqrt(s[:3] / 2), rtol=1e-4)
         assert_close(jnp.linalg.norm(node.b, axis=1), np.sqrt(s[:3] / 2), rtol=1e-4)
-        assert_equal((node.a0, node.b0), (node.a, node.b))
+        chex.assert_trees_all_equal((node.a0, node.b0), (node.a, node.b))
 
 
 def test_fast_pissa_comes_close():
@@ -131,7 +134,7 @@ def test_arms_of_any_init_share_a_base_and_a_stack():
     del deltas[2]["out"]
     stacked = lora.stack(deltas)
     for back, delta in zip(lora.unstack(stacked, like=deltas), deltas, strict=True):
-        assert_equal(back, delta)
+        chex.assert_trees_all_equal(back, delta)
 
     def loss(delta):
         return jnp.sin(outputs(lora.bind(PARAMS, delta))[0]).sum()
@@ -146,7 +149,7 @@ def test_arms_of_any_init_share_a_base_and_a_stack():
              (deltas[1], deltas[0], {}))]  # fmt: skip
     assert_close(lora.linear(X[:3], rows), jnp.stack(alone), atol=5e-6)
     start = jax.vmap(lambda d: lora.merge(PARAMS, d))(lora.stack(fresh))
-    assert_equal(jax.tree.map(lambda leaf: leaf[1], start), PARAMS)
+    chex.assert_trees_all_equal(jax.tree.map(lambda leaf: leaf[1], start), PARAMS)
 
 
 def test_the_sharding_of_what_it_started_from():
@@ -163,7 +166,7 @@ def test_ranks_of_their_own_for_each_layer():
     method = {"q_proj": lora.LoRA(init="pissa", rank=(2, 0))}
     base, delta = lora.lora_transform(PARAMS, method, key=KEY)
     node = delta["layers"]["q_proj"]
-    assert_equal(lora.merge(base, delta), PARAMS)
+    chex.assert_trees_all_equal(lora.merge(base, delta), PARAMS)
     assert np.linalg.matrix_rank(node.a @ node.b).tolist() == [2, 0]
 
 
@@ -173,7 +176,7 @@ def test_more_axes():
     base, delta = lora.lora_transform(params, lora.LoRA(init="pissa", rank=3), key=KEY,
                                       layouts=layouts)  # fmt: skip
     assert delta["kernel"].b.shape == delta["kernel"].b0.shape == (3, 3, 3)
-    assert_equal(lora.merge(base, delta), params)
+    chex.assert_trees_all_equal(lora.merge(base, delta), params)
     trained = moved(delta)
     plain = lora.as_plain_lora(trained)
     assert_close(lora.merge(base, plain), lora.merge(base, trained), atol=5e-6)
@@ -181,7 +184,7 @@ def test_more_axes():
 
 def test_a_format_that_cannot_be_quantised_again_will_do():
     base = {"layers": {"q_proj": quantized(PARAMS["layers"]["q_proj"])}, "out": PARAMS["out"]}
-    assert_equal(made("pissa", base)[0], base)
+    chex.assert_trees_all_equal(made("pissa", base)[0], base)
 
 
 def coarse(leaf):
@@ -211,7 +214,7 @@ def test_loftq_approaches_the_original_weights():
     for iterations in (1, 2, 5):
         found = lora.loftq_start(params, base, delta, iterations=iterations)
         assert isinstance(found[0]["layers"]["q_proj"], Coarse)
-        assert_equal(found[1]["out"], delta["out"])  # its base is an array
+        chex.assert_trees_all_equal(found[1]["out"], delta["out"])  # its base is an array
         errors.append(error(*found))
     # What is left of the error of quantisation is best among all deltas of the rank.
     rest = np.asarray(params["layers"]["q_proj"] - base["layers"]["q_proj"].dense())
@@ -249,6 +252,7 @@ def test_starts_keep_each_layers_rank(start):
     """As if each layer stood alone with an adapter of its rank; rank 0 adapts nothing."""
     base = lora.quantize(DEEP, "int4", block_size=8)
 
+    @functools.partial(jax.jit, static_argnums=2)
     def started(params, base, rank):
         delta = lora.lora_transform(base, lora.LoRA(rank=rank), key=KEY)[1]
         if start == "loftq":
@@ -268,7 +272,9 @@ def test_starts_keep_each_layers_rank(start):
             alone = started(one, lora.quantize(one, "int4", block_size=8), rank)
             assert_close(merged[layer], lora.merge(*alone)["layers"]["q_proj"][0], atol=1e-5)
         else:
-            assert_equal(merged[layer], lora.dequantize(base)["layers"]["q_proj"][layer])
+            chex.assert_trees_all_equal(
+                merged[layer], lora.dequantize(base)["layers"]["q_proj"][layer]
+            )
 
 
 def test_eva_of_more_axes():

@@ -1,15 +1,17 @@
 """What holds for every method on every kind of tree."""
 
 import dataclasses
+import functools
 
 import cases
+import chex
 import flax.core
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import X, assert_close, assert_equal, assert_same_draws, moved, transform
+from cases import X, assert_close, assert_same_draws, moved, transform
 
 import lora_jax as lora
 
@@ -25,78 +27,83 @@ def test_frozen_dicts():
     assert_close(cases.Net().apply(merged, X), case.apply(lora.bind(base, moved(delta)), X))
 
 
-def test_fresh_adapter_is_the_identity(case, method):
+@functools.cache
+def computed(case, method):
+    """What one compiled function says of a fresh delta, and of a moved one."""
     base, delta = transform(case, method)
-    assert_close(case.apply(lora.bind(base, delta), X), case.apply(case.params, X), atol=1e-6)
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def values(base, delta):
+        def loss(delta, base):
+            output = case.apply(lora.bind(base, delta), X)
+            return jnp.sin(output).sum(), output
+
+        def merged_loss(delta):
+            return jnp.sin(case.apply(lora.merge(base, delta), X)).sum()
+
+        of_delta, of_base = jax.grad(loss, (0, 1), has_aux=True)(delta, base)[0]
+        again, output = jax.grad(jax.checkpoint(loss), has_aux=True)(delta, base)
+        said = {"output": output, "of_delta": of_delta, "of_base": of_base, "again": again}
+        if not isinstance(method, lora.Bottleneck):
+            merged = lora.merge(base, delta)
+            said |= {"merged": merged, "merged_output": case.apply(merged, X)}
+            said |= {
+                "unmerged": lora.unmerge(merged, delta),
+                "of_merged": jax.grad(merged_loss)(delta),
+            }
+        return said
+
+    return jax.device_get((values(base, delta), values(base, moved(delta))))
+
+
+def test_fresh_adapter_is_the_identity(case, method):
+    fresh, _ = computed(case, method)
+    assert_close(fresh["output"], case.apply(case.params, X), atol=1e-6)
 
 
 def test_fresh_adapter_merges_into_the_same_params(case, mergeable):
     base, delta = transform(case, mergeable)
-    assert_equal(lora.merge(base, delta), case.params)
+    chex.assert_trees_all_equal(lora.merge(base, delta), case.params)
 
 
 def test_base_is_the_params_tree(case, method):
     base, _ = transform(case, method)
-    assert_equal(base, case.params)
+    chex.assert_trees_all_equal(base, case.params)
 
 
 def test_moved_adapter_is_not_the_identity(case, method):
-    base, delta = transform(case, method)
-    adapted = case.apply(lora.bind(base, moved(delta)), X)
-    assert np.abs(adapted - case.apply(base, X)).max() > 1e-2
+    _, trained = computed(case, method)
+    assert np.abs(trained["output"] - np.asarray(case.apply(case.params, X))).max() > 1e-2
 
 
 def test_merged_equals_bound(case, mergeable):
-    base, delta = transform(case, mergeable)
-    delta = moved(delta)
-    merged = lora.merge(base, delta)
-    assert jax.tree.structure(merged) == jax.tree.structure(case.params)
-    assert_close(case.apply(merged, X), case.apply(lora.bind(base, delta), X), atol=5e-6)
+    _, trained = computed(case, mergeable)
+    chex.assert_trees_all_equal_structs(trained["merged"], case.params)
+    assert_close(trained["merged_output"], trained["output"], atol=5e-6)
 
 
 def test_unmerge_inverts_merge(case, mergeable):
-    base, delta = transform(case, mergeable)
-    delta = moved(delta)
-    assert_close(lora.unmerge(lora.merge(base, delta), delta), base, atol=1e-6)
+    _, trained = computed(case, mergeable)
+    assert_close(trained["unmerged"], case.params, atol=1e-6)
 
 
 def test_base_gets_no_gradient(case, method):
-    base, delta = transform(case, method)
-
-    def loss(base):
-        return case.apply(lora.bind(base, moved(delta)), X).sum()
-
-    for gradient in jax.tree.leaves(jax.jit(jax.grad(loss))(base)):
-        assert not np.any(gradient)
+    _, trained = computed(case, method)
+    assert not any(map(np.any, jax.tree.leaves(trained["of_base"])))
 
 
 def test_only_trained_leaves_get_a_gradient(case, method):
-    base, delta = transform(case, method)
-
-    def loss(delta):
-        return (case.apply(lora.bind(base, delta), X) ** 2).sum()
-
-    gradients = jax.jit(jax.grad(loss))(moved(delta))
-    received = jax.tree.map(lambda gradient: bool(np.any(gradient)), gradients)
-    assert received == lora.trainable_mask(delta)
+    _, trained = computed(case, method)
+    received = jax.tree.map(lambda gradient: bool(np.any(gradient)), trained["of_delta"])
+    assert received == lora.trainable_mask(transform(case, method)[1])
 
 
 def test_gradient_is_that_of_the_merged_model(case, mergeable):
-    base, delta = transform(case, mergeable)
-
-    @jax.jit
-    @jax.grad
-    def bound(delta):
-        return jnp.sin(case.apply(lora.bind(base, delta), X)).sum()
-
-    @jax.jit
-    @jax.grad
-    def merged(delta):
-        return jnp.sin(case.apply(lora.merge(base, delta), X)).sum()
-
-    ours, theirs = bound(moved(delta)), merged(moved(delta))
-    mask = lora.trainable_mask(delta)
-    for trains, one, other in zip(*map(jax.tree.leaves, (mask, ours, theirs)), strict=True):
+    _, trained = computed(case, mergeable)
+    mask = lora.trainable_mask(transform(case, mergeable)[1])
+    both = trained["of_delta"], trained["of_merged"]
+    for trains, one, other in zip(*map(jax.tree.leaves, (mask, *both)), strict=True):
         if trains:
             assert_close(one, other, rtol=1e-4, atol=1e-5)
 
@@ -111,24 +118,13 @@ def test_eval_shape(case, method):
     base, delta = transform(case, method)
     shapes = jax.eval_shape(lambda p: lora.lora_transform(p, method, key=jax.random.key(0)),
                             case.params)  # fmt: skip
-    assert jax.tree.map(lambda s: (s.shape, s.dtype), shapes) == jax.tree.map(
-        lambda a: (a.shape, a.dtype), (base, delta)
-    )
+    chex.assert_trees_all_equal_shapes_and_dtypes(shapes, (base, delta))
 
 
-def test_jit_agrees_and_traces_once(case, method):
+def test_jit_agrees(case, method):
     base, delta = transform(case, method)
-    traces = []
-
-    @jax.jit
-    def forward(base, delta, x):
-        traces.append(x)
-        return case.apply(lora.bind(base, delta), x)
-
-    other = moved(delta)
-    assert_close(forward(base, delta, X), case.apply(base, X))
-    assert_close(forward(base, other, X), case.apply(lora.bind(base, other), X), atol=5e-6)
-    assert len(traces) == 1
+    _, trained = computed(case, method)
+    assert_close(trained["output"], case.apply(lora.bind(base, moved(delta)), X), atol=5e-6)
 
 
 def test_vmap_over_deltas(case, method):
@@ -140,14 +136,8 @@ def test_vmap_over_deltas(case, method):
 
 
 def test_remat_changes_nothing(case, method):
-    base, delta = transform(case, method)
-
-    def loss(delta):
-        return jnp.sin(case.apply(lora.bind(base, delta), X)).sum()
-
-    delta = moved(delta)
-    plain, again = (jax.jit(jax.grad(f))(delta) for f in (loss, jax.checkpoint(loss)))
-    assert_close(again, plain, atol=5e-6)
+    _, trained = computed(case, method)
+    assert_close(trained["again"], trained["of_delta"], atol=5e-6)
 
 
 @pytest.mark.parametrize("name", ["lora_variant", "full"])
@@ -223,7 +213,7 @@ def test_float32_deltas_over_a_bf16_base(case, method):
     x = X.astype(jnp.bfloat16)
     output = case.apply(lora.bind(base, delta), x)
     assert output.dtype == jnp.bfloat16
-    assert_equal(output, case.apply(params, x))
+    chex.assert_trees_all_equal(output, case.apply(params, x))
 
 
 def test_merging_keeps_the_dtype(case, mergeable):

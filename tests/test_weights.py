@@ -1,11 +1,12 @@
 """The seam: linear, embed, transpose and scan_layers over weights of every type."""
 
 import cases
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import assert_close, assert_equal, moved
+from cases import assert_close, moved
 
 import lora_jax as lora
 from lora_jax.weights import Shared, dense, scan_layers, transpose
@@ -76,7 +77,7 @@ def test_scan_layers_is_scan():
     def body(x, w):
         return jnp.tanh(x @ w), x.sum()
 
-    assert_equal(scan_layers(body, x, layers), jax.lax.scan(body, x, layers))
+    chex.assert_trees_all_equal(scan_layers(body, x, layers), jax.lax.scan(body, x, layers))
 
 
 def test_scan_layers_shows_shared_values_whole():

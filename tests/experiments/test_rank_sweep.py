@@ -25,7 +25,7 @@ def finished(tmp_path_factory):
     return folder, output
 
 
-def test_records_and_another_config(finished):
+def test_records(finished):
     folder, output = finished
     names = {path.name for path in (folder / "run").iterdir()}
     assert names >= {
@@ -75,12 +75,15 @@ def test_records_and_another_config(finished):
         path.name.startswith(("jit_step-", "jit_gradients-"))
         for path in (folder / "cache/xla").iterdir()
     )
-    # Another config in the same workdir is refused.
+
+
+@pytest.mark.slow
+def test_another_config_in_the_same_workdir_is_refused(finished):
+    folder, _ = finished
     code, output = command.run(folder, "rank_sweep", *SWEEP, "--config.train.steps=5")
     assert code != 0 and "train.steps (4 there, 5 here)" in output and "Traceback" not in output
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_kill_and_the_same_command_again(finished, tmp_path):
     """Killed among the LoRA arms, the run ends bit for bit where the whole one did."""
@@ -105,7 +108,6 @@ def test_kill_and_the_same_command_again(finished, tmp_path):
     assert steps(tmp_path) == steps(whole)
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_the_batched_mode_agrees(finished, tmp_path):
     folder, _ = finished

@@ -7,7 +7,6 @@ import pytest
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_equal_rank_and_equal_parameters(tmp_path):
     """With a paged optimizer."""
     command.write_talk(tmp_path)

@@ -297,8 +297,11 @@ STARTS = {
 }
 
 
-@pytest.mark.parametrize("profile", ["peft", "vllm"])
-@pytest.mark.parametrize("name", STARTS)
+@pytest.mark.parametrize(
+    ("name", "profile"),
+    [(name, "peft") for name in STARTS]
+    + [pytest.param(n, "vllm", marks=() if n == "pissa" else pytest.mark.slow) for n in STARTS],
+)
 def test_what_began_with_a_part_of_the_weight_is_a_plain_adapter(name, profile, tmp_path):
     """Of the original base: what is read back gives the logits of the delta."""
     method, size = STARTS[name]

@@ -3,6 +3,7 @@
 import functools
 
 import cases
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,11 +66,11 @@ def test_penalty_is_the_mean_distance_from_orthogonality():
 
 def trained(delta, steps):
     """Ranks after each step of a descent on random gradients; compiled once."""
-    traces, counts = [], []
+    counts = []
 
     @jax.jit
+    @chex.assert_max_traces(n=1)
     def step(delta, grads, number):
-        traces.append(number)
         delta = jax.tree.map(
             lambda d, g, trains: d - 0.1 * g if trains else d,
             delta, grads, lora.trainable_mask(delta),
@@ -82,7 +83,6 @@ def trained(delta, steps):
         nodes = delta["layers"]["q_proj"], delta["out"]
         counts.append([sum(int(np.count_nonzero(getattr(node, name))) for node in nodes)
                        for name in ("mask", "e")])  # fmt: skip
-    assert len(traces) == 1
     return delta, counts
 
 

@@ -3,11 +3,12 @@
 import math
 
 import cases
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import assert_close, assert_equal, moved
+from cases import assert_close, moved
 
 import lora_jax as lora
 
@@ -99,19 +100,21 @@ def test_dropout_is_off_without_a_key():
     for tree in (delta, plain):
         tree["q_proj"] = tree["q_proj"].replace(b=jnp.ones((4, 48)))
     one, other = (lora.linear(X, lora.bind(base, d)["q_proj"]) for d in (delta, plain))
-    assert_equal(one, other)
+    chex.assert_trees_all_equal(one, other)
 
 
 def test_rate_zero_is_exact_with_a_key():
     base, delta = made(rank=4)
     delta = moved(delta)
-    assert_equal(dropped(base, delta, 3), lora.linear(X, lora.bind(base, delta)["q_proj"]))
+    chex.assert_trees_all_equal(
+        dropped(base, delta, 3), lora.linear(X, lora.bind(base, delta)["q_proj"])
+    )
 
 
 def test_a_key_gives_the_same_numbers_again_and_another_key_others():
     base, delta = made(rank=4, dropout=0.5)
     delta = moved(delta)
-    assert_equal(dropped(base, delta, 3), dropped(base, delta, 3))
+    chex.assert_trees_all_equal(dropped(base, delta, 3), dropped(base, delta, 3))
     assert np.abs(dropped(base, delta, 3) - dropped(base, delta, 4)).max() > 1e-3
 
 

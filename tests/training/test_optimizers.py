@@ -119,7 +119,7 @@ PLACES = {
 @pytest.mark.parametrize(
     ("name", "mode", "place"),
     [
-        ("muon", "batched", "fsdp"),
+        pytest.param("muon", "batched", "fsdp", marks=SLOW),
         ("adafactor", "in_turn", "fsdp"),
         pytest.param("adafactor", "batched", "pmap", marks=SLOW),
         pytest.param("muon", "in_turn", "pmap", marks=SLOW),
