@@ -91,11 +91,12 @@ def test_hardly_any_position_counts(count):
     assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_a_position_that_does_not_count_may_hold_anything():
+@pytest.mark.parametrize("length", [4, 5, 64])
+def test_a_position_that_does_not_count_may_hold_anything(length):
     """Not even a value that overflows reaches the sum or its gradients."""
     hidden = HIDDEN.at[0, 0].set(jnp.inf)
     mask = MASK.at[0, 0].set(False)
-    loss, gradient = jax.value_and_grad(lambda t: chunked(hidden, t, 4, mask=mask))(TABLE.T)
+    loss, gradient = jax.value_and_grad(lambda t: chunked(hidden, t, length, mask=mask))(TABLE.T)
     expected = jax.grad(lambda t: naive(HIDDEN, t, mask=mask))(TABLE.T)
     assert np.isfinite(loss)
     assert_close(gradient, expected, rtol=1e-4, atol=1e-5)

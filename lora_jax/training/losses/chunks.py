@@ -93,7 +93,8 @@ def chunks(length: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
 
 def chunk_losses(read_out: ReadOut, head: Any, rows, targets, counted, index) -> jax.Array:
     """`logsumexp(logits) - logits[target]` of each position `[G, S, length]` of the chunk of this
-    index, float32; 0 where none counts."""
+    index, float32; 0 where none counts, whatever such a row holds."""
+    rows = jnp.where(counted[..., None], rows, 0)  # 0 times infinity would reach the gradient
     head = head.for_part(index) if isinstance(head, Weight) else head
     logits = read_out(rows, head).astype(jnp.float32)
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]

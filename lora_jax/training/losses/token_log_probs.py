@@ -36,7 +36,6 @@ def token_log_probs(
 
     def step(_, cut):
         rows, targets, counted, index = cut
-        rows = jnp.where(counted[..., None], rows, 0)  # others may hold anything
         losses = jax.lax.cond(
             counted.any(),
             lambda: chunk_losses(read_out, head, rows, targets, counted, index),
