@@ -184,8 +184,12 @@ def _plain(array: Any) -> Field:
 
 
 def _put(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
-    """In the kind of memory that it is in already."""
+    """In the kind of memory that it is in already, and in memory of its own: a step donates it."""
     kind = leaf.sharding.memory_kind or "device"
+    if leaf.is_fully_addressable:
+        # Replicated over several devices, one of them keeps the caller's memory: may_alias=False
+        # is not heeded there (jax 0.10.2 and 0.12).
+        leaf = execution.own_memory(leaf)
     return hosts.place(leaf, sharding.with_memory_kind(kind), may_alias=False)
 
 

@@ -48,7 +48,7 @@ def single() -> Execution:
     """Everything on the default device, or wherever the caller put it."""
     return Execution(
         base=_unchanged,
-        states=lambda states, stacked: jax.tree.map(_copied, states),
+        states=lambda states, stacked: jax.tree.map(own_memory, states),
         batch=_unchanged,
         step=lambda step, stacked: jax.jit(step, donate_argnums=0),
         evaluate=jax.jit,
@@ -67,5 +67,6 @@ def _unchanged(tree: PyTree) -> PyTree:
     return tree
 
 
-def _copied(leaf: Any) -> jax.Array:
+def own_memory(leaf: Any) -> jax.Array:
+    """The same array, where it is, in memory that no caller holds."""
     return jax.device_put(leaf, leaf.sharding, may_alias=False)

@@ -123,3 +123,17 @@ def test_a_mesh_gives_the_numbers_of_one_device(name, kind, mode):
 def test_pmap_gives_the_numbers_of_one_device(mode):
     ours, _ = run("nf4, double", mode, parallel.replicated(), None)
     np.testing.assert_allclose(ours, alone("nf4, double"), rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["mesh", "pmap"])
+def test_the_callers_state_outlives_the_step_that_donates_its_copy(mode):
+    mesh = parallel.make_mesh({"fsdp": 8})
+    specs = parallel.match_specs(base_of("float32"), SHARDING)
+    execution = parallel.replicated() if mode == "pmap" else parallel.on_mesh(mesh, specs)
+    delta = lora.lora_transform(base_of("float32"), lora.LoRA(rank=1), key=jax.random.key(0))[1]
+    tx = training.adamw(steps=STEPS)
+    state = training.init_state(delta, tx, seed=0)
+    placed = execution.states(state, False)
+    with execution.context():
+        moved, _ = execution.change(lambda state: (state, None), consumes=True)(placed)
+    assert moved is not None and all(np.isfinite(x).all() for x in jax.tree.leaves(state.delta))
