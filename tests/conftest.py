@@ -33,7 +33,6 @@ def pytest_collection_finish():
     """What was imported stays: the collector need not go through it again and again."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(10_000, 20, 20)
 
 
 def pytest_configure(config):

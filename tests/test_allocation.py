@@ -43,7 +43,7 @@ def test_covariances_are_those_of_what_the_layers_read():
         "layers/attn/q_proj": (3, 16, 16), "layers/mlp/down_proj": (3, 24, 24)
     }  # fmt: skip
     x = PARAMS["embed"][TOKENS]
-    x = llama.rms_norm(x, PARAMS["layers"]["attn_norm"][0], CONFIG.norm_eps)
+    x = llama.rms_norm(x, PARAMS["layers"]["attn_norm"][0], CONFIG)
     expected = np.cov(np.asarray(x).reshape(-1, 16).T, bias=True)
     assert_close(found["layers/attn/q_proj"][0], expected, rtol=1e-3, atol=1e-4)
 

@@ -17,7 +17,7 @@ from generated import KINDS
 from hypothesis import HealthCheck, Phase, given, settings
 
 import lora_jax as lora
-from lora_jax.tracing import calls, structure
+from lora_jax.tracing import inner_jaxprs, single_equations
 
 SHARES = {kind: 60 if kind == "lora" else 20 if kind == "nf4_lora" else 12 for kind in KINDS}
 TOLERANCE = {"float32": (1e-4, 1e-5), "float16": (2e-2, 1e-2), "bfloat16": (1e-1, 6e-2)}
@@ -131,7 +131,7 @@ def _run(name, count, seed=0):
 def test_the_generator_reaches_every_rule(monkeypatch):
     """Traced, not run. The exceptions have programs of their own in `programs`."""
     reached = set()
-    rules = {*structure.RULES, *calls.RULES} - {"pvary", "reshard", "closed_call"}
+    rules = {*single_equations.RULES, *inner_jaxprs.RULES} - {"pvary", "reshard", "closed_call"}
 
     def noting(name, rule):
         def note(*args):
@@ -140,7 +140,7 @@ def test_the_generator_reaches_every_rule(monkeypatch):
 
         return note
 
-    for table in (structure.RULES, calls.RULES):
+    for table in (single_equations.RULES, inner_jaxprs.RULES):
         for name, rule in list(table.items()):
             monkeypatch.setitem(table, name, noting(name, rule))
 

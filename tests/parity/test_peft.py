@@ -19,6 +19,7 @@ from lora_jax.models import llama
 from lora_jax.models.config import RopeScaling
 from lora_jax.models.llama import LlamaConfig
 from lora_jax.training import token_losses
+from lora_jax.transform import delta_nodes
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 pytestmark = pytest.mark.mixed_dtypes
@@ -92,8 +93,8 @@ def compute(name: str) -> dict[str, np.ndarray]:
     state, found = tx.init(delta), {}
 
     def note(tree, what):
-        for (_, group, leaf), names in modules.items():
-            node = tree["layers"][group][leaf]
+        for path, names in modules.items():
+            node = delta_nodes(tree)[path]
             for i, module in enumerate(names):
                 found[f"{module}/{what}_a"], found[f"{module}/{what}_b"] = node.a[i].T, node.b[i].T
 
