@@ -1,0 +1,106 @@
+"""The shapes of batches that an engine compiles: few, so that all are compiled at start."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from lora_jax.serving.sampling import RowSampling
+from lora_jax.serving.scheduler import Limits, Work
+from lora_jax.serving.scheduler import Sequence as Reading
+from lora_jax.serving.steps import Batch
+
+_FEWEST_POSITIONS = 128  # attention to fewer costs too little to compile a program for
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Shape:
+    """Rows, tokens of each, pages of keys and values, and pages of an adapter."""
+
+    rows: int
+    tokens: int
+    columns: int
+    width: int
+
+
+def all_shapes(limits: Limits, max_length: int, widths: Sequence[int]) -> list[Shape]:
+    """Every shape that `shape_of` returns."""
+    columns = _columns(limits, max_length)
+    few, many = _doubled(1, limits.readers), _doubled(1, limits.rows)
+    kinds = [(rows, limits.chunk) for rows in few] + [(rows, 1) for rows in many]
+    return [Shape(*kind, c, w) for kind in dict.fromkeys(kinds) for c in columns for w in widths]
+
+
+def shape_of(work: Work, limits: Limits, max_length: int, widths: Sequence[int]) -> Shape:
+    """The smallest that holds a step."""
+    most = limits.readers if work.is_chunk else limits.rows
+    columns = max(-(-(s.read + count) // limits.page_size) for s, count in work.counts)
+    width = max(len(_place(s).pages) for s, _ in work.counts)
+    return Shape(
+        _least(_doubled(1, most), len(work.counts)),
+        limits.chunk if work.is_chunk else 1,
+        _least(_columns(limits, max_length), columns),
+        _least(widths, width),
+    )
+
+
+def empty_batch(shape: Shape) -> Batch:
+    """Idle rows, as NumPy arrays."""
+    rows = (shape.rows,)
+    return Batch(
+        tokens=np.zeros((shape.rows, shape.tokens), np.int32),
+        counts=np.zeros(rows, np.int32),
+        lengths=np.zeros(rows, np.int32),
+        table=np.zeros((shape.rows, shape.columns), np.int32),
+        adapter_pages=np.full((shape.rows, shape.width), -1, np.int32),
+        adapter_slots=np.full(rows, -1, np.int32),
+        sampling=RowSampling(
+            temperature=np.zeros(rows, np.float32),
+            top_p=np.ones(rows, np.float32),
+            top_k=np.zeros(rows, np.int32),
+            seed=np.zeros((shape.rows, 2), np.uint32),
+            step=np.zeros(rows, np.int32),
+            logprobs=np.zeros(rows, bool),
+        ),
+    )
+
+
+def batch_of(work: Work, shape: Shape) -> Batch:
+    """What a step reads, as NumPy arrays of a shape."""
+    batch = empty_batch(shape)
+    how = batch.sampling
+    for row, (sequence, count) in enumerate(work.counts):
+        read, place, asked = sequence.read, _place(sequence), sequence.request.sampling
+        pages = sequence.pages[: shape.columns]
+        batch.tokens[row, :count] = sequence.tokens[read : read + count]
+        batch.counts[row], batch.lengths[row] = count, read
+        batch.table[row, : len(pages)] = pages
+        batch.adapter_pages[row, : len(place.pages)] = place.pages
+        batch.adapter_slots[row] = place.slot
+        how.temperature[row], how.top_p[row] = asked.temperature, asked.top_p
+        how.top_k[row], how.step[row] = asked.top_k, sequence.answered
+        how.seed[row] = [asked.seed >> 32 & 0xFFFFFFFF, asked.seed & 0xFFFFFFFF]
+        how.logprobs[row] = sequence.request.logprobs is not None
+    return batch
+
+
+def _columns(limits: Limits, max_length: int) -> list[int]:
+    fewest = max(1, _FEWEST_POSITIONS // limits.page_size)
+    return _doubled(fewest, -(-max_length // limits.page_size))
+
+
+def _doubled(first: int, last: int) -> list[int]:
+    """first, twice that, and so on, and `last`."""
+    sizes = [min(first, last)]
+    while sizes[-1] < last:
+        sizes.append(min(2 * sizes[-1], last))
+    return sizes
+
+
+def _least(sizes: Sequence[int], wanted: int) -> int:
+    return next(size for size in sizes if size >= wanted)
+
+
+def _place(sequence: Reading):
+    assert sequence.place is not None
+    return sequence.place
