@@ -9,13 +9,21 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lora_jax.context_mesh import TENSOR
 from lora_jax.interop.model import Pretrained
+from lora_jax.serving import steps
 from lora_jax.serving.adapters import Adapters, BaseAlone
 from lora_jax.serving.paged_cache import init_pages
 from lora_jax.serving.request import Event, Refused, Request, TokenLogprobs, check
-from lora_jax.serving.sampling import Chosen
+from lora_jax.serving.sampling import Chosen, choose_each
 from lora_jax.serving.scheduler import Limits, Scheduler, Sequence, Work
-from lora_jax.serving.shapes import Shape, all_shapes, batch_of, empty_batch, shape_of
-from lora_jax.serving.steps import Batch, step
+from lora_jax.serving.shapes import (
+    Shape,
+    all_shapes,
+    batch_of,
+    empty_batch,
+    empty_sampling,
+    sampling_of,
+    shape_of,
+)
 from lora_jax.serving.text_stream import TextStream
 
 
@@ -80,7 +88,8 @@ class Engine:
         self._sequences: dict[int, Sequence] = {}
         self._streams: dict[int, TextStream] = {}
         self._ended: list[Event] = []
-        self._programs: dict[Shape, Any] = {}
+        self._readers: dict[Shape, Any] = {}
+        self._choosers: dict[int, Any] = {}
         self._tickets = 0
         self._counts = dict.fromkeys(
             ("steps", "prompt_tokens", "new_tokens", "shared_tokens", "finished", "cancelled"), 0
@@ -95,8 +104,10 @@ class Engine:
         limits, widths = self._scheduler.limits, self._adapters.widths
         shapes = all_shapes(limits, self.max_length, widths)
         with ThreadPoolExecutor() as pool:  # XLA compiles outside of Python's lock
-            list(pool.map(self._program, shapes))
-        return len(shapes)
+            list(pool.map(self._reader, shapes))
+            rows = sorted({shape.rows for shape in shapes})
+            list(pool.map(self._chooser, rows))
+        return len(shapes) + len(rows)
 
     def submit(self, request: Request) -> int:
         """Puts a request in the queue, and returns its ticket.
@@ -151,20 +162,20 @@ class Engine:
             "waiting": len(scheduler.waiting),
             "pages": scheduler.limits.pages,
             "pages_used": scheduler.limits.pages - scheduler.allocator.available,
-            "programs": len(self._programs),
+            "programs": len(self._readers) + len(self._choosers),
         }
 
     def _run(self, work: Work) -> list[Event]:
         limits, widths = self._scheduler.limits, self._adapters.widths
         shape = shape_of(work, limits, self.max_length, widths)
-        program, batch = self._program(shape), batch_of(work, shape)
-        self._pages, chosen = program(
-            self._model.params, self._adapters.bank, self._pages, self._on_device(batch)
-        )
+        read, batch = self._reader(shape), self._on_device(batch_of(work, shape))
+        self._pages, logits = read(self._model.params, self._adapters.bank, self._pages, batch)
         self._counts["steps"] += 1
         done = self._scheduler.advance(work)
-        if done:
-            chosen = jax.device_get(chosen)
+        if not done:
+            return []
+        how = self._on_device(sampling_of(work, shape.rows))
+        chosen = jax.device_get(self._chooser(shape.rows)(logits, how))
         return [self._answer(sequence, row, chosen) for row, sequence in done]
 
     def _answer(self, sequence: Sequence, row: int, chosen: Chosen) -> Event:
@@ -194,22 +205,28 @@ class Engine:
         self._counts["shared_tokens"] += sequence.shared or 0
         return _event(sequence, finish=finish, text=text + stream.flush(), **new)
 
-    def _program(self, shape: Shape) -> Any:
-        """The compiled step for batches of a shape, which raises where another is given."""
-        if shape not in self._programs:
-            arguments = (
-                self._model.params,
-                self._adapters.bank,
-                self._pages,
-                self._on_device(empty_batch(shape)),
-            )
+    def _reader(self, shape: Shape) -> Any:
+        """The compiled step that reads batches of a shape, and raises for another."""
+        if shape not in self._readers:
             config, bind = self._model.config, self._adapters.bind
-            run = functools.partial(step, config, bind, self.max_length)
-            jitted = jax.jit(run, donate_argnums=2, out_shardings=self._shardings)
-            self._programs[shape] = jitted.lower(*arguments).compile()
-        return self._programs[shape]
+            read = functools.partial(steps.read, config, bind, self.max_length)
+            jitted = jax.jit(read, donate_argnums=2, out_shardings=self._shardings)
+            batch = self._on_device(empty_batch(shape))
+            arguments = (self._model.params, self._adapters.bank, self._pages, batch)
+            self._readers[shape] = jitted.lower(*arguments).compile()
+        return self._readers[shape]
 
-    def _on_device(self, batch: Batch) -> Batch:
+    def _chooser(self, rows: int) -> Any:
+        """The compiled step that chooses a token for each of so many rows."""
+        if rows not in self._choosers:
+            shape = next(shape for shape in self._readers if shape.rows == rows)
+            logits = self._readers[shape].out_info[1]
+            jitted = jax.jit(choose_each, out_shardings=self._shardings and self._shardings[1])
+            how = self._on_device(empty_sampling(rows))
+            self._choosers[rows] = jitted.lower(logits, how).compile()
+        return self._choosers[rows]
+
+    def _on_device(self, batch: Any) -> Any:
         return batch if self._shardings is None else jax.device_put(batch, self._shardings[1])
 
 

@@ -26,18 +26,17 @@ class Shape:
 def all_shapes(limits: Limits, max_length: int, widths: Sequence[int]) -> list[Shape]:
     """Every shape that `shape_of` returns."""
     columns = _columns(limits, max_length)
-    few, many = _doubled(1, limits.readers), _doubled(1, limits.rows)
-    kinds = [(rows, limits.chunk) for rows in few] + [(rows, 1) for rows in many]
-    return [Shape(*kind, c, w) for kind in dict.fromkeys(kinds) for c in columns for w in widths]
+    kinds = [(rows, limits.chunk) for rows in _rows(limits, is_chunk=True)]
+    kinds += [(rows, 1) for rows in _rows(limits, is_chunk=False)]
+    return [Shape(*kind, c, w) for kind in kinds for c in columns for w in widths]
 
 
 def shape_of(work: Work, limits: Limits, max_length: int, widths: Sequence[int]) -> Shape:
     """The smallest that holds a step."""
-    most = limits.readers if work.is_chunk else limits.rows
     columns = max(-(-(s.read + count) // limits.page_size) for s, count in work.counts)
     width = max(len(_place(s).pages) for s, _ in work.counts)
     return Shape(
-        _least(_doubled(1, most), len(work.counts)),
+        _least(_rows(limits, work.is_chunk), len(work.counts)),
         limits.chunk if work.is_chunk else 1,
         _least(_columns(limits, max_length), columns),
         _least(widths, width),
@@ -54,34 +53,49 @@ def empty_batch(shape: Shape) -> Batch:
         table=np.zeros((shape.rows, shape.columns), np.int32),
         adapter_pages=np.full((shape.rows, shape.width), -1, np.int32),
         adapter_slots=np.full(rows, -1, np.int32),
-        sampling=RowSampling(
-            temperature=np.zeros(rows, np.float32),
-            top_p=np.ones(rows, np.float32),
-            top_k=np.zeros(rows, np.int32),
-            seed=np.zeros((shape.rows, 2), np.uint32),
-            step=np.zeros(rows, np.int32),
-            logprobs=np.zeros(rows, bool),
-        ),
+    )
+
+
+def empty_sampling(rows: int) -> RowSampling:
+    """Of rows that take the most likely token, as NumPy arrays."""
+    return RowSampling(
+        temperature=np.zeros(rows, np.float32),
+        top_p=np.ones(rows, np.float32),
+        top_k=np.zeros(rows, np.int32),
+        seed=np.zeros((rows, 2), np.uint32),
+        step=np.zeros(rows, np.int32),
+        logprobs=np.zeros(rows, bool),
     )
 
 
 def batch_of(work: Work, shape: Shape) -> Batch:
     """What a step reads, as NumPy arrays of a shape."""
     batch = empty_batch(shape)
-    how = batch.sampling
     for row, (sequence, count) in enumerate(work.counts):
-        read, place, asked = sequence.read, _place(sequence), sequence.request.sampling
+        read, place = sequence.read, _place(sequence)
         pages = sequence.pages[: shape.columns]
         batch.tokens[row, :count] = sequence.tokens[read : read + count]
         batch.counts[row], batch.lengths[row] = count, read
         batch.table[row, : len(pages)] = pages
         batch.adapter_pages[row, : len(place.pages)] = place.pages
         batch.adapter_slots[row] = place.slot
+    return batch
+
+
+def sampling_of(work: Work, rows: int) -> RowSampling:
+    """How the rows of a step choose, as NumPy arrays for so many rows."""
+    how = empty_sampling(rows)
+    for row, (sequence, _) in enumerate(work.counts):
+        asked = sequence.request.sampling
         how.temperature[row], how.top_p[row] = asked.temperature, asked.top_p
         how.top_k[row], how.step[row] = asked.top_k, sequence.answered
         how.seed[row] = [asked.seed >> 32 & 0xFFFFFFFF, asked.seed & 0xFFFFFFFF]
         how.logprobs[row] = sequence.request.logprobs is not None
-    return batch
+    return how
+
+
+def _rows(limits: Limits, is_chunk: bool) -> list[int]:
+    return sorted({1, limits.readers}) if is_chunk else _doubled(1, limits.rows)
 
 
 def _columns(limits: Limits, max_length: int) -> list[int]:

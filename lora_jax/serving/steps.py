@@ -1,4 +1,4 @@
-"""The one step of an engine as a pure function: rows read tokens on from their pages and choose.
+"""The steps of an engine as pure functions: rows read tokens on from their pages, then choose.
 
 Dimensions: R rows, T tokens of each, W pages of a row, D hidden, V vocabulary.
 """
@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.decoder import output_head, read_on
 from lora_jax.serving.paged_cache import PagedCache, Pages
-from lora_jax.serving.sampling import Chosen, RowSampling, choose_each
 from lora_jax.weights import PyTree
 
 Bind = Callable[[PyTree, PyTree, jax.Array, jax.Array], PyTree]
@@ -27,7 +26,6 @@ class Batch:
       lengths: `[R]` int32, how many positions its pages hold already.
       table: `[R, W]` int32, the pages.
       adapter_pages, adapter_slots: `[R, w]` and `[R]` int32, where the bank holds its adapter.
-      sampling: how it chooses.
     """
 
     tokens: jax.Array
@@ -36,10 +34,9 @@ class Batch:
     table: jax.Array
     adapter_pages: jax.Array
     adapter_slots: jax.Array
-    sampling: RowSampling
 
 
-def step(
+def read(
     config: DecoderConfig,
     bind: Bind,
     max_length: int,
@@ -47,8 +44,9 @@ def step(
     bank: PyTree,
     pages: Pages,
     batch: Batch,
-) -> tuple[Pages, Chosen]:
-    """Reads every row's tokens into `pages`, and chooses what follows the last of them.
+) -> tuple[Pages, jax.Array]:
+    """Reads every row's tokens into `pages`. Returns them and the logits `[R, V]` of what follows
+    the last token of each row, which `sampling.choose_each` reads.
 
     Args:
       config: the shape of the model.
@@ -65,5 +63,4 @@ def step(
     x_RTD, cache = read_on(weights, batch.tokens, cache, config)
     last_R = jnp.maximum(batch.counts - 1, 0)
     x_RD = jnp.take_along_axis(x_RTD, last_R[:, None, None], axis=1)[:, 0]
-    logits_RV = config.family.read_out(x_RD, output_head(weights), config)
-    return cache.pages, choose_each(logits_RV, batch.sampling)
+    return cache.pages, config.family.read_out(x_RD, output_head(weights), config)
