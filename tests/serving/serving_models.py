@@ -24,7 +24,7 @@ SHAPE = dict(
     num_kv_heads=2,
     head_dim=4,
     context_length=48,
-    tie_embeddings=True,
+    tie_embeddings=False,
 )
 LLAMA = LlamaConfig(**SHAPE, num_layers=2)
 GEMMA = Gemma2Config(
@@ -37,8 +37,9 @@ def model_of(config, *, quantized=False) -> Pretrained:
     params = decoder.init(config, key=jax.random.key(0))
     if quantized:
         params = lora.quantize(params, "nf4", block_size=8)
+    tokenizer = dataclasses.replace(byte_tokenizer(), eos_id=66)  # which these models do say
     return Pretrained(
-        params=params, config=config, tokenizer=byte_tokenizer(), name="small", source="random"
+        params=params, config=config, tokenizer=tokenizer, name="small", source="random"
     )
 
 
@@ -51,14 +52,15 @@ def adapters_of(model, count=3) -> dict[str, lora.transform.Delta]:
         _, delta = lora.lora_transform(
             model.params, method, targets=targets, key=jax.random.key(10 + i)
         )
-        noise = jax.tree.map(
-            lambda leaf: leaf if leaf.ndim < 3 else leaf + 0.3 * jax.random.normal(
-                jax.random.key(i), leaf.shape, leaf.dtype
-            ),
-            delta,
-        )
-        deltas[f"a{i}"] = noise
+        deltas[f"a{i}"] = jax.tree.map(functools.partial(_moved, key=jax.random.key(i)), delta)
     return deltas
+
+
+def _moved(leaf, key):
+    """A factor moved from where it begins; scales stay."""
+    if leaf.ndim < 3:
+        return leaf
+    return leaf + 0.3 * jax.random.normal(key, leaf.shape, leaf.dtype)
 
 
 class StackPool:
@@ -95,9 +97,7 @@ class StackPool:
 
 @functools.cache
 def _generate(config, tokens, eos_id):
-    return jax.jit(
-        functools.partial(generate, config=config, max_new_tokens=tokens, eos_id=eos_id)
-    )
+    return jax.jit(functools.partial(generate, config=config, max_new_tokens=tokens, eos_id=eos_id))
 
 
 class Alone:
@@ -120,7 +120,3 @@ class Alone:
                 answer = answer[: answer.index(eos_id) + 1]
             self.known[tokens, adapter] = answer
         return self.known[tokens, adapter][:count]
-
-
-def replaced(model, **values):
-    return dataclasses.replace(model, **values)
