@@ -137,13 +137,12 @@ class Scheduler:
     def advance(self, work: Work) -> list[tuple[int, Sequence]]:
         """Counts what a step has read, and shares the pages that it filled. Returns the rows whose
         sequences are read to their end, for which the step has chosen a token."""
+        size = self.limits.page_size
         for sequence, count in work.counts:
             sequence.read += count
-            full = sequence.read // self.limits.page_size
-            for page, digest in list(
-                zip(sequence.pages, self._digests(sequence, full), strict=False)
-            )[(sequence.read - count) // self.limits.page_size :]:
-                self.allocator.register(page, digest)
+            for page in range((sequence.read - count) // size, sequence.read // size):
+                digest = self._digests(sequence, page + 1)[page]
+                self.allocator.register(sequence.pages[page], digest)
         return [(row, s) for row, (s, _) in enumerate(work.counts) if s.unread == 0]
 
     def _admit(self) -> None:
@@ -161,13 +160,12 @@ class Scheduler:
     def _place(self, sequence: Sequence) -> bool:
         """Whether its adapter is in the bank, for this sequence until its end."""
         name = sequence.request.adapter
-        if sequence.place is None and name is None:
-            sequence.place = Place()
-        elif sequence.place is None:
-            try:
-                sequence.place = self.adapters.acquire(name)
-            except UnavailableError:
-                self.failed.append(sequence)
+        if sequence.place is not None:
+            return True
+        try:
+            sequence.place = Place() if name is None else self.adapters.acquire(name)
+        except UnavailableError:
+            self.failed.append(sequence)
         return sequence.place is not None
 
     def _allocate(self, sequence: Sequence) -> bool:
@@ -210,12 +208,9 @@ class Scheduler:
         """Of its first `count` pages."""
         size, known = self.limits.page_size, sequence.digests
         assert sequence.place is not None
+        start = first_digest(sequence.request.adapter, sequence.place.version)
         for page in range(len(known), count):
-            before = (
-                known[-1]
-                if known
-                else first_digest(sequence.request.adapter, sequence.place.version)
-            )
+            before = known[-1] if known else start
             known.append(next_digest(before, sequence.tokens[page * size : (page + 1) * size]))
         return known[:count]
 

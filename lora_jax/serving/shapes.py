@@ -2,9 +2,11 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from lora_jax.serving.adapters import Place
 from lora_jax.serving.sampling import RowSampling
 from lora_jax.serving.scheduler import Limits, Work
 from lora_jax.serving.scheduler import Sequence as Reading
@@ -45,27 +47,31 @@ def shape_of(work: Work, limits: Limits, max_length: int, widths: Sequence[int])
 
 def empty_batch(shape: Shape) -> Batch:
     """Idle rows, as NumPy arrays."""
-    rows = (shape.rows,)
+    rows = shape.rows
     return Batch(
-        tokens=np.zeros((shape.rows, shape.tokens), np.int32),
-        counts=np.zeros(rows, np.int32),
-        lengths=np.zeros(rows, np.int32),
-        table=np.zeros((shape.rows, shape.columns), np.int32),
-        adapter_pages=np.full((shape.rows, shape.width), -1, np.int32),
-        adapter_slots=np.full(rows, -1, np.int32),
+        tokens=_filled(0, rows, shape.tokens),
+        counts=_filled(0, rows),
+        lengths=_filled(0, rows),
+        table=_filled(0, rows, shape.columns),
+        adapter_pages=_filled(-1, rows, shape.width),
+        adapter_slots=_filled(-1, rows),
     )
 
 
 def empty_sampling(rows: int) -> RowSampling:
     """Of rows that take the most likely token, as NumPy arrays."""
     return RowSampling(
-        temperature=np.zeros(rows, np.float32),
-        top_p=np.ones(rows, np.float32),
-        top_k=np.zeros(rows, np.int32),
-        seed=np.zeros((rows, 2), np.uint32),
-        step=np.zeros(rows, np.int32),
-        logprobs=np.zeros(rows, bool),
+        temperature=_filled(0, rows, dtype=np.float32),
+        top_p=_filled(1, rows, dtype=np.float32),
+        top_k=_filled(0, rows),
+        seed=_filled(0, rows, 2, dtype=np.uint32),
+        step=_filled(0, rows),
+        logprobs=_filled(False, rows, dtype=bool),
     )
+
+
+def _filled(value: int, *shape: int, dtype: Any = np.int32) -> Any:
+    return np.full(shape, value, dtype)
 
 
 def batch_of(work: Work, shape: Shape) -> Batch:
@@ -115,6 +121,6 @@ def _least(sizes: Sequence[int], wanted: int) -> int:
     return next(size for size in sizes if size >= wanted)
 
 
-def _place(sequence: Reading):
+def _place(sequence: Reading) -> Place:
     assert sequence.place is not None
     return sequence.place
