@@ -1,8 +1,8 @@
 """What is asked of an engine and what it answers: plain values of the host."""
 
 import dataclasses
-import math
 import numbers
+from collections.abc import Sized
 
 MOST_LOGPROBS = 20  # of the likeliest tokens, beside the chosen one
 MOST_STOPS = 16
@@ -14,7 +14,7 @@ class Refused(ValueError):  # noqa: N818 - what happened to the request; nothing
     """A request that is not taken.
 
     Attributes:
-      field: the request's field that is at fault.
+      field: the request's field that is at fault; empty where none is.
       reason: "invalid", "too_long", "unknown_adapter" or "queue_full", which may pass.
     """
 
@@ -104,8 +104,9 @@ class Event:
 
 def check(request: Request, *, vocab_size: int, max_length: int) -> None:
     """Raises Refused for what no engine of this vocabulary and length can answer."""
-    _check_tokens(request.tokens, vocab_size)
-    new = _integer("max_new_tokens", request.max_new_tokens, 1, None)
+    if not isinstance(request.tokens, tuple | list) or not request.tokens:
+        raise _invalid("tokens", request.tokens, "at least one token")
+    new = _integer("max_new_tokens", request.max_new_tokens, 1, 2**31 - 1)
     if len(request.tokens) + new > max_length:
         field = "tokens" if len(request.tokens) >= max_length else "max_new_tokens"
         raise Refused(
@@ -114,6 +115,7 @@ def check(request: Request, *, vocab_size: int, max_length: int) -> None:
             f"a prompt of {len(request.tokens)} tokens and {new} new ones exceed the {max_length} "
             "that this engine holds for a request: shorten the prompt, or ask for fewer.",
         )
+    _check_tokens(request.tokens, vocab_size)
     _check_sampling(request.sampling)
     if request.logprobs is not None:
         _integer("logprobs", request.logprobs, 0, MOST_LOGPROBS)
@@ -125,8 +127,6 @@ def check(request: Request, *, vocab_size: int, max_length: int) -> None:
 
 
 def _check_tokens(tokens: tuple[int, ...], vocab_size: int) -> None:
-    if not isinstance(tokens, tuple | list) or not tokens:
-        raise _invalid("tokens", tokens, "at least one token")
     for place, token in enumerate(tokens):
         if not _is_integer(token) or not 0 <= token < vocab_size:
             raise Refused(
@@ -156,17 +156,15 @@ def _is_integer(value: object) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def _integer(field: str, value: int, lowest: int, highest: int | None) -> int:
-    fits = _is_integer(value) and lowest <= value and (highest is None or value <= highest)
-    if not fits:
-        most = "" if highest is None else f" and at most {highest}"
-        raise _invalid(field, value, f"an integer of at least {lowest}{most}")
+def _integer(field: str, value: int, lowest: int, highest: int) -> int:
+    if not _is_integer(value) or not lowest <= value <= highest:
+        raise _invalid(field, value, f"an integer from {lowest} to {highest}")
     return value
 
 
 def _number(field: str, value: float, highest: float) -> None:
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not 0 <= value <= highest:
+    if not is_number or not 0 <= value <= highest:
         raise _invalid(field, value, f"a number from 0 to {highest:g}")
 
 
@@ -175,7 +173,12 @@ def _invalid(field: str, found: object, expected: str) -> Refused:
 
 
 def _short(value: object) -> str:
-    if isinstance(value, int) and value.bit_length() > 256:
+    """Of a value that may be of any size: Python prints no integer of many thousand digits."""
+    if isinstance(value, int) and value.bit_length() > 128:
         return f"an integer of {value.bit_length()} bits"
-    shown = repr(value)
-    return shown if len(shown) <= 60 else f"{shown[:57]}..."
+    if isinstance(value, str | bytes):
+        return repr(value) if len(value) <= 60 else f"{value[:57]!r}..."
+    if isinstance(value, int | float | None):
+        return repr(value)
+    size = f" of {len(value)}" if isinstance(value, Sized) else ""
+    return f"a {type(value).__name__}{size}"
