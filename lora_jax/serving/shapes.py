@@ -12,7 +12,8 @@ from lora_jax.serving.scheduler import Limits, Work
 from lora_jax.serving.scheduler import Sequence as Reading
 from lora_jax.serving.steps import Batch
 
-_FEWEST_POSITIONS = 128  # attention to fewer costs too little to compile a program for
+# What is smaller costs too little less to compile a program for, but for a single row.
+_FEWEST_POSITIONS, _FEWEST_ROWS = 128, 4
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -101,7 +102,9 @@ def sampling_of(work: Work, rows: int) -> RowSampling:
 
 
 def _rows(limits: Limits, is_chunk: bool) -> list[int]:
-    return sorted({1, limits.readers}) if is_chunk else _doubled(1, limits.rows)
+    if is_chunk:
+        return sorted({1, limits.readers})
+    return sorted({1, *_doubled(_FEWEST_ROWS, limits.rows)})
 
 
 def _columns(limits: Limits, max_length: int) -> list[int]:
