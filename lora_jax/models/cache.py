@@ -1,21 +1,54 @@
 """What a model keeps of the positions that it has read.
 
-Dimensions: L layers, B batch, S positions, K key/value heads, H head size.
+Dimensions: L layers, B batch, T new positions, S positions, N query heads, K key/value heads,
+H head size.
 """
 
-from typing import Any
+import dataclasses
+from typing import Any, Protocol, Self
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from lora_jax.models.config import DecoderConfig
+from lora_jax.kernels.attention import cached_attention
+from lora_jax.models.config import Attention, DecoderConfig
 from lora_jax.paths import is_known
+
+
+class LayeredCache(Protocol):
+    """What a decoder reads on from: a pytree that it carries from layer to layer.
+
+    Attributes:
+      lengths: `[B]` int32, how many positions of each row are filled.
+      size: how many positions a row has at most.
+    """
+
+    @property
+    def lengths(self) -> jax.Array: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def write(self, layer: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> Self:
+        """With one layer's keys and values of the T positions that follow `lengths`."""
+        ...
+
+    def attend(
+        self, layer: jax.Array, q_BTNH: jax.Array, how: Attention, window: jax.Array | None
+    ) -> jax.Array:
+        """Attention `[B, T, N, H]` of the T positions that follow `lengths`, one layer of them
+        written, to their own and earlier keys, the nearest `window` of them."""
+        ...
+
+    def read(self, count: int) -> Self:
+        """With the `count` positions that were written counted in `lengths`."""
+        ...
 
 
 @flax.struct.dataclass
 class Cache:
-    """Keys and values of what was read so far.
+    """Keys and values of what was read so far, a row's one after another.
 
     Attributes:
       k, v: `[L, B, S, K, H]`, for S positions at most, of any float dtype.
@@ -25,6 +58,31 @@ class Cache:
     k: jax.Array
     v: jax.Array
     lengths: jax.Array
+
+    @property
+    def size(self) -> int:
+        return self.k.shape[2]
+
+    def write(self, layer: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> "Cache":
+        rows, positions = jnp.arange(k_BTKH.shape[0])[:, None], self._following(k_BTKH.shape[1])
+        k = self.k.at[layer, rows, positions].set(k_BTKH.astype(self.k.dtype))
+        v = self.v.at[layer, rows, positions].set(v_BTKH.astype(self.v.dtype))
+        return dataclasses.replace(self, k=k, v=v)
+
+    def attend(
+        self, layer: jax.Array, q_BTNH: jax.Array, how: Attention, window: jax.Array | None
+    ) -> jax.Array:
+        positions = self._following(q_BTNH.shape[1])
+        k, v = self.k[layer], self.v[layer]
+        return cached_attention(
+            q_BTNH, k, v, positions, scale=how.scale, cap=how.cap, window=window
+        )
+
+    def read(self, count: int) -> "Cache":
+        return dataclasses.replace(self, lengths=self.lengths + count)
+
+    def _following(self, count: int) -> jax.Array:
+        return self.lengths[:, None] + jnp.arange(count)[None]
 
 
 def init_cache(config: DecoderConfig, batch: int, length: int, dtype: Any) -> Cache:

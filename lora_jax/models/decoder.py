@@ -10,7 +10,7 @@ theirs and the head's.
 """
 
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +18,15 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax import paths
 from lora_jax.context_mesh import FSDP, SEQUENCE, constrain
-from lora_jax.kernels.attention import Implementation, attend, cached_attention
-from lora_jax.models.cache import Cache, init_cache, require_room
+from lora_jax.kernels.attention import Implementation, attend
+from lora_jax.models.cache import Cache, LayeredCache, init_cache, require_room
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.family import Params
 from lora_jax.models.leading import leading, prefix_heads, prefix_of, prompt_rows
 from lora_jax.models.remat import LAYER_INPUT, Remat, checkpointed
 from lora_jax.weights import scan_layers, transpose
+
+AnyCache = TypeVar("AnyCache", bound=LayeredCache)
 
 
 def init(config: DecoderConfig, *, key: jax.Array, dtype: Any = jnp.float32) -> Params:
@@ -138,32 +140,37 @@ def extend(
       ValueError: if the cache has no room for T more positions.
     """
     require_room(cache, tokens.shape[1])
+    return read_on(params, tokens, cache, config)
+
+
+def read_on(
+    params: Params, tokens: jax.Array, cache: AnyCache, config: DecoderConfig
+) -> tuple[jax.Array, AnyCache]:
+    """`extend` for a cache of any type, whose room is not checked."""
     x_BTD = config.family.embed(tokens, params["embed"], config)
     return _read(params, x_BTD, cache, config)
 
 
-def _read(params: Params, x_BTD: jax.Array, cache: Cache, config: DecoderConfig):
-    family, how, size = config.family, config.attention, cache.k.shape[2]
-    B, T = x_BTD.shape[:2]
+def _read(
+    params: Params, x_BTD: jax.Array, cache: AnyCache, config: DecoderConfig
+) -> tuple[jax.Array, AnyCache]:
+    family, how, size = config.family, config.attention, cache.size
+    T = x_BTD.shape[1]
     config.check_length(size)
     positions = cache.lengths[:, None] + jnp.arange(T)[None]
-    rows = jnp.arange(B)[:, None]
 
-    def layer(x_BTD, scanned):
-        weights, window, k_cache, v_cache = scanned
+    def layer(carry, scanned):
+        (x_BTD, cache), (weights, window, index) = carry, scanned
         q, k, v = family.project(x_BTD, weights, positions, config)
-        k_cache = k_cache.at[rows, positions].set(k.astype(k_cache.dtype))
-        v_cache = v_cache.at[rows, positions].set(v.astype(v_cache.dtype))
-        attended = cached_attention(
-            q, k_cache, v_cache, positions, scale=how.scale, cap=how.cap, window=window
-        )
-        return family.finish(x_BTD, attended, weights, config), (k_cache, v_cache)
+        cache = cache.write(index, k, v)
+        attended = cache.attend(index, q, how, window)
+        return (family.finish(x_BTD, attended, weights, config), cache), None
 
-    layers = params["layers"], _windows(config, size), cache.k, cache.v
-    x_BTD, (k, v) = scan_layers(layer, x_BTD, layers)
+    layers = params["layers"], _windows(config, size), jnp.arange(config.num_layers)
+    (x_BTD, cache), _ = scan_layers(layer, (x_BTD, cache), layers)
     fits_BT1 = (positions < size)[..., None]
     x_BTD = family.norm(jnp.where(fits_BT1, x_BTD, jnp.nan), params["norm"], config)
-    return x_BTD, Cache(k, v, cache.lengths + T)
+    return x_BTD, cache.read(T)
 
 
 def _windows(config: DecoderConfig, length: int) -> jax.Array | None:
