@@ -1,1 +1,1 @@
-"""Many adapters of one base, served at once. Nothing is imported here: the server needs the extra."""
+"""Many requests, each with an adapter of its own, answered in one running batch."""

@@ -9,7 +9,6 @@ from lora_jax.serving.forms import Ask
 from lora_jax.serving.request import Event, TokenLogprobs
 from lora_jax.serving.served_model import ServedModel
 
-
 _LOWEST = -9999.0  # stands for what JSON has no number for
 
 

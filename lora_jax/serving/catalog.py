@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,7 +71,7 @@ class Catalog:
         """Before the engine runs. Raises OSError or ValueError with the reason."""
         check_name(name, self.base)
         self._store.put(name, self._store.read(folder))
-        self._add(name, folder)
+        self.add(name, folder)
 
     async def load(self, name: str, folder: Path, driver: Driver) -> None:
         """While the engine runs. Raises ApiError with the field and the reason."""
@@ -81,7 +82,7 @@ class Catalog:
         if name in self._known or name in self._moving:
             message = f"The adapter {shown(name)} is loaded, or about to be: unload it first."
             raise invalid("lora_name", message, "adapter_exists")
-        if not (folder / CONFIG).is_file():
+        if not os.path.isfile(folder / CONFIG):  # False too for what is no path at all
             message = f"{shown(str(folder))} holds no {CONFIG}: no adapter's folder on the server."
             raise ApiError(404, message, param="lora_path", code="adapter_not_found")
         self._moving.add(name)
@@ -92,7 +93,7 @@ class Catalog:
             raise invalid("lora_path", str(error), "adapter_not_served") from None
         finally:
             self._moving.discard(name)
-        self._add(name, folder)
+        self.add(name, folder)
 
     async def unload(self, name: str, driver: Driver) -> None:
         """Forgets an adapter at once, and its arrays when its last request has ended."""
@@ -113,7 +114,7 @@ class Catalog:
         self._store.drop(name)
         return True
 
-    def _add(self, name: str, folder: Path) -> None:
+    def add(self, name: str, folder: Path) -> None:
         self._known[name] = Known(name, folder, int(time.time()))
 
 

@@ -33,7 +33,7 @@ class Engine(Protocol):
     def stats(self) -> dict[str, float]: ...
 
 
-class Ended(Exception):
+class Ended(Exception):  # noqa: N818 - of what happened; a stop is no error
     """No more events will come, though a request is not finished: `reason` says why."""
 
     def __init__(self, reason: str):

@@ -64,9 +64,10 @@ _NEUTRAL_CHAT = _NEUTRAL | {
     "documents": ([],),
 }
 _HARMLESS = (
-    "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention "
-    "prompt_cache_options prediction parallel_tool_calls request_id priority"
-).split()
+    ["user", "metadata", "store", "service_tier", "safety_identifier", "prediction"]
+    + ["prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"]
+    + ["parallel_tool_calls", "request_id", "priority"]
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -36,7 +36,7 @@ class Service:
     driver: Driver
     model: ServedModel
     catalog: Catalog
-    limits: Limits = Limits()
+    limits: Limits
     api_key: str | None = None
 
 
