@@ -64,9 +64,9 @@ _NEUTRAL_CHAT = _NEUTRAL | {
     "documents": ([],),
 }
 _HARMLESS = (
-    ["user", "metadata", "store", "service_tier", "safety_identifier", "prediction"]
-    + ["prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"]
-    + ["parallel_tool_calls", "request_id", "priority"]
+    *("user", "metadata", "store", "service_tier", "safety_identifier", "prediction"),
+    *("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"),
+    *("parallel_tool_calls", "request_id", "priority"),
 )
 
 

@@ -3,17 +3,26 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+# Of an engine's figures, those that only grow; the others are gauges.
+_COUNTERS = frozenset(
+    ["steps", "prompt_tokens", "new_tokens", "shared_tokens", "finished", "cancelled", "preempted"]
+)
 
 
 class Metrics:
     """One server's figures. No label takes a value from a request, so that their number is fixed.
 
-    `stats()` returns an engine's figures by name; one that ends with `_total` is a counter, the
-    others are gauges.
+    `stats()` returns an engine's figures by name.
     """
 
     content_type = "text/plain; version=0.0.4; charset=utf-8"
@@ -46,6 +55,7 @@ class Metrics:
             registry=self._registry,
         )
         self._registry.register(self)
+        ProcessCollector(registry=self._registry)
 
     def answered(self, route: str, status: int) -> None:
         self._requests.labels(route, str(status)).inc()
@@ -68,7 +78,7 @@ class Metrics:
         for name, value in self._stats().items():
             if not isinstance(value, int | float) or math.isnan(value):
                 continue
-            if name.endswith("_total"):
+            if name in _COUNTERS:
                 yield CounterMetricFamily(f"lora_jax_engine_{name}", name, value=value)
             else:
                 yield GaugeMetricFamily(f"lora_jax_engine_{name}", name, value=value)

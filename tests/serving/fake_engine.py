@@ -145,5 +145,5 @@ class FakeEngine:
         return {
             "running": len(self.running),
             "waiting": len(self.waiting),
-            "steps_total": self.steps,
+            "steps": self.steps,
         }

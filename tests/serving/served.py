@@ -72,6 +72,13 @@ def on_loopback(made: Service, *, grace=5.0):
         assert not thread.is_alive()
 
 
+@contextlib.contextmanager
+def served(engine: FakeEngine, *, grace=5.0, **kwargs):
+    """A service and its address."""
+    with service(engine, **kwargs) as made, on_loopback(made, grace=grace) as address:
+        yield made, address
+
+
 def wait_until(happened, seconds=5.0):
     end = time.monotonic() + seconds
     while not happened():

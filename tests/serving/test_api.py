@@ -1,18 +1,15 @@
 """OpenAI's forms over an engine, through the ASGI app."""
 
+import dataclasses
 import json
 import os
 
 import fake_engine
 import pytest
 from fake_engine import TOKENIZER, FakeEngine
-from served import BASE, MODEL, adapter_folder, service
-
-pytest.importorskip("starlette")
-import dataclasses
-
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from served import BASE, MODEL, adapter_folder, service
 from starlette.testclient import TestClient
 
 from lora_jax.serving.api import app
