@@ -50,6 +50,8 @@ def parser() -> argparse.ArgumentParser:
     add("--port", type=_from(0, 65535), default=8000, help="0 takes a free one.")
     add("--api-key", "--api_key", help="Asked for by every path but /health.")
     add("--rows", type=_from(1), default=8, help="Requests that run at once.")
+    add("--slots", type=_from(1), default=32, help="Adapters on the device at once.")
+    add("--max-rank", "--max_rank", type=_from(1), default=16, help="At least; or DIR's highest.")
     add("--page-size", "--page_size", type=_from(1), default=16, help="Tokens a page of the cache.")
     add("--pages", type=_from(2), default=512, help="Of the cache.")
     add("--chunk", type=_from(1), default=64, help="Tokens of a prompt that a step reads.")
@@ -120,20 +122,29 @@ def say(line: str) -> None:
 
 
 def parts_of(arguments: argparse.Namespace) -> Parts:
-    """The model, its engine and its pool."""
+    """The model, and an engine over a pool with room for adapters such as those in DIR."""
     import jax.numpy as jnp
 
     from lora_jax.interop import load, quantized
     from lora_jax.serving.engine import Engine as RealEngine
-    from lora_jax.serving.peft_store import PeftStore
-    from lora_jax.serving.pool import Pool
+    from lora_jax.serving.pooled import PeftStore, PooledAdapters, make_pool
 
     place: dict[str, Any] = {"place": quantized(arguments.quantize)} if arguments.quantize else {}
     model = load(arguments.model, dtype=jnp.dtype(arguments.dtype), **place)
-    pool = Pool(model.params)
+    store = PeftStore(model)
+    deltas = store.read_ahead(folders(arguments.adapters) if arguments.adapters else [])
+    pool = make_pool(
+        model.params,
+        deltas,
+        rows=arguments.rows,
+        slots=arguments.slots,
+        max_rank=arguments.max_rank,
+    )
+    adapters = PooledAdapters(pool)
+    store.put_into(adapters)
     engine = RealEngine(
         model,
-        pool,
+        adapters,
         rows=arguments.rows,
         page_size=arguments.page_size,
         pages=arguments.pages,
@@ -146,7 +157,7 @@ def parts_of(arguments: argparse.Namespace) -> Parts:
         context_length=engine.max_length,
         vocab_size=model.config.vocab_size,
     )
-    return Parts(served, engine, PeftStore(model, pool), engine.warm_up)
+    return Parts(served, engine, store, engine.warm_up)
 
 
 def main(argv: list[str], make: Callable[[argparse.Namespace], Parts] = parts_of) -> int:

@@ -137,7 +137,8 @@ class Client:
         """A stream; one that is left after so many lines is not held to anything."""
         began = time.monotonic()
         content = json.dumps(body | {"stream": True}).encode()
-        choices, last = [], b""
+        choices: list[dict[str, Any]] = []
+        last = b""
         with self.open("POST", PATH, content) as response:
             for number, line in enumerate(response):
                 if number == leave_after:

@@ -49,6 +49,7 @@ class Catalog:
         self._store = store
         self._known: dict[str, Known] = {}
         self._moving: set[str] = set()
+        self._reading = asyncio.Lock()  # one folder at a time, beside prompts that are tokenized
 
     def __iter__(self) -> Iterator[Known]:
         return iter(list(self._known.values()))
@@ -87,7 +88,8 @@ class Catalog:
             raise ApiError(404, message, param="lora_path", code="adapter_not_found")
         self._moving.add(name)
         try:
-            adapter = await asyncio.to_thread(self._store.read, folder)
+            async with self._reading:
+                adapter = await asyncio.to_thread(self._store.read, folder)
             await driver.run(lambda: self._store.put(name, adapter))
         except (OSError, ValueError) as error:
             raise invalid("lora_path", str(error), "adapter_not_served") from None
