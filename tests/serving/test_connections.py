@@ -79,6 +79,23 @@ def test_a_client_that_hangs_up_in_its_body_leaves_nothing():
             assert b" 200 " in read_all(connection).splitlines()[0]
 
 
+def test_a_client_that_reads_nothing_is_left_when_its_time_is_over(monkeypatch):
+    monkeypatch.setattr("lora_jax.serving.connection._LAST_SECONDS", 0.1)
+    engine = FakeEngine(rows=64, max_waiting=64)
+    with served(engine, limits=Limits(seconds=0.5)) as (_, address), socket.socket() as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        host, _, port = address.removeprefix("http://").partition(":")
+        deaf.connect((host, int(port)))
+        deaf.sendall(request(LONG | {"stream": True, "n": 64, "logprobs": 3}))
+
+        def was_left():
+            with connect(address) as other:
+                other.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+                return b"lora_jax_request_seconds_count 1.0" in read_all(other)
+
+        wait_until(was_left, 10)
+
+
 def test_a_bound_on_requests_at_once():
     engine = FakeEngine(seconds=0.005)
     with contextlib.ExitStack() as stack:
