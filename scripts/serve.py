@@ -83,6 +83,7 @@ def run(arguments: argparse.Namespace, make: Callable[[argparse.Namespace], Part
     catalog = Catalog(parts.model.name, parts.store)
     if arguments.adapters is not None:
         take_in(catalog, arguments.adapters)
+    say("compiling every step that a request may need; the next start reads most of them")
     parts.warm_up()
     driver = Driver(parts.engine, on_failure=lambda: server.fail())
     limits = Limits(
@@ -123,12 +124,16 @@ def say(line: str) -> None:
 
 def parts_of(arguments: argparse.Namespace) -> Parts:
     """The model, and an engine over a pool with room for adapters such as those in DIR."""
+    import jax
     import jax.numpy as jnp
 
+    from lora_jax.data.sources import default_cache_dir
     from lora_jax.interop import load, quantized
     from lora_jax.serving.engine import Engine as RealEngine
     from lora_jax.serving.pooled import PeftStore, PooledAdapters, make_pool
 
+    jax.config.update("jax_compilation_cache_dir", str(default_cache_dir() / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     place: dict[str, Any] = {"place": quantized(arguments.quantize)} if arguments.quantize else {}
     model = load(arguments.model, dtype=jnp.dtype(arguments.dtype), **place)
     store = PeftStore(model)

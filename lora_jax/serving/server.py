@@ -57,6 +57,7 @@ class Server(uvicorn.Server):
         config = uvicorn.Config(
             app(service),
             lifespan="off",
+            log_config=None,  # the process's own holds
             log_level="warning",
             access_log=False,
             server_header=False,
