@@ -7,16 +7,19 @@ import time
 from pathlib import Path
 
 import fake_engine
-from fake_engine import FakeEngine
+from fake_engine import TOKENIZER, FakeEngine
 
 from lora_jax.serving.catalog import Catalog
 from lora_jax.serving.driver import Driver
 from lora_jax.serving.generation import Service
 from lora_jax.serving.limits import Limits
+from lora_jax.serving.request import Request, Sampling
 from lora_jax.serving.served_model import ServedModel
 from lora_jax.serving.server import Server, listen
 
 BASE = "tiny"
+CHAT = {"messages": [{"role": "user", "content": "hi"}]}
+GREEDY = {"model": "red", "prompt": "hello", "temperature": 0, "max_tokens": 24}
 MODEL = ServedModel(
     name=BASE,
     tokenizer=fake_engine.TOKENIZER,
@@ -84,3 +87,35 @@ def wait_until(happened, seconds=5.0):
     while not happened():
         assert time.monotonic() < end, "it did not happen in time"
         time.sleep(0.005)
+
+
+def expected(prompt, *, adapter="red", limit=24, seed=0, temperature=0.0, stop=()):
+    """What the engine answers: text, finish, number of tokens."""
+    if isinstance(prompt, str):
+        prompt = TOKENIZER.encode(prompt)
+    request = Request(
+        tokens=tuple(prompt),
+        adapter=adapter,
+        max_new_tokens=limit,
+        sampling=Sampling(temperature=temperature, seed=seed),
+        stop=stop,
+    )
+    tokens = fake_engine.answer(request, adapter)
+    finish = "stop" if tokens[-1] == TOKENIZER.eos_id else "length"
+    text = TOKENIZER.decode(tokens, skip_special_tokens=True)
+    for one in stop:
+        if one in text:
+            text, finish = text.partition(one)[0], "stop"
+    return text, finish, len(tokens)
+
+
+def refused(response, status, *, param=None, code=None):
+    """The error of an answer that is one."""
+    assert response.status_code == status, response.text
+    body = response.json()
+    assert body.keys() == {"error"} and body["error"].keys() == {"message", "type", "param", "code"}
+    error = body["error"]
+    assert isinstance(error["message"], str) and error["message"]
+    assert error["type"] in ("invalid_request_error", "rate_limit_error", "server_error")
+    assert (param, code) == (param and error["param"], code and error["code"]), error
+    return error

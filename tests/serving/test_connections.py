@@ -15,8 +15,7 @@ from pathlib import Path
 
 import pytest
 from fake_engine import FakeEngine
-from served import BASE, adapter_folder, on_loopback, served, service, wait_until
-from test_api import GREEDY, expected
+from served import BASE, GREEDY, adapter_folder, expected, on_loopback, served, service, wait_until
 
 from lora_jax.serving.limits import Limits
 

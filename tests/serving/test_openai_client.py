@@ -5,8 +5,7 @@ import asyncio
 import openai
 import pytest
 from fake_engine import FakeEngine
-from served import BASE, adapter_folder, served
-from test_api import CHAT, GREEDY, expected
+from served import BASE, CHAT, GREEDY, adapter_folder, expected, served
 
 from lora_jax.serving.limits import Limits
 
