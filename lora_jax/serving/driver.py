@@ -7,7 +7,7 @@ import logging
 import queue
 import threading
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from lora_jax.serving.request import Event, Request
@@ -23,14 +23,14 @@ class Engine(Protocol):
         """A ticket. Raises Refused."""
         ...
 
-    def cancel(self, ticket: int) -> None: ...
+    def cancel(self, ticket: int) -> bool: ...
 
     def step(self) -> list[Event]: ...
 
     @property
     def idle(self) -> bool: ...
 
-    def stats(self) -> dict[str, float]: ...
+    def stats(self) -> Mapping[str, float]: ...
 
 
 class Ended(Exception):  # noqa: N818 - of what happened; a stop is no error

@@ -86,10 +86,12 @@ class FakeEngine:
         )
         return self.tickets
 
-    def cancel(self, ticket: int) -> None:
+    def cancel(self, ticket: int) -> bool:
         found = self.waiting.pop(ticket, None) or self.running.pop(ticket, None)
-        if found is not None:
-            self.cancelled.add(ticket)
+        if found is None:
+            return False
+        self.cancelled.add(ticket)
+        return True
 
     def step(self) -> list[Event]:
         assert not self.idle

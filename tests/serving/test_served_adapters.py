@@ -32,9 +32,8 @@ def moved(leaf, key):
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    from lora_jax.serving.engine import Engine
-
     from lora_jax.serving import pooled
+    from lora_jax.serving.engine import Engine
 
     parent = tmp_path_factory.mktemp("adapters")
     model = serving_models.model_of(serving_models.LLAMA)
