@@ -116,7 +116,7 @@ def test_importing_loads_no_backend_and_nothing_that_training_alone_needs():
     assert roots - set(sys.stdlib_module_names) <= {"jax"}
     assert not [name for name in loaded if "pallas" in name or "mosaic" in name]
     parts = {part(name) for name in run.stdout.split()} - {None}
-    assert not parts & {"models", "data", "training", "interop", "parallel", "planning"}
+    assert not parts & {"models", "data", "training", "interop", "parallel", "planning", "serving"}
 
 
 def test_requirements_are_the_core_and_every_extra():

@@ -1,0 +1,133 @@
+"""The adapters that a server knows by name, and how they come and go while it runs."""
+
+import asyncio
+import dataclasses
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from lora_jax.serving.driver import Driver
+from lora_jax.serving.errors import ApiError, invalid, model_not_found, shown
+
+CONFIG = "adapter_config.json"
+
+
+class Store(Protocol):
+    """Where adapters are kept for an engine."""
+
+    def read(self, folder: Path) -> Any:
+        """What a folder holds, ready to be put. From any thread, more than one at once.
+
+        Raises:
+          OSError, ValueError: the folder cannot be served, with the reason.
+        """
+
+    def put(self, name: str, adapter: Any) -> None:
+        """Takes an adapter in. In the engine's thread. Raises ValueError with the reason."""
+
+    def drop(self, name: str) -> None:
+        """Forgets one that no request uses. In the engine's thread."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """One adapter: where it was read, and when."""
+
+    name: str
+    folder: Path
+    created: int
+
+
+class Catalog:
+    """The names beside the base's own. In the event loop's thread, but for `take_in`."""
+
+    def __init__(self, base: str, store: Store):
+        self.base = base
+        self.created = int(time.time())
+        self._store = store
+        self._known: dict[str, Known] = {}
+        self._moving: set[str] = set()
+        self._reading = asyncio.Lock()  # one folder at a time, beside prompts that are tokenized
+
+    def __iter__(self) -> Iterator[Known]:
+        return iter(list(self._known.values()))
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def get(self, name: str) -> Known | None:
+        return self._known.get(name)
+
+    def chosen(self, model: str) -> str | None:
+        """The adapter that a request's `model` means; None for the base. Raises ApiError 404."""
+        if model == self.base:
+            return None
+        if model not in self._known:
+            raise model_not_found(model)
+        return model
+
+    def take_in(self, name: str, folder: Path) -> None:
+        """Before the engine runs. Raises OSError or ValueError with the reason."""
+        check_name(name, self.base)
+        self._store.put(name, self._store.read(folder))
+        self.add(name, folder)
+
+    async def load(self, name: str, folder: Path, driver: Driver) -> None:
+        """While the engine runs. Raises ApiError with the field and the reason."""
+        try:
+            check_name(name, self.base)
+        except ValueError as error:
+            raise invalid("lora_name", str(error)) from None
+        if name in self._known or name in self._moving:
+            message = f"The adapter {shown(name)} is loaded, or about to be: unload it first."
+            raise invalid("lora_name", message, "adapter_exists")
+        if not os.path.isfile(folder / CONFIG):  # False too for what is no path at all
+            message = f"{shown(str(folder))} holds no {CONFIG}: no adapter's folder on the server."
+            raise ApiError(404, message, param="lora_path", code="adapter_not_found")
+        self._moving.add(name)
+        try:
+            async with self._reading:
+                adapter = await asyncio.to_thread(self._store.read, folder)
+            await driver.run(lambda: self._store.put(name, adapter))
+        except (OSError, ValueError) as error:
+            raise invalid("lora_path", str(error), "adapter_not_served") from None
+        finally:
+            self._moving.discard(name)
+        self.add(name, folder)
+
+    async def unload(self, name: str, driver: Driver) -> None:
+        """Forgets an adapter at once, and its arrays when its last request has ended."""
+        if name not in self._known:
+            message = f"The adapter {shown(name)} is not loaded."
+            raise ApiError(404, message, param="lora_name", code="adapter_not_found")
+        del self._known[name]
+        self._moving.add(name)
+        try:
+            while not await driver.run(lambda: self._dropped(name, driver)):
+                await asyncio.sleep(0.02)
+        finally:
+            self._moving.discard(name)
+
+    def _dropped(self, name: str, driver: Driver) -> bool:
+        if driver.in_use(name):
+            return False
+        self._store.drop(name)
+        return True
+
+    def add(self, name: str, folder: Path) -> None:
+        self._known[name] = Known(name, folder, int(time.time()))
+
+
+def check_name(name: str, base: str) -> None:
+    """Raises ValueError where an adapter cannot have this name."""
+    if name == base:
+        raise ValueError(f"{shown(name)} is the base's own name: rename the adapter.")
+    if len(name) > 200 or not name.isprintable():
+        raise ValueError(f"{shown(name)} is no name: at most 200 printable characters.")
+
+
+def folders(parent: Path) -> list[Path]:
+    """The folders in `parent` that hold an adapter's config, by name."""
+    return sorted(path for path in parent.iterdir() if (path / CONFIG).is_file())

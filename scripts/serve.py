@@ -1,0 +1,177 @@
+"""A base and any number of its adapters over OpenAI's API.
+
+    python scripts/serve.py --adapters=DIR --port=8000
+    python scripts/serve.py --adapters=DIR --model=FOLDER --api-key=KEY --host=0.0.0.0
+
+`--model` is what `lora_jax.interop.load` takes. Each folder in DIR that holds an
+adapter_config.json is an adapter, which requests choose by their `model`: the folder's name, or the
+base's own name for the base alone. A folder that cannot be served is reported and left out.
+POST /v1/load_lora_adapter {"lora_name", "lora_path"} and /v1/unload_lora_adapter {"lora_name"}
+change them while the server runs; what was loaded so is not there after a restart.
+SIGTERM ends the server when its requests have ended, at the latest after --grace seconds.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a checkout, installed or not
+
+from lora_jax.serving.catalog import Catalog, Store, folders
+from lora_jax.serving.driver import Driver, Engine
+from lora_jax.serving.generation import Service
+from lora_jax.serving.limits import Limits
+from lora_jax.serving.served_model import ServedModel
+from lora_jax.serving.server import Server, check_exposure, listen, serve
+
+
+class Parts(NamedTuple):
+    """What serves: made from the arguments."""
+
+    model: ServedModel
+    engine: Engine
+    store: Store
+    warm_up: Callable[[], Any] = lambda: None
+
+
+def parser() -> argparse.ArgumentParser:
+    assert __doc__ is not None
+    made = argparse.ArgumentParser(
+        prog="serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = made.add_argument
+    add("--adapters", type=Path, metavar="DIR", help="A folder of adapters' folders.")
+    add("--model", default="smollm2-135m", help="The base: a folder, a .gguf file, or a name.")
+    add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    add("--quantize", choices=["nf4", "fp4"], help="The base's linears.")
+    add("--host", default="127.0.0.1", help="Others than loopback need a key.")
+    add("--port", type=_from(0, 65535), default=8000, help="0 takes a free one.")
+    add("--api-key", "--api_key", help="Asked for by every path but /health.")
+    add("--rows", type=_from(1), default=8, help="Requests that run at once.")
+    add("--slots", type=_from(1), default=32, help="Adapters on the device at once.")
+    add("--max-rank", "--max_rank", type=_from(1), default=16, help="At least; or DIR's highest.")
+    add("--page-size", "--page_size", type=_from(1), default=16, help="Tokens a page of the cache.")
+    add("--pages", type=_from(2), default=512, help="Of the cache.")
+    add("--chunk", type=_from(1), default=64, help="Tokens of a prompt that a step reads.")
+    add("--max-waiting", "--max_waiting", type=_from(1), default=256, help="Then 429.")
+    add("--max-tokens", "--max_tokens", type=_from(1), help="Of one answer; else the context.")
+    add("--max-body", "--max_body", type=_from(1), default=1 << 20, help="Bytes; then 413.")
+    add("--timeout", type=_from(1), default=600, help="Seconds for one request; then 504.")
+    add("--grace", type=_from(0), default=30, help="Seconds for what runs when the server ends.")
+    return made
+
+
+def _from(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not text.isdecimal() or len(text) > 10 or not low <= int(text) <= high:
+            message = f"{text[:40]!r}, expected an integer from {low} to {high}"
+            raise argparse.ArgumentTypeError(message)
+        return int(text)
+
+    return read
+
+
+def run(arguments: argparse.Namespace, make: Callable[[argparse.Namespace], Parts]) -> int:
+    """Serves until a signal; the process's exit status."""
+    check_exposure(arguments.host, arguments.api_key)
+    if arguments.adapters is not None and not arguments.adapters.is_dir():
+        raise ValueError(f"--adapters={arguments.adapters} is no folder.")
+    listen(arguments.host, arguments.port).close()  # before what takes long
+    parts = make(arguments)
+    catalog = Catalog(parts.model.name, parts.store)
+    if arguments.adapters is not None:
+        take_in(catalog, arguments.adapters)
+    say("compiling every step that a request may need; the next start reads most of them")
+    parts.warm_up()
+    driver = Driver(parts.engine, on_failure=lambda: server.fail())
+    limits = Limits(
+        body_bytes=arguments.max_body,
+        seconds=arguments.timeout,
+        max_tokens=arguments.max_tokens,
+        choices=min(Limits.choices, arguments.max_waiting),
+    )
+    service = Service(
+        driver=driver,
+        model=parts.model,
+        catalog=catalog,
+        limits=limits,
+        api_key=arguments.api_key,
+    )
+    server = Server(service, grace=arguments.grace)
+    listening = listen(arguments.host, arguments.port)
+    driver.start()
+    url = f"http://{arguments.host}:{listening.getsockname()[1]}/v1"
+    say(f"{parts.model.name} and {len(catalog)} adapters at {url}")
+    serve(server, listening)
+    driver.stop()
+    return 1 if driver.failed else 0
+
+
+def take_in(catalog: Catalog, parent: Path) -> None:
+    """Every adapter in `parent` that can be served; the others are reported."""
+    for folder in folders(parent):
+        try:
+            catalog.take_in(folder.name, folder)
+        except (OSError, ValueError) as error:
+            say(f"left out: {folder.name}: {error}")
+
+
+def say(line: str) -> None:
+    print(f"serve: {line}", flush=True)
+
+
+def parts_of(arguments: argparse.Namespace) -> Parts:
+    """The model, and an engine over a pool with room for adapters such as those in DIR."""
+    import jax
+    import jax.numpy as jnp
+
+    from lora_jax.data.sources import default_cache_dir
+    from lora_jax.interop import load, quantized
+    from lora_jax.serving.engine import Engine as RealEngine
+    from lora_jax.serving.pooled import PeftStore, PooledAdapters, make_pool
+
+    jax.config.update("jax_compilation_cache_dir", str(default_cache_dir() / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    place: dict[str, Any] = {"place": quantized(arguments.quantize)} if arguments.quantize else {}
+    model = load(arguments.model, dtype=jnp.dtype(arguments.dtype), **place)
+    store = PeftStore(model)
+    deltas = store.read_ahead(folders(arguments.adapters) if arguments.adapters else [])
+    pool = make_pool(
+        model.params,
+        deltas,
+        rows=arguments.rows,
+        slots=arguments.slots,
+        max_rank=arguments.max_rank,
+    )
+    adapters = PooledAdapters(pool)
+    store.put_into(adapters)
+    engine = RealEngine(
+        model,
+        adapters,
+        rows=arguments.rows,
+        page_size=arguments.page_size,
+        pages=arguments.pages,
+        chunk=arguments.chunk,
+        max_waiting=arguments.max_waiting,
+    )
+    served = ServedModel(
+        name=model.name,
+        tokenizer=model.tokenizer,
+        context_length=engine.max_length,
+        vocab_size=model.config.vocab_size,
+    )
+    return Parts(served, engine, store, engine.warm_up)
+
+
+def main(argv: list[str], make: Callable[[argparse.Namespace], Parts] = parts_of) -> int:
+    try:
+        return run(parser().parse_args(argv), make)
+    except (ValueError, OSError) as error:
+        print(f"serve: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
