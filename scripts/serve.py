@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a checkout, installed or not
 
-from lora_jax.serving.catalog import Catalog, Store, folders
-from lora_jax.serving.driver import Driver, Engine
-from lora_jax.serving.generation import Service
-from lora_jax.serving.limits import Limits
-from lora_jax.serving.served_model import ServedModel
-from lora_jax.serving.server import Server, check_exposure, listen, serve
+from lora_jax.serving.api.catalog import Catalog, Store, folders
+from lora_jax.serving.api.driver import Driver, Engine
+from lora_jax.serving.api.generation import Service
+from lora_jax.serving.api.limits import Limits
+from lora_jax.serving.api.served_model import ServedModel
+from lora_jax.serving.api.server import Server, check_exposure, listen, serve
 
 
 class Parts(NamedTuple):

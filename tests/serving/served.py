@@ -9,13 +9,13 @@ from pathlib import Path
 import fake_engine
 from fake_engine import TOKENIZER, FakeEngine
 
-from lora_jax.serving.catalog import Catalog
-from lora_jax.serving.driver import Driver
-from lora_jax.serving.generation import Service
-from lora_jax.serving.limits import Limits
+from lora_jax.serving.api.catalog import Catalog
+from lora_jax.serving.api.driver import Driver
+from lora_jax.serving.api.generation import Service
+from lora_jax.serving.api.limits import Limits
+from lora_jax.serving.api.served_model import ServedModel
+from lora_jax.serving.api.server import Server, listen
 from lora_jax.serving.request import Request, Sampling
-from lora_jax.serving.served_model import ServedModel
-from lora_jax.serving.server import Server, listen
 
 BASE = "tiny"
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}

@@ -8,7 +8,7 @@ from fake_engine import TOKENIZER, FakeEngine
 from served import BASE, CHAT, GREEDY, adapter_folder, expected, refused, service
 from starlette.testclient import TestClient
 
-from lora_jax.serving.api import app
+from lora_jax.serving.api.app import app
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from fake_engine import TOKENIZER, FakeEngine
 from served import CHAT, GREEDY, MODEL, refused, service
 from starlette.testclient import TestClient
 
-from lora_jax.serving.api import app
-from lora_jax.serving.limits import Limits
+from lora_jax.serving.api.app import app
+from lora_jax.serving.api.limits import Limits
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from served import CHAT, GREEDY, refused, service
 from starlette.testclient import TestClient
 
-from lora_jax.serving.api import app
+from lora_jax.serving.api.app import app
 
 
 @pytest.fixture(scope="module")

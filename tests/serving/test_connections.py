@@ -17,7 +17,7 @@ import pytest
 from fake_engine import FakeEngine
 from served import BASE, GREEDY, adapter_folder, expected, on_loopback, served, service, wait_until
 
-from lora_jax.serving.limits import Limits
+from lora_jax.serving.api.limits import Limits
 
 LONG = GREEDY | {"max_tokens": 480, "ignore_eos": True}
 
@@ -79,7 +79,7 @@ def test_a_client_that_hangs_up_in_its_body_leaves_nothing():
 
 
 def test_a_client_that_reads_nothing_is_left_when_its_time_is_over(monkeypatch):
-    monkeypatch.setattr("lora_jax.serving.connection._LAST_SECONDS", 0.1)
+    monkeypatch.setattr("lora_jax.serving.api.connection._LAST_SECONDS", 0.1)
     engine = FakeEngine(rows=64, max_waiting=64)
     with served(engine, limits=Limits(seconds=0.5)) as (_, address), socket.socket() as deaf:
         deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

@@ -7,7 +7,7 @@ import pytest
 from fake_engine import FakeEngine
 from served import BASE, CHAT, GREEDY, adapter_folder, expected, served
 
-from lora_jax.serving.limits import Limits
+from lora_jax.serving.api.limits import Limits
 
 KEY = "secret"
 PROMPT = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"

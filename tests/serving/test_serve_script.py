@@ -7,7 +7,7 @@ import pytest
 from fake_engine import FakeEngine
 from served import MODEL, adapter_folder, served
 
-from lora_jax.serving.catalog import Catalog
+from lora_jax.serving.api.catalog import Catalog
 from scripts import serve, soak_serving
 
 

@@ -8,12 +8,12 @@ from starlette.testclient import TestClient
 
 import lora_jax as lora
 from lora_jax.interop import peft
-from lora_jax.serving.api import app
-from lora_jax.serving.catalog import Catalog
-from lora_jax.serving.driver import Driver
-from lora_jax.serving.generation import Service
-from lora_jax.serving.limits import Limits
-from lora_jax.serving.served_model import ServedModel
+from lora_jax.serving.api.app import app
+from lora_jax.serving.api.catalog import Catalog
+from lora_jax.serving.api.driver import Driver
+from lora_jax.serving.api.generation import Service
+from lora_jax.serving.api.limits import Limits
+from lora_jax.serving.api.served_model import ServedModel
 
 serving_models = pytest.importorskip("serving_models")
 

@@ -5,9 +5,9 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from lora_jax.serving.forms import Ask
+from lora_jax.serving.api.forms import Ask
+from lora_jax.serving.api.served_model import ServedModel
 from lora_jax.serving.request import Event, TokenLogprobs
-from lora_jax.serving.served_model import ServedModel
 
 _LOWEST = -9999.0  # stands for what JSON has no number for
 

@@ -4,8 +4,8 @@ import dataclasses
 
 from lora_jax.data.chat import render
 from lora_jax.data.tokenizer import Tokenizer
-from lora_jax.serving.errors import ApiError, invalid
-from lora_jax.serving.forms import Ask, Prompt
+from lora_jax.serving.api.errors import ApiError, invalid
+from lora_jax.serving.api.forms import Ask, Prompt
 
 _REPLACEMENT = "\ufffd"
 

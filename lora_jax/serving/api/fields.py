@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lora_jax.serving.errors import ApiError, invalid, shown
+from lora_jax.serving.api.errors import ApiError, invalid, shown
 
 
 class Fields:

@@ -7,9 +7,9 @@ import socket
 
 import uvicorn
 
-from lora_jax.serving.api import app
-from lora_jax.serving.generation import Service
-from lora_jax.serving.guard import LOOPBACK
+from lora_jax.serving.api.app import app
+from lora_jax.serving.api.generation import Service
+from lora_jax.serving.api.guard import LOOPBACK
 
 _BACKLOG = 2048
 _CLOSING_SECONDS = 5.0  # to send what is left when requests have ended

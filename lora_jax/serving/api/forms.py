@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lora_jax.serving.errors import invalid, shown
-from lora_jax.serving.fields import Fields
+from lora_jax.serving.api.errors import invalid, shown
+from lora_jax.serving.api.fields import Fields
 from lora_jax.serving.request import Sampling
 
 Prompt = str | tuple[int, ...]

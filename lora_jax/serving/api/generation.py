@@ -8,11 +8,11 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
-from lora_jax.serving import json_body
-from lora_jax.serving.answers import Answer
-from lora_jax.serving.catalog import Catalog
-from lora_jax.serving.driver import Driver, Ended, Running
-from lora_jax.serving.errors import (
+from lora_jax.serving.api import json_body
+from lora_jax.serving.api.answers import Answer
+from lora_jax.serving.api.catalog import Catalog
+from lora_jax.serving.api.driver import Driver, Ended, Running
+from lora_jax.serving.api.errors import (
     ApiError,
     ended,
     generation_failed,
@@ -20,11 +20,11 @@ from lora_jax.serving.errors import (
     refusal,
     too_slow,
 )
-from lora_jax.serving.forms import Ask
-from lora_jax.serving.limits import Limits
-from lora_jax.serving.metrics import Metrics
+from lora_jax.serving.api.forms import Ask
+from lora_jax.serving.api.limits import Limits
+from lora_jax.serving.api.metrics import Metrics
+from lora_jax.serving.api.served_model import ServedModel
 from lora_jax.serving.request import Event, Refused, Request
-from lora_jax.serving.served_model import ServedModel
 
 _COMPLETION_TOKENS = 16  # OpenAI's default; a chat's is all that the context holds
 

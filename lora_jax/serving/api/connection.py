@@ -9,10 +9,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from lora_jax.serving.errors import ApiError
-from lora_jax.serving.generation import Generation
-from lora_jax.serving.guard import check_content, too_large
-from lora_jax.serving.limits import Limits
+from lora_jax.serving.api.errors import ApiError
+from lora_jax.serving.api.generation import Generation
+from lora_jax.serving.api.guard import check_content, too_large
+from lora_jax.serving.api.limits import Limits
 
 T = TypeVar("T")
 _LAST_SECONDS = 5.0

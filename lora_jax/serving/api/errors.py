@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lora_jax.serving.driver import FAILED
+from lora_jax.serving.api.driver import FAILED
 from lora_jax.serving.request import Refused
 
 _STATUS = {"queue_full": 429, "unknown_adapter": 404, "too_long": 400, "invalid": 400}

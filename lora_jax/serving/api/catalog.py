@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from lora_jax.serving.driver import Driver
-from lora_jax.serving.errors import ApiError, invalid, model_not_found, shown
+from lora_jax.serving.api.driver import Driver
+from lora_jax.serving.api.errors import ApiError, invalid, model_not_found, shown
 
 CONFIG = "adapter_config.json"
 

@@ -13,15 +13,15 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route, Router
 
-from lora_jax.serving import forms, json_body
-from lora_jax.serving.connection import EventStream, read_body, while_connected
-from lora_jax.serving.driver import FAILED, STOPPED, Ended
-from lora_jax.serving.errors import ended, invalid
-from lora_jax.serving.fields import Fields
-from lora_jax.serving.forms import Ask
-from lora_jax.serving.generation import Generation, Service
-from lora_jax.serving.guard import HEALTH, Guard
-from lora_jax.serving.metrics import Metrics
+from lora_jax.serving.api import forms, json_body
+from lora_jax.serving.api.connection import EventStream, read_body, while_connected
+from lora_jax.serving.api.driver import FAILED, STOPPED, Ended
+from lora_jax.serving.api.errors import ended, invalid
+from lora_jax.serving.api.fields import Fields
+from lora_jax.serving.api.forms import Ask
+from lora_jax.serving.api.generation import Generation, Service
+from lora_jax.serving.api.guard import HEALTH, Guard
+from lora_jax.serving.api.metrics import Metrics
 
 
 def app(service: Service) -> Guard:

@@ -4,7 +4,7 @@ import json
 import math
 from typing import Any, NoReturn
 
-from lora_jax.serving.errors import ApiError, invalid, shown
+from lora_jax.serving.api.errors import ApiError, invalid, shown
 
 
 def parse(body: bytes) -> dict[str, Any]:
