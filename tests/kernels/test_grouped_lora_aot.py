@@ -5,6 +5,7 @@ JAX_PLATFORMS=cpu python -m pytest -n 0 -s tests/kernels/test_grouped_lora_aot.p
 
 import importlib.util
 import os
+import re
 from functools import cache, partial
 from pathlib import Path
 
@@ -96,7 +97,7 @@ def test_a_tpu_takes_the_kernel_and_holds_nothing_of_the_banks_size(given):
         )
         assert kernels_in(program) == 1
         temporary.append(program.memory_analysis().temp_size_in_bytes)
-    assert temporary[0] == temporary[1] < 2**20
+    assert max(temporary) < 2**20
     print(given, temporary)
 
 
@@ -119,23 +120,25 @@ def test_members_of_a_vmap_run_in_turn():
 
 @needs_cuda
 @pytest.mark.parametrize("given", [dict(N=8, S=8), dict(N=1024, S=16)])
-def test_on_an_h100_flops_and_bytes_follow_the_pages_in_use(given):
-    costs = []
-    for P in (64, 1024):
+def test_an_h100_holds_and_makes_nothing_of_the_banks_size(given):
+    held = []
+    for P in (64, 1000):
         program = compiled(
             mesh("h100"), "cuda", grouped_lora, *shapes(**given, d_in=4096, d_out=4096, w=2, P=P)
         )
-        costs.append((program.cost_analysis(), program.memory_analysis().temp_size_in_bytes))
-    (few, held), (many, held_by_many) = costs
-    assert few["flops"] == many["flops"] and held == held_by_many
-    print(given, few["flops"], few["bytes accessed"], many["bytes accessed"], held)
+        held.append(program.memory_analysis().temp_size_in_bytes)
+    assert not re.search(r"= \w+\[1000,8,4096\]\S* (?!parameter)", program.as_text())
+    assert abs(held[0] - held[1]) < 2**16
+    copied = given["S"] * 2 * 2 * 8 * 4096 * 2
+    assert held[1] < 2**16 if given["N"] == 8 else 8 * (copied + given["N"] * 4096 * 4)
+    print(given, held)
 
 
 @needs_cuda
 def test_ragged_dot_on_an_h100_is_dense_over_all_groups():
-    """Why XLA gathers there."""
+    """Why XLA gathers there: a copy of x for every group, masked, is multiplied."""
 
-    def flops(P):
+    def held(P):
         x, a, b, *_ = shapes(N=256, S=1, d_in=4096, d_out=4096, w=1, P=P)
 
         def f(x, a, b, sizes):
@@ -143,8 +146,8 @@ def test_ragged_dot_on_an_h100_is_dense_over_all_groups():
             return jax.lax.ragged_dot(h, b, sizes)
 
         sizes = jax.ShapeDtypeStruct((P,), jnp.int32)
-        return compiled(mesh("h100"), "cuda", f, x, a, b, sizes).cost_analysis()["flops"]
+        return compiled(mesh("h100"), "cuda", f, x, a, b, sizes).memory_analysis()
 
-    few, many = flops(64), flops(256)
-    print(few, many, 256 * 2 * 8 * 2 * 4096)
-    assert many > 3 * few
+    few, many = (held(P).temp_size_in_bytes for P in (64, 256))
+    print(few, many)
+    assert few >= 64 * 256 * 4096 * 2 and many > 3 * few

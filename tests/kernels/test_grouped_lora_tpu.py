@@ -66,7 +66,7 @@ def test_items_cover_every_block_once_a_segment_and_hold_pages_over():
     # Tokens 0-4 | 5-13, over two blocks | the rest, over two.
     assert count == 5
     assert block[:5].tolist() == [0, 0, 1, 1, 2]
-    assert list(zip(low, high))[:5] == [(0, 5), (5, 14), (5, 14), (14, 24), (14, 24)]
+    assert [*zip(low, high, strict=True)][:5] == [(0, 5), (5, 14), (5, 14), (14, 24), (14, 24)]
     assert known.reshape(-1, 2)[:5].tolist() == [[1, 1], [0, 1], [0, 1], [0, 0], [0, 0]]
     assert page.reshape(-1, 2)[:5].tolist() == [[4, 2], [4, 3], [4, 3], [4, 3], [4, 3]]
 

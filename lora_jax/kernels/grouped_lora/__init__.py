@@ -82,9 +82,7 @@ def _grouped(
     if not _on_one_device() or _lack("mosaic_tpu", x, b, pages):
         return gathering.grouped(x, a, b, pages, sizes)
     # The same trace may still be lowered for another platform, a host's CPU for one.
-    return jax.lax.platform_dependent(
-        x, a, b, pages, sizes, default=gathering.grouped, tpu=_on_tpu
-    )
+    return jax.lax.platform_dependent(x, a, b, pages, sizes, default=gathering.grouped, tpu=_on_tpu)
 
 
 def _forward(implementation, x, a, b, pages, sizes):
@@ -130,9 +128,9 @@ def _lack(implementation, x, b, pages) -> str | None:
     bytes_of = x.dtype.itemsize, b.dtype.itemsize
     tiles = _backend(implementation).tiles
     both_ways = (D, O), (O, D)
-    if 0 not in (N, P, S, W, D, O) and r % 8 == 0:
-        if all(tiles(N, S, *sides, W * r, *bytes_of) for sides in both_ways):
-            return None
+    fits = 0 not in (N, P, S, W, D, O) and r % 8 == 0
+    if fits and all(tiles(N, S, *sides, W * r, *bytes_of) for sides in both_ways):
+        return None
     return f"has no tiles for {N} tokens, d_in = {D} and d_out = {O} with {W} pages of {r} ranks"
 
 

@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from lora_jax.kernels.grouped_lora.gathering import segment_of
+
 LANES = 128
 MOST_ROWS, FEWEST_ROWS = 256, 16
 WIDEST = 4096  # columns of an output tile: each tile narrows its tokens anew
@@ -115,7 +117,7 @@ def work_items(
     blocks_S = jnp.where(sizes > 0, (ends - 1) // m - first + 1, 0)
     last = jnp.cumsum(blocks_S, dtype=jnp.int32)
     item = jnp.arange(G, dtype=jnp.int32)
-    segment = jnp.minimum(jnp.searchsorted(last, item, side="right"), S)
+    segment = jnp.minimum(segment_of(item, last), S)
     block = first[segment] + item - (last - blocks_S)[segment]
     block = jnp.append(jnp.clip(block, 0, B - 1), -1)
     page = jnp.concatenate([pages, jnp.full((1, W), -1, pages.dtype)])[segment].astype(jnp.int32)
