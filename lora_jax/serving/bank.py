@@ -345,7 +345,7 @@ def _check(path: str, form: NormalForm, bank: Bank) -> None:
 def _require_place(bank: Bank, place: Place, count: int) -> None:
     if len(place.pages) != count:
         raise ValueError(
-            f"an adapter of {count} pages has no place in {len(place.pages)}: {place}."
+            f"an adapter of {count} pages has no place in {len(place.pages)} pages: {place}."
         )
     inside = all(0 <= page < bank.pages for page in place.pages) and 0 <= place.slot < bank.slots
     if not inside or len({*place.pages}) != count:

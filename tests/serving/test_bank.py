@@ -97,7 +97,7 @@ def test_puts_drops_and_programs_are_compiled_once():
     bank = serving.drop(bank, first)
     run(bank, zoo.rows(first, None))
     with nothing_compiled():
-        for slot, (name, adapter) in enumerate(packed.items()):
+        for slot, adapter in enumerate(packed.values()):
             place = Place(tuple(range(3, 3 + len(adapter.pages))), slot)
             bank = serving.put(bank, place, adapter)
             run(bank, zoo.rows(None, place))
@@ -161,9 +161,8 @@ def test_what_the_bank_has_no_room_for_is_refused():
     scales_inputs = lora.IA3(scales="input")
     refuses("q_proj: the adapter scales inputs", of, scales_inputs, targets="q_proj")
     adapter = of(lora.LoRA(rank=12), targets="qv")
-    refuses(
-        "an adapter of 2 pages has no place in 1 pages", serving.put, bank, Place((1,), 0), adapter
-    )
+    short = Place((1,), 0)
+    refuses("an adapter of 2 pages has no place in 1 pages", serving.put, bank, short, adapter)
     for pages, slot in [((1, 4), 0), ((1, 1), 0), ((0, 1), 2), ((-1, 1), 0)]:
         message = "is no place in a bank of 4 pages and 2 slots"
         refuses(message, serving.put, bank, Place(pages, slot), adapter)

@@ -1,7 +1,6 @@
 """Adapters of every served method over small Llamas."""
 
 import cases
-import jax
 
 import lora_jax as lora
 from lora_jax import serving
