@@ -152,6 +152,7 @@ class Served(Weight):
         a_PpV, b_PpD = self.a.value, self.b.value
         B = len(pages_Bw)
         ids_BT = tokens.reshape(B, -1)
+        a_PpV, pages_Bw = gathering.where_it_is(a_PpV, pages_Bw)
         page_BTw = jnp.where(pages_Bw < 0, len(a_PpV), pages_Bw)[:, None]
         picked = a_PpV.at[page_BTw, :, ids_BT[..., None]].get(mode="fill", fill_value=0)
         h_BTR = picked.reshape(B, ids_BT.shape[1], -1).astype(y.dtype)
