@@ -7,7 +7,7 @@ outputs has one entry a slot. Which pages and slots are free is the host's to kn
 Dimension key: P pages, p ranks of a page, S slots, B rows of a batch, w pages of a row.
 """
 
-import functools
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,12 +16,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lora_jax import paths
+from lora_jax import paths, schema
 from lora_jax.layouts import Layout
 from lora_jax.methods import LoRA
-from lora_jax.schema import static
-from lora_jax.serving.normal_form import NormalForm
+from lora_jax.schema import leaf, static
 from lora_jax.targets import Targets, as_rules, match_rules
 from lora_jax.weights import PyTree, is_weight
 
@@ -35,10 +35,10 @@ class Target:
       pre, post: float32 `[stack..., S, d_in]` and `[stack..., S, d_out]`; None without room.
     """
 
-    a: jax.Array
-    b: jax.Array
-    pre: jax.Array | None
-    post: jax.Array | None
+    a: jax.Array = leaf("stack page rank in")
+    b: jax.Array = leaf("stack page rank out")
+    pre: jax.Array | None = leaf("stack slot in")
+    post: jax.Array | None = leaf("stack slot out")
     layout: Layout = static()
 
 
@@ -73,13 +73,6 @@ class Place(NamedTuple):
 
     pages: tuple[int, ...]
     slot: int
-
-
-class Packed(NamedTuple):
-    """An adapter on the host as a bank takes it: for each page, and once, by path."""
-
-    pages: tuple[Mapping[str, tuple[np.ndarray, np.ndarray]], ...]
-    vectors: Mapping[str, tuple[np.ndarray | None, np.ndarray | None]]
 
 
 @flax.struct.dataclass
@@ -165,61 +158,22 @@ def make_bank(
     )
 
 
-def pack(bank: Bank, forms: Mapping[str, NormalForm]) -> Packed:
-    """The adapter in the bank's pages and dtype, on the host.
-
-    Raises:
-      ValueError: for a target, a rank or a scale that the bank has no room for, and for an adapter
-        of another base.
+def shardings(mesh: Mesh, bank: Bank, specs: Mapping[str, PartitionSpec]) -> Bank:
+    """A tree like `bank` with the sharding of each array where the base has `specs`, by path: `a`
+    follows what a weight contracts, `b` what it puts out, and pages and slots are on every device.
     """
-    for path, form in forms.items():
-        _check(path, form, bank)
-    p = bank.page_size
-    count = max((-(-form.rank // p) for form in forms.values()), default=0)
 
-    def page(number: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        ranks = slice(number * p, (number + 1) * p)
-        return {
-            path: tuple(
-                _page(side[..., ranks, :], p, like.dtype)
-                for side, like in zip((form.a, form.b), _factors(bank, path), strict=True)
-            )
-            for path, form in forms.items()
-            if form.rank > number * p
-        }
+    def placed(path: str, target: Target) -> Target:
+        stack, d_in, d_out = target.layout.split(tuple(specs[path]))
+        tree = schema.specs(target, stack, d_in[:1], d_out[:1])
+        return jax.tree.map(
+            lambda spec: NamedSharding(mesh, spec),
+            tree,
+            is_leaf=lambda leaf: isinstance(leaf, PartitionSpec),
+        )
 
-    vectors = {
-        path: (form.pre, form.post)
-        for path, form in forms.items()
-        if form.pre is not None or form.post is not None
-    }
-    return Packed(tuple(page(number) for number in range(count)), vectors)
-
-
-def put(bank: Bank, place: Place, adapter: Packed) -> Bank:
-    """The bank with an adapter in these pages and this slot; what was there is gone.
-
-    The given bank's memory is taken over: use the returned one alone. Two programs, one for a page
-    and one for a slot, serve adapters of all ranks and targets.
-
-    Raises:
-      ValueError: for a place of another number of pages, or outside the bank.
-    """
-    _require_place(bank, place, len(adapter.pages))
-    for number, factors in zip(place.pages, adapter.pages, strict=True):
-        bank = _write_page(bank, np.int32(number), _all_targets(bank, factors))
-    return _put_vectors(bank, place.slot, adapter.vectors)
-
-
-def drop(bank: Bank, place: Place) -> Bank:
-    """The bank with zeros in these pages and ones in this slot. Memory as with `put`.
-
-    A place need not be dropped before something else is put there.
-    """
-    _require_place(bank, place, len(place.pages))
-    for number in place.pages:
-        bank = _write_page(bank, np.int32(number), _all_targets(bank, {}))
-    return _put_vectors(bank, place.slot, {})
+    targets = {path: placed(path, target) for path, target in bank.targets.items()}
+    return dataclasses.replace(bank, targets=targets)
 
 
 def rows_of(places: Sequence[Place | None], *, width: int | None = None) -> Rows:
@@ -238,117 +192,3 @@ def rows_of(places: Sequence[Place | None], *, width: int | None = None) -> Rows
         if place is not None:
             pages[row, : len(place.pages)], slots[row] = place.pages, place.slot
     return Rows(jnp.asarray(pages), jnp.asarray(slots))
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _write_page(bank: Bank, number: jax.Array, factors: dict[str, tuple]) -> Bank:
-    def write(target: Target, pair: tuple) -> Target:
-        a, b = (
-            jax.lax.dynamic_update_index_in_dim(into, new, number, into.ndim - 3)
-            for into, new in zip((target.a, target.b), pair, strict=True)
-        )
-        return target.replace(a=a, b=b)
-
-    written = {path: write(target, factors[path]) for path, target in bank.targets.items()}
-    return bank.replace(targets=written)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _write_slot(bank: Bank, slot: jax.Array, vectors: dict[str, tuple]) -> Bank:
-    def write(into: jax.Array | None, new: jax.Array | None):
-        if into is None:
-            return None
-        return jax.lax.dynamic_update_index_in_dim(into, new, slot, into.ndim - 2)
-
-    written = {}
-    for path, target in bank.targets.items():
-        pre, post = vectors[path]
-        written[path] = target.replace(pre=write(target.pre, pre), post=write(target.post, post))
-    return bank.replace(targets=written)
-
-
-def _put_vectors(bank: Bank, slot: int, vectors: Mapping[str, tuple]) -> Bank:
-    if all(target.pre is None and target.post is None for target in bank.targets.values()):
-        return bank
-    full = {}
-    for path, target in bank.targets.items():
-        given = vectors.get(path, (None, None))
-        full[path] = tuple(
-            _vector(into, new) for into, new in zip((target.pre, target.post), given, strict=True)
-        )
-    return _write_slot(bank, np.int32(slot), full)
-
-
-def _vector(into: jax.Array | None, new: np.ndarray | None) -> np.ndarray | None:
-    if into is None:
-        return None
-    return np.ones((*into.shape[:-2], into.shape[-1]), np.float32) if new is None else new
-
-
-def _all_targets(bank: Bank, factors: Mapping[str, tuple]) -> dict[str, tuple]:
-    """The factors of a page with zeros at each target that they lack."""
-    return {
-        path: factors.get(path)
-        or tuple(
-            np.zeros((*like.shape[:-3], *like.shape[-2:]), like.dtype)
-            for like in (target.a, target.b)
-        )
-        for path, target in bank.targets.items()
-    }
-
-
-def _factors(bank: Bank, path: str) -> tuple[jax.Array, jax.Array]:
-    return bank.targets[path].a, bank.targets[path].b
-
-
-def _page(ranks: np.ndarray, size: int, dtype: Any) -> np.ndarray:
-    """The ranks of one page, zeros behind the last."""
-    page = np.zeros((*ranks.shape[:-2], size, ranks.shape[-1]), dtype)
-    page[..., : ranks.shape[-2], :] = ranks
-    return page
-
-
-def _check(path: str, form: NormalForm, bank: Bank) -> None:
-    if path not in bank.targets:
-        raise ValueError(
-            f"{path}: the adapter changes it, and the bank has no room there; it has at "
-            f"{', '.join(paths.nearest(path, bank.targets))}. Make the bank with this target."
-        )
-    target = bank.targets[path]
-    most = bank.widest * bank.page_size
-    if form.rank > most:
-        raise ValueError(
-            f"{path}: the adapter's factors are of rank {form.rank}, and the bank's widest adapter "
-            f"is of rank {most}. Make the bank with widest={form.rank}."
-        )
-    pairs = {"a": target.a, "b": target.b, "pre": target.pre, "post": target.post}
-    for name, room in pairs.items():
-        given = getattr(form, name)
-        if given is None:
-            continue
-        if room is None:
-            side = "inputs" if name == "pre" else "outputs"
-            raise ValueError(
-                f"{path}: the adapter scales {side}, and the bank has no room for that there. Make "
-                f"the bank with {name}={path!r}, or a rule that matches it."
-            )
-        stack = room.shape[: room.ndim - (3 if name in "ab" else 2)]
-        expected = (*stack, room.shape[-1])
-        found = (*given.shape[: len(stack)], given.shape[-1])
-        if found != expected:
-            raise ValueError(
-                f"{path}: the adapter was made for another base: its {name} is {found} over layers "
-                f"and features, the bank has {expected}."
-            )
-
-
-def _require_place(bank: Bank, place: Place, count: int) -> None:
-    if len(place.pages) != count:
-        raise ValueError(
-            f"an adapter of {count} pages has no place in {len(place.pages)} pages: {place}."
-        )
-    inside = all(0 <= page < bank.pages for page in place.pages) and 0 <= place.slot < bank.slots
-    if not inside or len({*place.pages}) != count:
-        raise ValueError(
-            f"{place} is no place in a bank of {bank.pages} pages and {bank.slots} slots."
-        )

@@ -88,7 +88,7 @@ def normal_form(base: PyTree, delta: Delta) -> dict[str, NormalForm]:
 
 
 @functools.singledispatch
-def form_of(node: DeltaNode, weight: AnyWeight, *, layout: Any = None) -> NormalForm:
+def form_of(node: DeltaNode, weight: AnyWeight | None, *, layout: Any = None) -> NormalForm:
     """Of a resolved node, as a matrix's, and the weight that it adapts, as it is.
 
     A method of your own registers its node: `@form_of.register`.

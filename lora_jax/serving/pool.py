@@ -4,8 +4,11 @@ import collections
 import dataclasses
 from typing import cast
 
-from lora_jax.serving.bank import Bank, Packed, Place, pack, put
+import jax
+
+from lora_jax.serving.bank import Bank, Place
 from lora_jax.serving.normal_form import normal_form
+from lora_jax.serving.put import Packed, pack, put
 from lora_jax.transform import Delta
 from lora_jax.weights import PyTree
 
@@ -94,7 +97,7 @@ class Pool:
             version.place = place
         self._idle.pop(version, None)
         version.users += 1
-        return Lease(name, version.place, version)
+        return Lease(name, cast(Place, version.place), version)
 
     def release(self, lease: Lease) -> None:
         """Ends one use.
@@ -137,10 +140,8 @@ class Pool:
     def nbytes(self) -> int:
         """What the adapters take on the host, those aside that are replaced and still in use."""
         adapters = [version.adapter for version in self._named.values()]
-        pages = [page for adapter in adapters for page in adapter.pages]
-        pairs = [pair for page in pages for pair in page.values()]
-        pairs += [pair for adapter in adapters for pair in adapter.vectors.values()]
-        return sum(side.nbytes for pair in pairs for side in pair if side is not None)
+        arrays = jax.tree.leaves([tuple(adapter) for adapter in adapters])
+        return sum(array.nbytes for array in arrays)
 
     def _version(self, name: str) -> _Version:
         if name not in self._named:

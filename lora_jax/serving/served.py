@@ -62,7 +62,7 @@ def _served(path: str, weight: Any, target: Target, rows: Rows) -> "Served":
             "to the base that it was made for."
         )
 
-    def over_layers(array: jax.Array | None, own: int) -> Shared | None:
+    def over_layers(array: jax.Array | None, own: int) -> Any:
         """One axis for the stacked layers and the pages or slots: `[layers * P, ...]`."""
         if array is None:
             return None
@@ -155,9 +155,9 @@ class Served(Weight):
         a_PpV, pages_Bw = gathering.where_it_is(a_PpV, pages_Bw)
         page_BTw = jnp.where(pages_Bw < 0, len(a_PpV), pages_Bw)[:, None]
         picked = a_PpV.at[page_BTw, :, ids_BT[..., None]].get(mode="fill", fill_value=0)
-        h_BTR = picked.reshape(B, ids_BT.shape[1], -1).astype(y.dtype)
-        b_BRD = gathering.gathered(b_PpD, pages_Bw).astype(y.dtype)
-        branch = jnp.einsum("btr,brd->btd", h_BTR, b_BRD, preferred_element_type=jnp.float32)
+        h_BTR = picked.reshape(B, ids_BT.shape[1], -1).astype(jnp.float32)
+        b_BRD = gathering.gathered(b_PpD, pages_Bw).astype(jnp.float32)
+        branch = jnp.einsum("btr,brd->btd", h_BTR, b_BRD)
         return self._scaled(y + branch.astype(y.dtype).reshape(y.shape), self.post)
 
     def dense(self) -> jax.Array:

@@ -14,7 +14,7 @@ import zoo
 from cases import assert_close
 
 import lora_jax as lora
-from lora_jax import serving
+from lora_jax import parallel, serving
 from lora_jax.models import llama
 from lora_jax.serving import Place
 from lora_jax.serving.normal_form import form_of
@@ -266,3 +266,24 @@ def test_gradients_flow_to_the_pages_of_each_row():
         used = np.asarray(target.b)[:, 2]
         rest = np.delete(np.asarray(target.b), 2, axis=1)
         assert np.abs(used).max() > 0 and not rest.any()
+
+
+def test_a_bank_follows_its_base_over_a_mesh():
+    config, base, tokens = zoo.model()
+    deltas = {name: delta for name, delta in zoo.deltas(base).items() if "embedding" not in name}
+    bank, places = place_all(base, zoo.bank_for(base, dtype=jnp.float32), deltas)
+    rows = zoo.rows(places["dora"], places["rslora all-linear, rank 13"])
+
+    def run(bank, base, rows):
+        return llama.forward(serving.bind(base, bank, rows), tokens, config)
+
+    expected = jax.jit(run)(bank, base, rows)
+    mesh = parallel.make_mesh({"fsdp": 2, "tensor": 2}, jax.devices()[:4])
+    specs = parallel.match_specs(base, config.family.sharding)
+    lying = serving.shardings(mesh, bank, specs)
+    assert lying.targets["layers/mlp/down_proj"].a.spec == jax.P(None, None, None, "tensor")
+    assert lying.targets["layers/mlp/down_proj"].pre.spec == jax.P(None, None, "tensor")
+    placed = jax.device_put(base, parallel.base_shardings(mesh, base, specs))
+    with jax.set_mesh(mesh):
+        y = jax.jit(run)(jax.device_put(bank, lying), placed, rows)
+    assert_close(y, expected, rtol=0, atol=1e-4)
