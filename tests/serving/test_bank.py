@@ -144,6 +144,7 @@ def test_the_programs_cost_does_not_grow_with_the_bank(dtype):
         assert flops[0] == flops[1] < flops[2]
 
 
+@pytest.mark.mixed_dtypes
 def test_a_bank_of_bfloat16_over_a_base_of_bfloat16():
     config, params, tokens = zoo.model(tied=True)
     base = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
