@@ -8,12 +8,12 @@ from lora_jax.serving.bank import rows_of as rows_of
 from lora_jax.serving.bank import shardings as shardings
 from lora_jax.serving.normal_form import NormalForm as NormalForm
 from lora_jax.serving.normal_form import normal_form as normal_form
+from lora_jax.serving.packing import Packed as Packed
+from lora_jax.serving.packing import drop as drop
+from lora_jax.serving.packing import pack as pack
+from lora_jax.serving.packing import put as put
 from lora_jax.serving.pool import BankFull as BankFull
 from lora_jax.serving.pool import Lease as Lease
 from lora_jax.serving.pool import Pool as Pool
-from lora_jax.serving.put import Packed as Packed
-from lora_jax.serving.put import drop as drop
-from lora_jax.serving.put import pack as pack
-from lora_jax.serving.put import put as put
 from lora_jax.serving.served import Served as Served
 from lora_jax.serving.served import bind as bind

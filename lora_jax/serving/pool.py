@@ -8,7 +8,7 @@ import jax
 
 from lora_jax.serving.bank import Bank, Place
 from lora_jax.serving.normal_form import normal_form
-from lora_jax.serving.put import Packed, pack, put
+from lora_jax.serving.packing import Packed, pack, put
 from lora_jax.transform import Delta
 from lora_jax.weights import PyTree
 

@@ -3,6 +3,8 @@
 JAX_PLATFORMS=cpu python -m pytest -n 0 -s tests/kernels/test_served_aot.py
 """
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -12,6 +14,7 @@ from test_grouped_lora_aot import kernels_in, mesh, needs_cuda, needs_libtpu
 from lora_jax import serving
 from lora_jax.models import llama
 from lora_jax.models.llama import LlamaConfig
+from lora_jax.serving.packing import replaced
 
 pytestmark = pytest.mark.usefixtures("real_compilation")
 CONFIG = LlamaConfig(
@@ -40,6 +43,26 @@ def compiled(chip: str, platform: str, tokens: int, pages: int):
     with jax.sharding.use_abstract_mesh(mesh(chip).abstract_mesh):
         program = jax.jit(step).trace(*placed).lower(lowering_platforms=(platform,)).compile()
     return program, bank.nbytes
+
+
+@pytest.mark.parametrize(
+    "chip, platform",
+    [
+        pytest.param("v5e", "tpu", marks=needs_libtpu),
+        pytest.param("h100", "cuda", marks=needs_cuda),
+    ],
+)
+def test_a_page_is_written_in_place(chip, platform):
+    into = jax.ShapeDtypeStruct((4, 256, 8, 1024), jnp.bfloat16)
+    page = jax.ShapeDtypeStruct((4, 8, 1024), jnp.bfloat16)
+    given = into, page, jax.ShapeDtypeStruct((), jnp.int32)
+    placed = [on(mesh(chip), jax.P(), leaf) for leaf in given]
+    f = jax.jit(lambda *given: replaced(*given, axis=-3), donate_argnums=0)
+    with jax.sharding.use_abstract_mesh(mesh(chip).abstract_mesh):
+        program = f.trace(*placed).lower(lowering_platforms=(platform,)).compile()
+    held = program.memory_analysis()
+    assert held.alias_size_in_bytes >= 2 * into.size and held.temp_size_in_bytes < 2**17
+    assert not re.search(r"= \w+\[4,256,8,1024\]\S* copy\(", program.as_text())
 
 
 def assert_the_bank_stays_where_it_is(chip, platform, tokens):

@@ -82,7 +82,7 @@ def drop(bank: Bank, place: Place) -> Bank:
 def _write_page(bank: Bank, number: jax.Array, factors: dict[str, tuple]) -> Bank:
     def write(target: Target, pair: tuple) -> Target:
         a, b = (
-            _replaced(into, new, number, axis=-3)
+            replaced(into, new, number, axis=-3)
             for into, new in zip((target.a, target.b), pair, strict=True)
         )
         return dataclasses.replace(target, a=a, b=b)
@@ -94,7 +94,7 @@ def _write_page(bank: Bank, number: jax.Array, factors: dict[str, tuple]) -> Ban
 @functools.partial(jax.jit, donate_argnums=0)
 def _write_slot(bank: Bank, slot: jax.Array, vectors: dict[str, tuple]) -> Bank:
     def write(into: jax.Array | None, new: jax.Array | None):
-        return None if into is None else _replaced(into, cast(Any, new), slot, axis=-2)
+        return None if into is None else replaced(into, cast(Any, new), slot, axis=-2)
 
     written = {}
     for path, target in bank.targets.items():
@@ -104,7 +104,7 @@ def _write_slot(bank: Bank, slot: jax.Array, vectors: dict[str, tuple]) -> Bank:
     return dataclasses.replace(bank, targets=written)
 
 
-def _replaced(into: jax.Array, new: jax.Array, index: jax.Array, *, axis: int) -> jax.Array:
+def replaced(into: jax.Array, new: jax.Array, index: jax.Array, *, axis: int) -> jax.Array:
     """`into` with `new` at one index along an axis, in place where `into` is donated."""
     if into.dtype != jnp.bfloat16:
         return jax.lax.dynamic_update_index_in_dim(into, new, index, into.ndim + axis)
