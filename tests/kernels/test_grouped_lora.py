@@ -22,8 +22,15 @@ SEGMENTS = {  # sizes, and tokens behind them
 }
 
 
-@pytest.mark.parametrize("dtype, page_dtype", [(F32, F32), (BF16, BF16), (BF16, F32), (F32, BF16)])
-@pytest.mark.parametrize("name", SEGMENTS)
+RAGGED = "ragged, with empty ones"
+
+
+@pytest.mark.parametrize(
+    "name, dtype, page_dtype",
+    [(name, F32, F32) for name in SEGMENTS]
+    + [("one token each", BF16, BF16), (RAGGED, BF16, BF16), (RAGGED, BF16, F32)]
+    + [(RAGGED, F32, BF16)],
+)
 def test_values_and_gradients_are_those_of_float64(name, dtype, page_dtype):
     sizes, rest = SEGMENTS[name]
     p = groups.problem(sizes, rest=rest, dtype=dtype, page_dtype=page_dtype)
