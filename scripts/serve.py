@@ -130,7 +130,7 @@ def parts_of(arguments: argparse.Namespace) -> Parts:
     from lora_jax.data.sources import default_cache_dir
     from lora_jax.interop import load, quantized
     from lora_jax.serving.engine import Engine as RealEngine
-    from lora_jax.serving.pooled import PeftStore, PooledAdapters, make_pool
+    from lora_jax.serving.peft_store import PeftStore, make_pool
 
     jax.config.update("jax_compilation_cache_dir", str(default_cache_dir() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -145,11 +145,10 @@ def parts_of(arguments: argparse.Namespace) -> Parts:
         slots=arguments.slots,
         max_rank=arguments.max_rank,
     )
-    adapters = PooledAdapters(pool)
-    store.put_into(adapters)
+    store.put_into(pool)
     engine = RealEngine(
         model,
-        adapters,
+        pool,
         rows=arguments.rows,
         page_size=arguments.page_size,
         pages=arguments.pages,

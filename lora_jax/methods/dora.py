@@ -73,7 +73,7 @@ class DoRANode(LowRank):
     ) -> jax.Array:
         """With dropout the frozen weight is applied a second time, to the dropped input."""
         y, x_drop = product(x, base), product.dropped(x, self.dropout, dropout_key)
-        factor = self._factor(product.left(self.a.astype(y.dtype), base))
+        factor = self.factor(product.left(self.a.astype(y.dtype), base))
         if x_drop is x:
             return scaled(checkpoint_name(y + self.branch(x, product), UNSCALED), factor)
         wide = checkpoint_name(product(x_drop, base), UNSCALED)
@@ -94,7 +94,7 @@ class DoRANode(LowRank):
 
         return self._each_matrix(solve, merged).astype(merged.dtype)
 
-    def _factor(self, left: jax.Array) -> jax.Array:
+    def factor(self, left: jax.Array) -> jax.Array:
         """`m / ||V||`, `[d_out]`, for `left = a^T w [r, d_out]`."""
         a, b, scale = self.a, self.b, self.scale
         with jax.default_matmul_precision("highest"):

@@ -5,27 +5,35 @@ from typing import Any, Protocol
 
 import jax
 
+from lora_jax.serving.bank import Place
 from lora_jax.weights import PyTree
 
 
-class UnavailableError(Exception):
-    """An adapter is gone from the pool, or can no longer be read."""
+class UnavailableError(ValueError):
+    """An adapter is not in the pool, or not any more."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Where the bank holds an adapter.
+class BankFull(ValueError):  # noqa: N818 - not an error of the caller's
+    """Every place that an adapter could take is in use."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Lease:
+    """One use of an adapter, from `acquire` to `release`.
 
     Attributes:
-      pages: the numbers of its pages of ranks.
-      slot: its entry of vectors; -1 is the base.
-      version: changes when the name stands for other values: what one version read is not shared
-        with another.
+      name: the adapter's.
+      place: where the bank holds it; it stays there until the last release.
+      version: changes when the name stands for other values: what was read with one version is
+        not shared with another.
     """
 
-    pages: tuple[int, ...] = ()
-    slot: int = -1
+    name: str
+    place: Place
     version: int = 0
+
+
+BASE = Lease("", Place((), -1))
 
 
 class Adapters(Protocol):
@@ -44,12 +52,16 @@ class Adapters(Protocol):
 
     def __contains__(self, name: str) -> bool: ...
 
-    def acquire(self, name: str) -> Place | None:
-        """Puts the adapter in the bank, to stay as it is until it is released as many times; None
-        while all slots are taken. Raises UnavailableError for one that is not there."""
+    def acquire(self, name: str) -> Lease:
+        """Puts the adapter in the bank, to stay as it is until the lease is released.
+
+        Raises:
+          UnavailableError: for one that is not there.
+          BankFull: while those in use leave no room.
+        """
         ...
 
-    def release(self, name: str) -> None: ...
+    def release(self, lease: Lease) -> None: ...
 
     def bind(self, base: PyTree, bank: PyTree, pages: jax.Array, slots: jax.Array) -> PyTree:
         """Weights for a batch whose rows use `pages [B, w]` (-1 for none) and `slots [B]`; pure."""
@@ -65,11 +77,11 @@ class BaseAlone:
     def __contains__(self, name: str) -> bool:
         return False
 
-    def acquire(self, name: str) -> Place | None:
+    def acquire(self, name: str) -> Lease:
         raise UnavailableError(f"{name!r}: this engine serves its base alone.")
 
-    def release(self, name: str) -> None:
-        raise AssertionError(name)
+    def release(self, lease: Lease) -> None:
+        raise AssertionError(lease)
 
     def bind(self, base: PyTree, bank: PyTree, pages: jax.Array, slots: jax.Array) -> PyTree:
         return base

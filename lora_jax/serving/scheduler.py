@@ -8,7 +8,7 @@ oldest always goes on, and since each fits into all pages alone, every request e
 import dataclasses
 from collections import deque
 
-from lora_jax.serving.adapters import Adapters, Place, UnavailableError
+from lora_jax.serving.adapters import BASE, Adapters, BankFull, Lease, UnavailableError
 from lora_jax.serving.page_allocator import PageAllocator, first_digest, next_digest
 from lora_jax.serving.request import Refused, Request
 
@@ -44,7 +44,7 @@ class Sequence:
       read: how many of them the pages hold.
       pages: in the order of positions.
       digests: of the first pages, as far as they were needed.
-      place: of its adapter, from the first admission to the end.
+      lease: of its adapter, from the first admission to the end.
       shared: how many tokens of the prompt another request had read at the first admission.
     """
 
@@ -54,7 +54,7 @@ class Sequence:
     read: int = 0
     pages: list[int] = dataclasses.field(default_factory=list)
     digests: list[bytes] = dataclasses.field(default_factory=list)
-    place: Place | None = None
+    lease: Lease | None = None
     shared: int | None = None
 
     @property
@@ -112,9 +112,9 @@ class Scheduler:
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
         self._release_pages(sequence)
-        if sequence.place is not None and sequence.request.adapter is not None:
-            self.adapters.release(sequence.request.adapter)
-        sequence.place = None
+        if sequence.lease not in (None, BASE):
+            self.adapters.release(sequence.lease)
+        sequence.lease = None
 
     def plan(self) -> Work | None:
         """The next step, for which pages are allocated; chunks of prompts and single tokens take
@@ -148,7 +148,7 @@ class Scheduler:
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self.limits.rows:
             sequence = self.waiting[0]
-            if not self._place(sequence):
+            if not self._acquire(sequence):
                 if sequence in self.failed:
                     self.waiting.popleft()
                     continue
@@ -157,16 +157,18 @@ class Scheduler:
                 return
             self.running.append(self.waiting.popleft())
 
-    def _place(self, sequence: Sequence) -> bool:
+    def _acquire(self, sequence: Sequence) -> bool:
         """Whether its adapter is in the bank, for this sequence until its end."""
         name = sequence.request.adapter
-        if sequence.place is not None:
+        if sequence.lease is not None:
             return True
         try:
-            sequence.place = Place() if name is None else self.adapters.acquire(name)
+            sequence.lease = BASE if name is None else self.adapters.acquire(name)
         except UnavailableError:
             self.failed.append(sequence)
-        return sequence.place is not None
+        except BankFull:  # until another ends
+            pass
+        return sequence.lease is not None
 
     def _allocate(self, sequence: Sequence) -> bool:
         """Pages for all tokens that are known and the next, those that are shared first. The last
@@ -207,8 +209,8 @@ class Scheduler:
     def _digests(self, sequence: Sequence, count: int) -> list[bytes]:
         """Of its first `count` pages."""
         size, known = self.limits.page_size, sequence.digests
-        assert sequence.place is not None
-        start = first_digest(sequence.request.adapter, sequence.place.version)
+        assert sequence.lease is not None
+        start = first_digest(sequence.request.adapter, sequence.lease.version)
         for page in range(len(known), count):
             before = known[-1] if known else start
             known.append(next_digest(before, sequence.tokens[page * size : (page + 1) * size]))

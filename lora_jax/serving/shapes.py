@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.serving.adapters import Place
+from lora_jax.serving.bank import Place
 from lora_jax.serving.sampling import RowSampling
 from lora_jax.serving.scheduler import Limits, Work
 from lora_jax.serving.scheduler import Sequence as Reading
@@ -125,5 +125,5 @@ def _least(sizes: Sequence[int], wanted: int) -> int:
 
 
 def _place(sequence: Reading) -> Place:
-    assert sequence.place is not None
-    return sequence.place
+    assert sequence.lease is not None
+    return sequence.lease.place

@@ -13,7 +13,8 @@ from lora_jax.models import decoder
 from lora_jax.models.gemma2 import Gemma2Config
 from lora_jax.models.generate import generate
 from lora_jax.models.llama import LlamaConfig
-from lora_jax.serving.adapters import Place, UnavailableError
+from lora_jax.serving import BankFull, Lease, Place
+from lora_jax.serving.adapters import UnavailableError
 
 VOCAB = 260
 SHAPE = dict(
@@ -82,11 +83,12 @@ class StackPool:
         if name not in self.versions:
             raise UnavailableError(name)
         if name not in self.used and len(self.used) == self.slots:
-            return None
+            raise BankFull(name)
         self.used[name] = self.used.get(name, 0) + 1
-        return Place((), self.names.index(name), self.versions[name])
+        return Lease(name, Place((), self.names.index(name)), self.versions[name])
 
-    def release(self, name):
+    def release(self, lease):
+        name = lease.name
         self.used[name] -= 1
         if not self.used[name]:
             del self.used[name]

@@ -32,7 +32,7 @@ def moved(leaf, key):
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    from lora_jax.serving import pooled
+    from lora_jax.serving import peft_store
     from lora_jax.serving.engine import Engine
 
     parent = tmp_path_factory.mktemp("adapters")
@@ -45,16 +45,16 @@ def served(tmp_path_factory):
         heads = model.config.num_kv_heads
         peft.save_adapter(parent / name, delta, model.params, names, num_kv_heads=heads)
     deltas = {name: peft.load_adapter(parent / name, model.params, names) for name in METHODS}
-    store = pooled.PeftStore(model)
+    store = peft_store.PeftStore(model)
     folders = [parent / name for name in METHODS]
     ahead = store.read_ahead([*folders, parent / "none"])
     assert len(ahead) == len(METHODS)
-    pool = pooled.make_pool(model.params, ahead, rows=2, slots=3, max_rank=4)
-    store.put_into(adapters := pooled.PooledAdapters(pool))
+    pool = peft_store.make_pool(model.params, ahead, rows=2, slots=3, max_rank=4)
+    store.put_into(pool)
     catalog = Catalog(model.name, store)
     for folder in folders:
         catalog.take_in(folder.name, folder)
-    engine = Engine(model, adapters, **SIZES)
+    engine = Engine(model, pool, **SIZES)
     driver = Driver(engine)
     driver.start()
     facts = ServedModel(

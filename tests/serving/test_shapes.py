@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_jax.serving.adapters import Place
+from lora_jax.serving import Lease, Place
 from lora_jax.serving.request import Request
 from lora_jax.serving.scheduler import Limits, Sequence, Work
 from lora_jax.serving.shapes import all_shapes, batch_of, sampling_of, shape_of
@@ -25,9 +25,9 @@ def test_every_step_has_a_shape_that_holds_it(data):
         count = draw(1, min(limits.chunk, max_length)) if is_chunk else 1
         length = draw(count, max_length)
         request = Request(tokens=tuple(range(length)))
-        place = Place(tuple(range(draw(0, 4))), ticket)
+        lease = Lease("", Place(tuple(range(draw(0, 4))), ticket))
         pages = list(range(-(-length // limits.page_size)))
-        sequence = Sequence(ticket, request, list(request.tokens), pages=pages, place=place)
+        sequence = Sequence(ticket, request, list(request.tokens), pages=pages, lease=lease)
         sequence.read = length - count
         counts.append((sequence, count))
     work = Work(counts, is_chunk)
@@ -39,7 +39,7 @@ def test_every_step_has_a_shape_that_holds_it(data):
     for row, (sequence, count) in enumerate(counts):
         assert batch.tokens[row, :count].tolist() == sequence.tokens[sequence.read :]
         assert batch.table[row].tolist()[: len(sequence.pages)] == sequence.pages
-        assert set(batch.adapter_pages[row].tolist()) <= {-1, *sequence.place.pages}
+        assert set(batch.adapter_pages[row].tolist()) <= {-1, *sequence.lease.place.pages}
         assert batch.adapter_slots[row] == row
     assert batch.counts.sum() == sum(count for _, count in counts)
     assert how.step.tolist() == [0] * shape.rows

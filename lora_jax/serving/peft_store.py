@@ -1,6 +1,5 @@
-"""A pool's adapters as an engine wants them, and as PEFT's folders hold them."""
+"""A pool that is filled from PEFT's folders."""
 
-import collections
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,61 +10,12 @@ from lora_jax import paths
 from lora_jax.interop import peft
 from lora_jax.interop.model import Pretrained
 from lora_jax.methods import LoRA
-from lora_jax.serving.adapters import Place, UnavailableError
-from lora_jax.serving.bank import Bank, Rows, make_bank
+from lora_jax.serving.bank import make_bank
 from lora_jax.serving.normal_form import NormalForm, normal_form
-from lora_jax.serving.pool import BankFull, Lease, Pool
-from lora_jax.serving.served import bind
+from lora_jax.serving.pool import Pool
 from lora_jax.targets import as_rules, match_rules
 from lora_jax.transform import Delta
 from lora_jax.weights import PyTree, is_weight
-
-
-class PooledAdapters:
-    """An engine's `Adapters` over a pool. A name that is in use is not replaced."""
-
-    def __init__(self, pool: Pool):
-        self.pool = pool
-        self._leases: dict[str, list[Lease]] = collections.defaultdict(list)
-        self._versions: dict[str, int] = collections.defaultdict(int)
-
-    @property
-    def bank(self) -> Bank:
-        return self.pool.bank
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """1, 2, 4, ... up to the widest adapter that the bank takes."""
-        return tuple(1 << power for power in range((self.bank.widest - 1).bit_length() + 1))
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._versions
-
-    def add(self, name: str, delta: Delta) -> None:
-        self.pool.add(name, delta)
-        self._versions[name] += 1
-
-    def remove(self, name: str) -> None:
-        self.pool.remove(name)
-        del self._versions[name]
-
-    def acquire(self, name: str) -> Place | None:
-        if name not in self:
-            raise UnavailableError(f"the adapter {name!r} was unloaded.")
-        try:
-            lease = self.pool.acquire(name)
-        except BankFull:
-            return None
-        self._leases[name].append(lease)
-        return Place(lease.place.pages, lease.place.slot, self._versions[name])
-
-    def release(self, name: str) -> None:
-        self.pool.release(self._leases[name].pop())
-        if not self._leases[name]:
-            del self._leases[name]
-
-    def bind(self, base: PyTree, bank: Bank, pages: jax.Array, slots: jax.Array) -> PyTree:
-        return bind(base, bank, Rows(pages, slots))
 
 
 class PeftStore:
@@ -75,7 +25,7 @@ class PeftStore:
         self._model = model
         self._names = peft.model_names(model.config)
         self._ahead: dict[Path, Delta] = {}
-        self._adapters: PooledAdapters | None = None
+        self._pool: Pool | None = None
 
     def read_ahead(self, folders: Iterable[Path]) -> list[Delta]:
         """What can be read of `folders`, which `read` then returns without reading it again."""
@@ -86,8 +36,8 @@ class PeftStore:
                 continue
         return list(self._ahead.values())
 
-    def put_into(self, adapters: PooledAdapters) -> None:
-        self._adapters = adapters
+    def put_into(self, pool: Pool) -> None:
+        self._pool = pool
 
     def read(self, folder: Path) -> Any:
         if folder in self._ahead:
@@ -100,9 +50,9 @@ class PeftStore:
     def drop(self, name: str) -> None:
         self._pooled().remove(name)
 
-    def _pooled(self) -> PooledAdapters:
-        assert self._adapters is not None, "put_into comes first"
-        return self._adapters
+    def _pooled(self) -> Pool:
+        assert self._pool is not None, "put_into comes first"
+        return self._pool
 
 
 def make_pool(
