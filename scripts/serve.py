@@ -54,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
     add("--max-rank", "--max_rank", type=_from(1), default=16, help="At least; or DIR's highest.")
     add("--page-size", "--page_size", type=_from(1), default=16, help="Tokens a page of the cache.")
     add("--pages", type=_from(2), default=512, help="Of the cache.")
+    add("--max-length", "--max_length", type=_from(2), default=2048, help="Of prompt and answer.")
     add("--chunk", type=_from(1), default=64, help="Tokens of a prompt that a step reads.")
     add("--max-waiting", "--max_waiting", type=_from(1), default=256, help="Then 429.")
     add("--max-tokens", "--max_tokens", type=_from(1), help="Of one answer; else the context.")
@@ -153,6 +154,7 @@ def parts_of(arguments: argparse.Namespace) -> Parts:
         page_size=arguments.page_size,
         pages=arguments.pages,
         chunk=arguments.chunk,
+        max_length=arguments.max_length,
         max_waiting=arguments.max_waiting,
     )
     served = ServedModel(

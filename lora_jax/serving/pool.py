@@ -124,9 +124,11 @@ class Pool:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """The numbers of pages a row that steps are compiled for: one, and as many as the widest
-        adapter has."""
-        return tuple(sorted({1, self.bank.widest}))
+        """The numbers of pages a row that steps are compiled for: 1, 2, 8, 32, ... up to the widest
+        adapter that the bank takes. Each has programs of its own, so they are few."""
+        widest = self.bank.widest
+        steps = (1, *(2 * 4**power for power in range(widest.bit_length())))
+        return (*(width for width in steps if width < widest), widest)
 
     @property
     def names(self) -> tuple[str, ...]:
