@@ -38,6 +38,7 @@ def pytest_collection_finish():
 def pytest_configure(config):
     config.addinivalue_line("markers", "mixed_dtypes: runs code of jax or optax that promotes")
     config.addinivalue_line("markers", "optimized: compiles with all of XLA's optimisations")
+    config.addinivalue_line("markers", "sampled: one case in four by default, the others are slow")
 
 
 @pytest.fixture(autouse=True)
@@ -85,8 +86,10 @@ def verified_exports(request, monkeypatch):
     monkeypatch.setattr(peft, "save_adapter", save_and_verify)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """A test that takes both a case and a method runs over `cases.PAIRS`."""
+    """A test that takes both a case and a method runs over `cases.PAIRS`; what remains of a
+    `sampled` one is cut to a sample."""
 
     def wanted(item):
         params = item.callspec.params if hasattr(item, "callspec") else {}
@@ -94,6 +97,21 @@ def pytest_collection_modifyitems(items):
         return None in pair or pair in cases.PAIRS
 
     items[:] = [item for item in items if wanted(item)]
+    sampled: dict = {}
+    for item in items:
+        if item.get_closest_marker("sampled"):
+            sampled.setdefault((item.path, item.originalname), []).append(item)
+    for group in sampled.values():
+        for item in outside_of_the_sample(group):
+            item.add_marker(pytest.mark.slow)
+
+
+def outside_of_the_sample(group):
+    """All but one in four and at least two, evenly spread: the cases of one test share its path
+    through the code."""
+    count = max(2, -(-len(group) // 4))
+    kept = {round(i * (len(group) - 1) / (count - 1)) for i in range(count)}
+    return [item for place, item in enumerate(group) if place not in kept]
 
 
 @pytest.fixture(params=cases.METHODS)

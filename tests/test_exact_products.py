@@ -52,6 +52,7 @@ def made(name, base="float32"):
     return method, given, moved(lora.lora_transform(BASES[base], method, **given)[1])
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("name", METHODS)
 def test_of_a_method(name, base):

@@ -126,6 +126,7 @@ CELLS = [
 ]  # fmt: skip
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("kind", "format", "way"), CELLS)
 def test_cell(kind, format, way):
     base, fresh, trained = deltas_of(kind, way != "plain", format)
@@ -160,6 +161,7 @@ def test_cell(kind, format, way):
         assert slope.dtype == jax.dtypes.float0 or not np.any(slope)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", EXPORTED)
 def test_without_a_merged_form_there_is_an_error(kind):
     base, fresh, _ = deltas_of(kind, True, "array")

@@ -87,6 +87,7 @@ def test_no_function_with_a_key_is_missing():
     assert found - inner == set(TAKES_A_KEY)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", CASES, ids="-".join)
 def test_a_raw_key_is_the_typed_one(name):
     call = CASES[name]

@@ -23,6 +23,7 @@ ABSTRACT = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", ABSTRACT)
 def test_abstract_params_give_the_same_shapes(name):
     """Of arrays and of four bits, by every method; where no value is needed, the same numbers."""

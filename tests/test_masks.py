@@ -27,6 +27,7 @@ def test_mask_of_a_delta_is_a_and_b():
     }  # fmt: skip
 
 
+@pytest.mark.sampled
 def test_mask_has_the_structure_of_its_tree(case, method):
     base, delta = cases.transform(case, method)
     weights = lora.bind(base, delta, dropout_key=jax.random.key(0))
@@ -64,6 +65,7 @@ def ones_like(tree):
     return jax.tree.map(jnp.ones_like, tree)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("tx", TX.values(), ids=TX)
 @pytest.mark.parametrize("kind", ["delta", "combined"])
 def test_only_a_and_b_move(tx, kind):
@@ -99,6 +101,7 @@ def test_no_state_for_frozen_leaves(kind):
     assert sum(leaf.size for leaf in jax.tree.leaves(state)) == 2 * trained + 1  # mu, nu, count
 
 
+@pytest.mark.sampled
 def test_training_the_combined_tree_is_training_the_delta(case):
     base, delta = cases.transform(case, lora.LoRA(rank=2))
     delta = moved(delta)

@@ -51,6 +51,7 @@ def assert_rounded_once(rounded, exact):
     assert (np.abs(rounded - exact) <= 1.001 * half + 1e-6 * np.abs(exact)).all()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", MERGEABLE)
 def test_a_merged_weight(name, dtype):
@@ -67,6 +68,7 @@ def test_a_merged_weight(name, dtype):
             )
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("name", ["lora", "dora", "ia3", "full"])
 def test_a_requantised_weight_has_the_codes_of_the_exact_sum(name, double_quant):

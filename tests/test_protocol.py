@@ -47,11 +47,13 @@ def logits():
     return FORWARD(PARAMS, TOKENS, CONFIG)
 
 
+@pytest.mark.sampled
 def test_a_fresh_method_is_the_identity_in_the_scanned_llama(made, logits):
     assert_close(run(made[0]), logits, rtol=1e-4, atol=1e-5)
     assert np.abs(run(made[1]) - logits).max() > 1e-2
 
 
+@pytest.mark.sampled
 def test_only_what_trains_gets_a_gradient(made):
     gradients = jax.jit(jax.grad(lambda d: (run(d) ** 2).mean()))(made[1])
     received = jax.tree.map(lambda g: bool(np.any(g)), gradients)
@@ -66,12 +68,14 @@ def test_mask_of_bound_weights(made):
     assert count[0] == count[1] > 0
 
 
+@pytest.mark.sampled
 def test_stacks_through_vmap(made):
     outputs = jax.jit(jax.vmap(run))(lora.stack(made))
     for output, delta in zip(outputs, made, strict=True):
         assert_close(output, run(delta), rtol=1e-3, atol=2e-5)
 
 
+@pytest.mark.sampled
 def test_rows_use_their_own_adapter(made):
     other = moved(made[0], seed=2, size=0.5)
     together = run(lora.stack([made[1], other]), adapter_ids=jnp.array([1, 0]))
@@ -152,6 +156,7 @@ DROPPING = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", DROPPING)
 def test_each_row_has_a_dropout_mask_of_its_own(name):
     """As often as if it were bound alone: by mean and deviation over many rows of one input."""

@@ -135,6 +135,7 @@ def test_dropout_over_a_quantised_base(base):
     assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_sweep_shares_a_quantised_base(base):
     deltas = [delta_over(base, seed=i) for i in range(2)]
     run = jax.jit(jax.vmap(lambda d, b: llama.forward(lora.bind(b, d), TOKENS, CONFIG), (0, None)))
@@ -166,6 +167,7 @@ def test_full_over_a_quantised_base(base):
     assert_close(ours, FORWARD(lora.merge(base, delta), TOKENS, CONFIG), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.sampled
 def test_every_method_over_a_quantised_base_is_that_method_over_its_dense_form(method):
     dense = {"layers": {"q_proj": cases.stacked().params["layers"]["q_proj"]}}
     base = {"layers": {"q_proj": quantized(dense["layers"]["q_proj"])}}

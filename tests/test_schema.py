@@ -85,6 +85,7 @@ def test_a_leaf_without_axes():
         leaves_of(Bare(jnp.ones(3)))
 
 
+@pytest.mark.sampled
 def test_a_leaf_without_a_mirror_is_no_tied_embedding(method):
     layouts = {"w": lora.Layout()}
     delta = lora.lora_transform({"w": normal(0, 8, 9)}, method, targets=".*", key=jax.random.key(0),

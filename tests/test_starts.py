@@ -247,6 +247,7 @@ RANKS = (3, 0, 1)
 DEEP = {"layers": {"q_proj": cases.normal(0, 3, 16, 9)}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["loftq", "eva"])
 def test_starts_keep_each_layers_rank(start):
     """As if each layer stood alone with an adapter of its rank; rank 0 adapts nothing."""
@@ -311,6 +312,7 @@ def test_wrong_arguments_of_the_starts():
         lora.eva_start(delta, {"layers/q_proj": jnp.ones((16, 16))})
 
 
+@pytest.mark.slow
 def test_a_base_of_its_own_is_not_forgotten():
     """Through everything that makes a delta of deltas."""
     _, delta = made("kaiming", QUANTISED)

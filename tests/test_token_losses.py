@@ -53,6 +53,7 @@ def head(request):
     return HEADS[request.param]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("chunk", [1, 4, 14, 100])
 def test_value_at_any_chunk(chunk):
     total, count = token_losses(HIDDEN, TABLE.T, TARGETS, MASK, chunk=chunk)
@@ -60,6 +61,7 @@ def test_value_at_any_chunk(chunk):
     assert int(count) == int(MASK.sum()) and total.dtype == count.dtype == jnp.float32
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("chunk", [3, 14])
 def test_gradients(head, chunk):
     trained, make = head
@@ -68,6 +70,7 @@ def test_gradients(head, chunk):
     assert_close(ours(HIDDEN, trained), theirs(HIDDEN, trained), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.sampled
 def test_gradient_of_hidden_alone(head):
     trained, make = head
     ours = jax.grad(lambda h: 3 * chunked(h, make(trained)))(HIDDEN)
@@ -77,6 +80,7 @@ def test_gradient_of_hidden_alone(head):
     assert not np.any(np.asarray(ours)[~np.asarray(MASK)])
 
 
+@pytest.mark.sampled
 def test_gradient_of_the_head_alone(head):
     trained, make = head
     ours = jax.grad(lambda t: chunked(HIDDEN, make(t)))(trained)
@@ -102,6 +106,7 @@ def test_a_position_that_does_not_count_may_hold_anything(length):
     assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_under_vmap():
     deltas = lora.stack([HEAD_DELTA, cases.moved(HEAD_DELTA, 5)])
     make = HEADS["lora"][1]
@@ -125,6 +130,7 @@ def test_under_vmap_of_every_input():
     assert_close(gradients(chunked), gradients(naive), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_bf16_hidden_and_head():
     hidden, table = HIDDEN.astype(jnp.bfloat16), TABLE.T.astype(jnp.bfloat16)
     ours = jax.value_and_grad(chunked, argnums=(0, 1))(hidden, table)
@@ -136,6 +142,7 @@ def test_bf16_hidden_and_head():
         assert np.abs(one - other).max() <= 0.02 * np.abs(other).max()
 
 
+@pytest.mark.slow
 def test_large_logits_do_not_overflow():
     assert np.isclose(chunked(1e3 * HIDDEN, TABLE.T), naive(1e3 * HIDDEN, TABLE.T), rtol=1e-5)
 
@@ -187,6 +194,7 @@ def weighed(log_probs):
     return (log_probs.sum(-1) ** 2).sum() + (jnp.sin(log_probs) * HIDDEN[..., 0]).sum()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("chunk", [3, 100])
 def test_log_probabilities_by_position(head, chunk):
     """In value, and in gradient through a loss in which positions weigh differently."""
@@ -203,6 +211,7 @@ def test_log_probabilities_by_position(head, chunk):
     assert_close(*both_ways(ours, theirs, trained), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [0, 1])
 def test_log_probabilities_where_hardly_any_counts(count):
     mask = jnp.zeros((2, 7), bool).at[1, 3].set(bool(count))
@@ -215,6 +224,7 @@ def test_log_probabilities_where_hardly_any_counts(count):
     assert_close(jax.value_and_grad(ours)(TABLE.T), theirs(TABLE.T), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_log_probabilities_over_a_mesh():
     hidden, mask = cases.normal(5, 4, 8, 6), jnp.arange(8)[None] < jnp.array([[8], [3], [0], [5]])
     targets = jnp.arange(32).reshape(4, 8) % 11
@@ -238,6 +248,7 @@ def capped(rows, head):
     return 2 * jnp.tanh(linear(rows, head) / 2)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("chunk", [3, 100])
 def test_logits_that_are_more_than_the_product(head, chunk):
     trained, make = head

@@ -57,11 +57,13 @@ def computed(case, method):
     return jax.device_get((values(base, delta), values(base, moved(delta))))
 
 
+@pytest.mark.sampled
 def test_fresh_adapter_is_the_identity(case, method):
     fresh, _ = computed(case, method)
     assert_close(fresh["output"], case.apply(case.params, X), atol=1e-6)
 
 
+@pytest.mark.sampled
 def test_fresh_adapter_merges_into_the_same_params(case, mergeable):
     base, delta = transform(case, mergeable)
     chex.assert_trees_all_equal(lora.merge(base, delta), case.params)
@@ -72,6 +74,7 @@ def test_base_is_the_params_tree(case, method):
     chex.assert_trees_all_equal(base, case.params)
 
 
+@pytest.mark.sampled
 def test_moved_adapter_is_not_the_identity(case, method):
     _, trained = computed(case, method)
     assert np.abs(trained["output"] - np.asarray(case.apply(case.params, X))).max() > 1e-2
@@ -108,6 +111,7 @@ def test_gradient_is_that_of_the_merged_model(case, mergeable):
             assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.sampled
 def test_init_is_the_same_under_jit(case, method):
     eager = transform(case, method)[1]
     jitted = jax.jit(lambda p: lora.lora_transform(p, method, key=jax.random.key(0))[1])
@@ -121,12 +125,14 @@ def test_eval_shape(case, method):
     chex.assert_trees_all_equal_shapes_and_dtypes(shapes, (base, delta))
 
 
+@pytest.mark.sampled
 def test_jit_agrees(case, method):
     base, delta = transform(case, method)
     _, trained = computed(case, method)
     assert_close(trained["output"], case.apply(lora.bind(base, moved(delta)), X), atol=5e-6)
 
 
+@pytest.mark.sampled
 def test_vmap_over_deltas(case, method):
     base, delta = transform(case, method)
     deltas = [delta, moved(delta, 1), moved(delta, 2)]
@@ -154,6 +160,7 @@ def test_pmap(name):
     assert_close(np.asarray(outputs), np.asarray(expected), atol=5e-6)
 
 
+@pytest.mark.sampled
 def test_delta_passes_through_a_scan_over_steps(case, method):
     base, delta = transform(case, method)
 
@@ -206,6 +213,7 @@ def test_another_key_draws_other_numbers():
     assert np.abs(one["block"]["q_proj"].a - two["block"]["q_proj"].a).max() > 1e-3
 
 
+@pytest.mark.sampled
 def test_float32_deltas_over_a_bf16_base(case, method):
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), case.params)
     base, delta = lora.lora_transform(params, method, key=jax.random.key(0))
@@ -216,6 +224,7 @@ def test_float32_deltas_over_a_bf16_base(case, method):
     chex.assert_trees_all_equal(output, case.apply(params, x))
 
 
+@pytest.mark.sampled
 def test_merging_keeps_the_dtype(case, mergeable):
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), case.params)
     merged = lora.merge(*lora.lora_transform(params, mergeable, key=jax.random.key(0)))

@@ -39,6 +39,7 @@ def test_linear_multiplies_by_the_dense_weight(weight):
     assert_close(lora.linear(X, weight), X @ dense(weight), atol=5e-6)
 
 
+@pytest.mark.sampled
 def test_linear_takes_any_leading_axes(weight):
     assert_close(lora.linear(X[0, 0], weight), lora.linear(X, weight)[0, 0], atol=5e-6)
 

@@ -47,6 +47,7 @@ def adapted_layers(delta, x):
     return lora.adapt(layers)(lora.bind(transformed()[0], delta), x)
 
 
+@pytest.mark.sampled
 def test_every_method_on_every_tree(case, method):
     """Models that are written with `linear` take arrays too: so `adapt` must agree with them."""
     base, delta = cases.transform(case, method)
@@ -60,6 +61,7 @@ def heads(params, x):
     return jnp.einsum("bnh,nhd->bd", y, params["o"])
 
 
+@pytest.mark.sampled
 def test_every_method_on_kernels_of_three_axes(method):
     params = {"q": cases.normal(0, 6, 2, 3), "o": cases.normal(1, 2, 3, 5)}
     layouts = lora.infer_layouts(heads, params, X)
@@ -140,6 +142,7 @@ COMPOSED = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", COMPOSED)
 def test_it_composes_with(name):
     delta, transform = transformed()[1], COMPOSED[name]

@@ -75,6 +75,7 @@ PROGRAMS = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_no_dense_adapted_weight_is_built(name):
     """Neither in the jaxpr of value and gradient, nor in the compiled program, does anything but a

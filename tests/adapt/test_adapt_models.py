@@ -159,6 +159,7 @@ def test_an_adapted_model_is_the_merged_one(name):
     assert_close(*grads, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.sampled
 @pytest.mark.mixed_dtypes
 @pytest.mark.parametrize("name", MODELS)
 def test_adapters_have_the_paths_of_the_users_tree(name):

@@ -54,6 +54,7 @@ CASES = [
 ]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("name", "i"), CASES)
 def test_it_is_the_merged_function(name, i):
     program = FOLLOWED[name][i]

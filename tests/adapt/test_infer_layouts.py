@@ -50,6 +50,7 @@ def test_a_layout_is_read_off_the_use(i):
     assert found == {"w": expected}
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "i",
     [

@@ -126,6 +126,7 @@ def test_batches_placed_ahead_keep_the_position_of_the_last_one_taken():
     placed.close(), resumed.close()
 
 
+@pytest.mark.slow
 def test_state_restores_in_a_fresh_process():
     iterator = make_train()
     take(iterator, 7)

@@ -201,6 +201,7 @@ def slow_corpus(records):
     return Corpus(name="slow", fingerprint="f" * 64, splits={"train": read})
 
 
+@pytest.mark.slow
 def test_two_prepare_at_once_and_one_is_killed_midway(tmp_path):
     from lora_jax.data.prepared import open_split
 

@@ -12,6 +12,7 @@ from experiments.harness.main import conduct
 SLOW = pytest.mark.slow
 
 
+@pytest.mark.slow
 def test_the_plan_of_8b_needs_no_weights(tmp_path):
     config = f"--config={command.ROOT}/configs/llama8b.py"
     code, output = command.run(tmp_path, "rank_sweep", config, "--plan")
@@ -58,6 +59,7 @@ def conduct_tiny(folder, overrides: dict) -> None:
     conduct("rank_sweep", "", config, rank_arms(config), folder / "run", lambda path, results: None)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -30,6 +30,7 @@ def conducted(config: ConfigDict, folder) -> dict:
     return json.loads((folder / "run/results.json").read_text())
 
 
+@pytest.mark.slow
 def test_sizes_meet_the_budget():
     """Within half of what one more rank would add; what has its own size keeps it."""
     config = smollm2_135m.get_config()
@@ -101,6 +102,7 @@ def test_a_step_that_the_compiler_refuses_costs_no_results(tmp_path, monkeypatch
     assert (tmp_path / "methods.png").exists()
 
 
+@pytest.mark.slow
 def test_a_run(tmp_path, monkeypatch):
     """Of a method that begins with a part of the base, which adapters have in another form."""
     jax.config.update("jax_disable_most_optimizations", True)

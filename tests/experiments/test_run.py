@@ -44,6 +44,7 @@ def ran(config, several, folder):
     return results
 
 
+@pytest.mark.slow
 def test_what_one_arm_lacks_costs_the_others_nothing(tmp_path, capsys):
     """A bottleneck has no form in PEFT, and full fine-tuning diverges alone."""
     several = [
@@ -65,6 +66,7 @@ def test_a_run_that_is_nothing_but_diverged_arms_says_so(tmp_path):
         ran(configured(), [wild], tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_other_data_in_the_same_workdir_are_refused_by_what_differs(tmp_path):
     """The same path with other contents, and settings that a caller changed."""
     config = configured(steps=1)

@@ -63,6 +63,7 @@ def test_a_type_without_a_codec(found):
         codecs.codec_of("here", {"peft_type": found})
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", NODES)
 def test_every_tensor_has_its_place_by_the_codec(name, tmp_path):
     """What a file holds is found again without a list of names of tensors."""

@@ -154,6 +154,7 @@ ADAPTERS = {
 }
 
 
+@pytest.mark.sampled
 @counts
 @pytest.mark.parametrize("method", ADAPTERS)
 def test_adapters(tmp_path, method, count):

@@ -32,6 +32,7 @@ def write(tmp_path: Path, name: str, *, shards: int = 1, **changes) -> Path:
     )
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", small_llamas.VARIANTS)
 def test_logits_and_greedy_tokens_agree_with_transformers(tmp_path, name):
     """Each of the fifty tokens is the likeliest after those before it."""

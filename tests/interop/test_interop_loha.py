@@ -112,6 +112,7 @@ WRONG = {
 }  # fmt: skip
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_files_are_refused(name, tmp_path):
     config, tensors, message = WRONG[name]

@@ -45,6 +45,7 @@ def write(folder: Path, weights: dict) -> Path:
     return small_checkpoints.write_huggingface(folder, config, weights)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_every_bit_is_kept(tmp_path, plain, double_quant):
     base = lora.quantize(plain.params, "nf4", double_quant=double_quant)

@@ -52,6 +52,7 @@ def edited(folder, *, config=None, tensors=None):
         save_file(found, file)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", METHODS)
 def test_ours_comes_back_bit_for_bit(name, tmp_path):
     delta = delta_of(METHODS[name])
@@ -135,6 +136,7 @@ def test_a_model_with_names_of_its_own(tmp_path):
     cases.assert_equal(back, {"blocks": {str(i): delta["blocks"][str(i)] for i in range(2)}})
 
 
+@pytest.mark.slow
 def test_what_vllm_serves(tmp_path):
     folder = save(tmp_path / "a", delta_of(METHODS["pattern"]), profile="vllm")
     config = json.loads((folder / "adapter_config.json").read_text())
@@ -191,6 +193,7 @@ def test_the_card_says_what_it_is(tmp_path):
         assert part in text
 
 
+@pytest.mark.slow
 def test_another_base_of_the_same_form_is_refused(tmp_path):
     folder = save(tmp_path / "a", delta_of(METHODS["lora"], targets="q_proj"))
     other = {**PARAMS, "norm": PARAMS["norm"] * 2}
@@ -237,6 +240,7 @@ WRONG = {
 }  # fmt: skip
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_files_are_refused(name, tmp_path):
     folder = save(tmp_path, delta_of(METHODS["lora"], targets="q_proj"))
@@ -259,6 +263,7 @@ def test_missing_and_damaged_files(tmp_path):
         peft.load_adapter(folder, PARAMS, NAMES)
 
 
+@pytest.mark.slow
 def test_shapes_alone_serve_but_for_dora(tmp_path):
     shapes = jax.eval_shape(lambda: PARAMS)
     delta = delta_of(METHODS["lora"])
@@ -280,6 +285,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_configs_are_refused(name, tmp_path):
     folder = save(tmp_path, delta_of(METHODS["lora"], targets="q_proj"))
@@ -297,6 +303,7 @@ STARTS = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("name", "profile"),
     [(name, "peft") for name in STARTS]

@@ -74,6 +74,7 @@ WHOLE = {
 }  # fmt: skip
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", WHOLE)
 def test_every_tensor_counts(name, tmp_path):
     """A file that lost any one of its tensors, gained one, or kept none, is refused."""
@@ -132,6 +133,7 @@ STATED = {
 }  # fmt: skip
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", STATED)
 def test_a_config_that_states_more_or_other(name, tmp_path):
     changes, message = STATED[name]
@@ -158,6 +160,7 @@ ONE_OF_TWO = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", ONE_OF_TWO)
 def test_one_of_a_tied_pair_wants_an_untied_base(name, tmp_path):
     method, which = ONE_OF_TWO[name]
@@ -219,6 +222,7 @@ def test_a_tied_pair_is_saved_as_one(name, tmp_path):
         peft.load_adapter(folder, PARAMS, NAMES)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("method", [
     lora.LoRA(rank=2), lora.DoRA(rank=2), lora.IA3(), lora.VeRA(rank=4),
     lora.AdaLoRA(total_steps=9, rank=3, target_rank=2),
@@ -431,6 +435,7 @@ def test_patterns_match_as_they_do_in_python(expression, count):
     assert len(found) == count
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("expression", [
     r"(?:[a-z_.0-9]+)+!", r"(.|.)(.|.)" * 20 + "!", "a?" * 5 + r"(\w+\s?)+\.(\w+\W?)+!",
     r"(.*)*\1!",

@@ -151,6 +151,7 @@ NAMED = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", NAMED)
 def test_what_is_named_and_stays_frozen(name, tmp_path):
     config, expected = NAMED[name]
@@ -181,6 +182,7 @@ CHANGED = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", CHANGED)
 def test_files_that_are_not_what_was_exported(name, tmp_path):
     method = {"q_proj|v_proj": lora.LoRA(rank=2), "embed|lm_head": lora.LoRA(rank=1)}
@@ -191,6 +193,7 @@ def test_files_that_are_not_what_was_exported(name, tmp_path):
         assert "the adapter moves the logits" in text and "another scale" in text
 
 
+@pytest.mark.slow
 def test_served_without_effect_or_another_version(folder, tmp_path):
     digest, merged = read_digest(folder), lora.merge(PARAMS, delta_of())
     older = exported(tmp_path / "older", delta_of(seed=3))
@@ -229,6 +232,7 @@ def test_merged_weights_that_were_tied_again(tmp_path):
     assert "off by" in check_digest(read_digest(folder), FORWARD, tied)
 
 
+@pytest.mark.slow
 def test_merging_that_loses_the_update(tmp_path):
     """Into bfloat16, whose steps are larger than the update, and back into four bits."""
     base = as_bfloat16(PARAMS)
@@ -272,6 +276,7 @@ def test_merged_exports_carry_the_digest(tmp_path):
     assert stored_formats(tmp_path / "half") == "bfloat16" and read_digest(source) is None
 
 
+@pytest.mark.slow
 def test_other_dtypes_agree_and_other_bases_do_not(folder):
     other = {**PARAMS, "norm": PARAMS["norm"] * 2}
     with pytest.raises(ValueError, match="was made for another base"):
@@ -444,6 +449,7 @@ def run(script, adapter, **arguments):
     return script.check(adapter)
 
 
+@pytest.mark.slow
 @pytest.mark.mixed_dtypes
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 def test_the_script(script, tmp_path):

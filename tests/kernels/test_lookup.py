@@ -14,6 +14,7 @@ CODEBOOKS = {name: FORMATS[name].codebook for name in cases.CODEBOOKS}
 CODEBOOKS["dynamic"] = codebooks.DYNAMIC8
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", CODEBOOKS)
 def test_both_ways_give_the_bits_of_the_codebook(name):
     codebook = CODEBOOKS[name]

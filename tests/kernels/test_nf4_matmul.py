@@ -14,6 +14,7 @@ from lora_jax.kernels.nf4_matmul import nf4_matmul
 BF16, F32 = nf4.BFLOAT16, np.float32
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", [BF16, F32])
 @pytest.mark.parametrize(
     "rows, K, N, block",

@@ -15,6 +15,7 @@ BF16, F32 = nf4.BFLOAT16, np.float32
 V5E, V6E = "TPU v5 lite", "TPU v6 lite"
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize(
     "M, K, N, block, device_kind, dtype",

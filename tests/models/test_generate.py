@@ -82,6 +82,7 @@ def test_a_nucleus_is_the_smallest_set_that_reaches_its_mass():
             assert found == set(order[:count].tolist())
 
 
+@pytest.mark.slow
 def test_ties_at_the_border_of_a_nucleus():
     assert kept([[0.25] * 4], 0.5) == [{0, 1}]
     assert kept([[0.25] * 4], 0.51) == [{0, 1, 2}]
@@ -92,6 +93,7 @@ def test_ties_at_the_border_of_a_nucleus():
 LOGITS = jnp.array([[1.0, 3.0, 2.0], [5.0, -1.0, 5.0]])
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "how",
     [{}, {"temperature": 1.0, "top_p": 0.0}, {"temperature": 1e-3}, {"temperature": 1e-30},

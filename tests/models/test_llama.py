@@ -26,6 +26,7 @@ STATES = jax.jit(llama.hidden_states, static_argnums=2, static_argnames=("remat"
 EXTEND = jax.jit(llama.extend, static_argnums=3)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("chunks", [(1,) * 7, (4, 3)], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_reading_on_from_a_cache(variant, chunks):

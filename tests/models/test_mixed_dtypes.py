@@ -105,6 +105,7 @@ OTHERS = [
 ]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("name", "format", "dtypes"), QUICK + OTHERS)
 def test_adapters_over_a_mix(name, format, dtypes):
     """The logits, a gradient through the loss, and what is generated."""
@@ -138,6 +139,7 @@ def test_adapters_over_a_mix(name, format, dtypes):
     assert tokens.dtype == jnp.int32
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("group", GROUPS)
 def test_a_float32_leaf_counts_in_full_beside_bfloat16(group):
     """One of what float32 alone can tell apart, in the group that is not rounded."""

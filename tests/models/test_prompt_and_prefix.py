@@ -232,6 +232,7 @@ TAKEN = {
 }  # fmt: skip
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", TAKEN)
 def test_a_leaf_of_the_users_is_not_overwritten(name):
     more, method, targets, place = TAKEN[name]

@@ -52,6 +52,7 @@ def test_a_delta_lies_as_its_weight_does():
     assert arms["layers/q_proj/b"] == P("arms", None, None, "tensor")
 
 
+@pytest.mark.sampled
 def test_every_method_lies_on_a_mesh(method):
     mesh = parallel.make_mesh({"fsdp": 4, "tensor": 2})
     params = {"layers": {k: v[:, :16, :16] for k, v in PARAMS["layers"].items()}}
@@ -88,6 +89,7 @@ def test_a_leaf_of_many_axes_and_a_quantised_one(format):
         parallel.base_shardings(mesh, base, {"kernel": P(None, None, "tensor")})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", [None, *cases.STORAGES])
 def test_a_flax_model_by_rules_of_its_own(format):
     model = nn.Sequential([nn.Embed(32, 64), nn.MultiHeadDotProductAttention(4), nn.Dense(32)])

@@ -205,6 +205,7 @@ def assert_same(name, ours, theirs):
 
 
 # The others differ from LoRA or from one of these by what tests of their own pin down.
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "name", ["dora", "ia3", "vera", "adalora", "prompt", "prefix_mlp", "pissa"]
 )

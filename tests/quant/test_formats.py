@@ -107,6 +107,7 @@ def test_jitted_quantising_gives_the_same_bits(how):
     assert jax.tree.map(jnp.shape, again(W)) == jax.tree.map(lambda s: s.shape, shapes)
 
 
+@pytest.mark.sampled
 def test_linear_embed_and_transpose(how):
     weight = one_layer(quantized(**how))["up_proj"]
     dense, tokens = weight.dense(), jnp.array([[3, 62], [0, 17]])
@@ -122,6 +123,7 @@ def test_linear_embed_and_transpose(how):
         cases.assert_close(ours, jax.grad(lambda x: jnp.sin(x @ matrix).sum())(x))  # noqa: B023
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_other_dtypes_round_last(format, dtype):
     w = jnp.asarray(W["up_proj"], dtype)
@@ -132,6 +134,7 @@ def test_other_dtypes_round_last(format, dtype):
     assert linear(x, one_layer(weight)).dtype == x.dtype
 
 
+@pytest.mark.sampled
 def test_a_kernel_with_two_output_axes(format):
     """`[d, heads, head_dim]` is quantised as the matrix `[d, heads * head_dim]`."""
     kernel = cases.normal(3, 2, 32, 4, 6)

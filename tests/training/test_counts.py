@@ -38,6 +38,7 @@ def state_of(method, tx):
     return training.init_state(delta, tx, learning_rate=1e-2, seed=0)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", training.optimizers.DIRECTIONS)
 def test_a_batch_without_a_counted_unit_is_a_step_of_zero_gradient(name):
     tx = training.optimizer(name, steps=9, schedule="constant")
@@ -51,6 +52,7 @@ def test_a_batch_without_a_counted_unit_is_a_step_of_zero_gradient(name):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(again.delta))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("counts", [(0, 0, 3, 1), (2, 1, 0, 0), (0, 0, 0, 0)])
 def test_micro_batches_and_devices_weigh_as_they_count(method, counts):

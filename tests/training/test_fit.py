@@ -83,6 +83,7 @@ def test_a_killed_run_ends_bit_for_bit_where_it_would_have(tmp_path, kill_at):
         assert dataclasses.replace(ours, seconds=0) == dataclasses.replace(theirs, seconds=0)
 
 
+@pytest.mark.slow
 def test_a_run_asked_to_end_saves_and_ends_bit_for_bit_where_it_would_have(tmp_path):
     states, _, _ = run(tmp_path / "whole")
     asked = iter([False, False, True])

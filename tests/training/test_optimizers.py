@@ -95,6 +95,7 @@ SLOW = pytest.mark.slow
 QUICK = [("adamw", "LoRA"), ("adafactor", "LoRA"), ("sgd", "LoRA"), ("muon", "DoRA")]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("mode", ["in_turn", "batched"])
 @pytest.mark.parametrize(
     ("name", "method"),

@@ -79,6 +79,7 @@ def test_value_and_gradient_are_those_of_the_equations():
     chex.assert_trees_all_close(state.delta, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_micro_batches_give_the_whole_batch():
     """One of them holds two pairs, the other one and padding."""
     chex.assert_trees_all_close(stepped(BATCH), stepped(BATCH, accumulate=2), rtol=1e-4, atol=1e-6)

@@ -93,6 +93,7 @@ def test_bad_schedules_are_refused():
         training.adamw(steps=10, warmup_steps=10)
 
 
+@pytest.mark.slow
 def test_a_step_runs_under_pmap():
     """The batch split over devices, the base on each: their sum is one device's gradient."""
     base = small.params()
