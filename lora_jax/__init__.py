@@ -34,9 +34,9 @@ from lora_jax.quant import dequantize as dequantize
 from lora_jax.quant import quantize as quantize
 from lora_jax.stacking import stack as stack
 from lora_jax.stacking import unstack as unstack
-from lora_jax.starts import as_plain_lora as as_plain_lora
-from lora_jax.starts import eva_start as eva_start
-from lora_jax.starts import loftq_start as loftq_start
+from lora_jax.data_inits import as_plain_lora as as_plain_lora
+from lora_jax.data_inits import eva_start as eva_start
+from lora_jax.data_inits import loftq_start as loftq_start
 from lora_jax.transform import bind as bind
 from lora_jax.transform import lora_transform as lora_transform
 from lora_jax.transform import merge as merge

@@ -181,16 +181,16 @@ class DeltaNode:
         """The node of the transposed weight, as a tied output head needs it."""
         return schema.transposed(self)
 
-    def partition(self, spec: PartitionSpec) -> Self:
-        """The same tree with the spec of each leaf in a shard_map that splits the matrix
-        `[stack..., d_in, d_out]` by `spec`. Raises ValueError where a block does not tell its own
-        output."""
+    def local_specs(self, spec: PartitionSpec) -> Self:
+        """The same tree with each leaf's spec for a shard_map that splits the matrix
+        `[stack..., d_in, d_out]` by `spec`. Raises ValueError where a block does not determine its
+        own output."""
         return schema.local_specs(self, spec, self.split_axes)
 
-    def placement(self, spec: PartitionSpec) -> Self:
-        """The same tree with the sharding spec of each leaf, where the weight has `spec`, with an
-        entry for each of its axes. What follows no axis of the weight is replicated."""
-        return schema.specs(self, *self.layout.split(tuple(spec)))
+    def sharding_specs(self, spec: PartitionSpec) -> Self:
+        """The same tree with each leaf's sharding spec for `jit`, where the weight has `spec`, with
+        an entry for each of its axes. What follows no axis of the weight is replicated."""
+        return schema.sharding_specs(self, *self.layout.split(tuple(spec)))
 
     def matched(self, other: "DeltaNode") -> Self:
         """The same delta with zeros for every optional leaf that only `other` has; exact."""

@@ -194,9 +194,11 @@ def _counts(declared: Leaf, ndim: int, layout: Layout) -> list[int]:
     return counts
 
 
-def specs(node: Any, stack: Sequence[Any], d_in: Sequence[Any], d_out: Sequence[Any]) -> Any:
+def sharding_specs(
+    node: Any, stack: Sequence[Any], d_in: Sequence[Any], d_out: Sequence[Any]
+) -> Any:
     """A tree like `node` with the sharding spec of each array, for a weight whose groups of axes
-    are sharded so. The class's own axes are whole on every device."""
+    are sharded so. The class's own axes are replicated."""
     entries = {"stack": tuple(stack), "in": tuple(d_in), "out": tuple(d_out)}
 
     def spec(declared: Leaf) -> PartitionSpec:
@@ -208,11 +210,11 @@ def specs(node: Any, stack: Sequence[Any], d_in: Sequence[Any], d_out: Sequence[
 
 
 def local_specs(node: Any, spec: PartitionSpec, split_axes: Sequence[str]) -> Any:
-    """`specs` for a matrix `[stack..., d_in, d_out]` in a shard_map, whose devices see blocks.
+    """`sharding_specs` for a matrix `[stack..., d_in, d_out]` in a shard_map, whose devices see blocks.
 
     Raises:
       ValueError: where `spec` splits a side that is not in `split_axes`: a block of the weight does
-        then not tell its own output.
+        then not determine its own output.
     """
     *stack, d_in, d_out = spec
     for axis, entry in (("in", d_in), ("out", d_out)):
@@ -221,7 +223,7 @@ def local_specs(node: Any, spec: PartitionSpec, split_axes: Sequence[str]) -> An
                 f"{type(node).__name__} needs whole matrices and cannot be split by {spec}: split "
                 "none of the matrix's own axes."
             )
-    return specs(node, stack, (d_in,), (d_out,))
+    return sharding_specs(node, stack, (d_in,), (d_out,))
 
 
 def as_matrix(node: Any, layout: Layout) -> Any:

@@ -94,16 +94,16 @@ class Weight(abc.ABC):
         """What its axes are."""
         return Layout()
 
-    def partition(self, spec: PartitionSpec) -> "Weight":
-        """The same tree with the spec of each array in a shard_map that splits the matrix
+    def local_specs(self, spec: PartitionSpec) -> "Weight":
+        """The same tree with each array's spec for a shard_map that splits the matrix
         `[stack..., d_in, d_out]` by `spec`. Raises ValueError where its blocks do not follow from
         the blocks of such an array."""
         return schema.local_specs(self, spec, self.split_axes)
 
-    def placement(self, spec: PartitionSpec) -> "Weight":
-        """The same tree with the sharding spec of each array where a plain array would have `spec`,
-        with an entry for each of its axes."""
-        return schema.specs(self, *self.layout.split(tuple(spec)))
+    def sharding_specs(self, spec: PartitionSpec) -> "Weight":
+        """The same tree with each array's sharding spec for `jit`, where a plain array would have
+        `spec`, with an entry for each of its axes."""
+        return schema.sharding_specs(self, *self.layout.split(tuple(spec)))
 
     def for_part(self, index: jax.Array) -> "Weight":
         """The weight for one part of an input that is multiplied in parts: with dropout, each part

@@ -95,7 +95,7 @@ class Sharded(Weight):
 def _applied(x: jax.Array, w: Sharded, apply: Callable, contracted: Any, output: Any) -> jax.Array:
     """`apply(x, weight)` on each device, where the mesh splits `contracted` and `output`."""
     weight: Any = w.weight.singly()  # blocks of a doubly quantised absmax run through the matrix
-    stored = weight.placement(PartitionSpec(*w.spec[-2:]))
+    stored = weight.sharding_specs(PartitionSpec(*w.spec[-2:]))
     summed, kept = _without_fsdp(contracted), _without_fsdp(output)
     rows = _rows(x)
 

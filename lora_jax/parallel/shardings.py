@@ -34,7 +34,7 @@ def base_shardings(mesh: Mesh, base: PyTree, specs: Specs) -> PyTree:
 def leaf_sharding(mesh: Mesh, path: str, leaf: Any, spec: PartitionSpec) -> Any:
     """What `base_shardings` says of one array or weight."""
     with paths.naming(path):
-        placed = leaf.placement(spec) if is_weight(leaf) else spec
+        placed = leaf.sharding_specs(spec) if is_weight(leaf) else spec
     return _shardings(mesh, path, leaf, placed)
 
 
@@ -53,7 +53,7 @@ def delta_shardings(mesh: Mesh, delta: Delta, specs: Specs, *, arms: bool = Fals
 
     def lie(path, node):
         whole = jax.tree.map(lambda _: PartitionSpec(), node)
-        placed = whole if isinstance(node, Extra) else node.placement(specs[path])
+        placed = whole if isinstance(node, Extra) else node.sharding_specs(specs[path])
         if arms:
             placed = jax.tree.map(lambda spec: PartitionSpec(ARMS, *spec), placed, is_leaf=_is_spec)
         return _shardings(mesh, path, node, placed)

@@ -257,7 +257,7 @@ class Quantized(Weight):
     def as_matrix(self, layout: Layout) -> Self:
         if layout != self.layout:
             raise ValueError(
-                f"{type(self).__name__} was quantised as {self.layout}, and is asked for as "
+                f"{type(self).__name__} was quantised as {self.layout}, and cannot be read as "
                 f"{layout}. Quantise it with that layout: quantize(..., layouts={{path: layout}})."
             )
         return dataclasses.replace(
@@ -267,19 +267,19 @@ class Quantized(Weight):
             layout=Layout(),
         )
 
-    def partition(self, spec: PartitionSpec) -> Self:
+    def local_specs(self, spec: PartitionSpec) -> Self:
         if self.is_doubly_quantized and any(spec[-2:]):
             raise ValueError(
                 f"{type(self).__name__} with double quantisation cannot be split by {spec}: blocks "
                 f"of its {self.doubled} run through the whole matrix. Quantise with "
                 "double_quant=False, or split stacked layers alone."
             )
-        return cast(Self, super().partition(spec))
+        return cast(Self, super().local_specs(spec))
 
-    def placement(self, spec: PartitionSpec) -> Self:
+    def sharding_specs(self, spec: PartitionSpec) -> Self:
         """Stored as a matrix, which is sharded along the first axis of each side."""
         *stack, d_in, d_out = self.matrix_spec(spec)
-        return schema.specs(self, stack, (d_in,), (d_out,))
+        return schema.sharding_specs(self, stack, (d_in,), (d_out,))
 
     def matrix_spec(self, spec: PartitionSpec) -> PartitionSpec:
         """The sharding spec of the stored matrix where a plain array would have `spec`."""

@@ -154,7 +154,7 @@ class Lazy(Tracked):
         split = sum(entry is not None for entry in spec)
         if split != sum(entry is not None for entry in (*stack, *matrix)):
             self._contradict("splits an axis that is not the first on its side of the matrix")
-        specs = self._explained(lambda: self.weight.partition(PartitionSpec(*stack, *matrix)))
+        specs = self._explained(lambda: self.weight.local_specs(PartitionSpec(*stack, *matrix)))
         axes = self.axes.resized(lambda axis, atom: atom.size // blocks(spec[axis]))
         return self.weight, specs, lambda block: dataclasses.replace(self, weight=block, axes=axes)
 
