@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import paths
+from lora_jax.data_inits import as_plain_lora
 from lora_jax.layouts import Layout
 from lora_jax.methods import LoRA, LoRANode, Method
 from lora_jax.methods.decompositions import each_layer, truncated_svd
-from lora_jax.data_inits import as_plain_lora
 from lora_jax.targets import Targets
 from lora_jax.transform import Delta, delta_nodes, lora_transform
 from lora_jax.weights import PyTree, as_matrix, dense_float32, is_weight

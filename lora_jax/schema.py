@@ -210,7 +210,7 @@ def sharding_specs(
 
 
 def local_specs(node: Any, spec: PartitionSpec, split_axes: Sequence[str]) -> Any:
-    """`sharding_specs` for a matrix `[stack..., d_in, d_out]` in a shard_map, whose devices see blocks.
+    """`sharding_specs` of a matrix `[stack..., d_in, d_out]` for a shard_map.
 
     Raises:
       ValueError: where `spec` splits a side that is not in `split_axes`: a block of the weight does

@@ -300,7 +300,7 @@ def test_two_starts_are_one_too_many(name):
         STARTED_TWICE[name](PARAMS, QUANTISED, delta)
 
 
-def test_wrong_arguments_of_the_starts():
+def test_wrong_arguments():
     _, delta = made("kaiming", QUANTISED)
     with pytest.raises(ValueError, match="iterations=0"):
         lora.loftq_start(PARAMS, QUANTISED, delta, iterations=0)
