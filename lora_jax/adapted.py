@@ -16,7 +16,7 @@ from lora_jax.weights import Shared, Weight, as_matrix, cast, dense_float32, tra
 
 @flax.struct.dataclass
 class Adapted(Weight):
-    """What `bind` puts in an adapted leaf's place.
+    """What `bind` puts in the place of an adapted leaf.
 
     Attributes:
       base: the frozen weight, an array or a quantised `Weight`.

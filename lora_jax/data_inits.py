@@ -70,8 +70,8 @@ def loftq_start(
     Args:
       params: the original weights, not quantised.
       base: the same tree, quantised where it is to be.
-      delta: an initial LoRA delta; of ranks by layer, each layer keeps its own. Paths whose base is an
-        array, or whose node is another method's, are left as they are.
+      delta: an initial LoRA delta; each layer keeps its own rank. Paths whose base is an array, or
+        whose node is another method's, are left as they are.
       iterations: how many times both steps are taken, at least 1.
 
     Returns:
