@@ -155,7 +155,7 @@ def run(forward: AnyForward, weights: PyTree, tokens: Sequence[int] | np.ndarray
     """The logits `[T, V]` of one row, float32 and on this host."""
     with jax.default_matmul_precision("highest"):
         logits = _logits(forward, weights, jnp.asarray(tokens, jnp.int32)[None])
-    return np.asarray(hosts.whole(logits), np.float32)[0]
+    return np.asarray(hosts.gathered(logits), np.float32)[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
