@@ -79,7 +79,7 @@ def adapt(fn: Callable) -> Callable:
 
     Raises:
       ValueError: from the call, where the program would build a dense weight, contracts other axes
-        than its delta was made for, or returns a weight in another form than it was given; names
+        than its delta was made for, or returns a weight that it has changed; names
         the path, the primitive, the line and the ways out.
     """
 
@@ -196,7 +196,7 @@ def _returned(result: Any, untouched: dict[int, Any]) -> Any:
         return result
     if id(result) not in untouched:
         raise ValueError(
-            f"{result.path}: the function returns this weight in another form than it was given. "
-            "Return what the function computes; the weights are at hand outside."
+            f"{result.path}: the function returns this weight transposed, cast, sliced or "
+            "reshaped. Return what the function computes; the weights are at hand outside."
         )
     return untouched[id(result)]
