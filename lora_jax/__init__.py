@@ -9,6 +9,9 @@ from lora_jax.allocation import input_covariances as input_covariances
 from lora_jax.allocation import input_importance as input_importance
 from lora_jax.arithmetic import combine as combine
 from lora_jax.arithmetic import extract as extract
+from lora_jax.data_inits import as_plain_lora as as_plain_lora
+from lora_jax.data_inits import eva_start as eva_start
+from lora_jax.data_inits import loftq_start as loftq_start
 from lora_jax.describe import Description as Description
 from lora_jax.describe import describe as describe
 from lora_jax.layouts import Layout as Layout
@@ -34,9 +37,6 @@ from lora_jax.quant import dequantize as dequantize
 from lora_jax.quant import quantize as quantize
 from lora_jax.stacking import stack as stack
 from lora_jax.stacking import unstack as unstack
-from lora_jax.starts import as_plain_lora as as_plain_lora
-from lora_jax.starts import eva_start as eva_start
-from lora_jax.starts import loftq_start as loftq_start
 from lora_jax.transform import bind as bind
 from lora_jax.transform import lora_transform as lora_transform
 from lora_jax.transform import merge as merge

@@ -25,8 +25,8 @@ def adapt(fn: Callable) -> Callable:
     *args)` is `fn(merge(base, delta), *args)`, in value and in the gradient of the delta.
 
     `fn` is traced, and its jaxpr evaluated with adapted and quantised weights in place; the dense
-    adapted weight is never built. Where no argument holds such a weight, it is `fn` itself. What
-    becomes of a weight, by what the program does with it:
+    adapted weight is never built. Where no argument holds such a weight, `fn` itself is called.
+    What happens to a weight depends on the operation:
 
     =====================================================  ===========
     einsum, matmul: contracted with an activation          applied
@@ -71,15 +71,15 @@ def adapt(fn: Callable) -> Callable:
     A sharding constraint on a weight is dropped: shard the base.
 
     Args:
-      fn: any function of pytrees. Leaves that are no arrays (numbers, strings, functions) are
-        passed on as they are.
+      fn: any function of pytrees. Leaves that are not arrays (numbers, strings, functions) are
+        passed on unchanged.
 
     Returns:
       A function with the same signature.
 
     Raises:
       ValueError: from the call, where the program would build a dense weight, contracts other axes
-        than its delta was made for, or returns a weight in another form than it was given; names
+        than its delta was made for, or returns a weight that it has changed; names
         the path, the primitive, the line and the ways out.
     """
 
@@ -102,7 +102,7 @@ def adapt(fn: Callable) -> Callable:
 def infer_layouts(fn: Callable, params: PyTree, *args, **kwargs) -> dict[str, Layout | None]:
     """How `fn(params, *args, **kwargs)` uses each floating-point leaf of `params`.
 
-    `fn` is traced, never run: arrays and `jax.ShapeDtypeStruct`s serve alike.
+    `fn` is traced, never run: arrays and `jax.ShapeDtypeStruct`s both work.
 
     Args:
       fn: any function whose first argument is `params`, such as a model's `apply`.
@@ -148,8 +148,8 @@ class _Program:
 
 
 def _trace(fn: Callable, call: Any, operands: list[Any]) -> _Program:
-    """`fn(*args, **kwargs)` for `call = (args, kwargs)` with `operands` for its leaves. What is no
-    array (a Python number, a string, a function) is passed on as it is."""
+    """`fn(*args, **kwargs)` for `call = (args, kwargs)` with `operands` for its leaves. What is not
+    an array (a Python number, a string, a function) is passed on unchanged."""
     treedef = jax.tree.structure(call, is_leaf=is_weight)
     given = {i: value for i, value in enumerate(operands) if is_tracked(value) or _is_array(value)}
     structure: Any = None
@@ -187,7 +187,7 @@ def _operand(path: str, leaf: Any) -> Any:
 
 
 def _in_argument(path: str) -> str:
-    """`0/0/params/kernel`, a leaf of the first argument, as its user knows it: `params/kernel`."""
+    """`0/0/params/kernel`, a leaf of the first argument, as users name it: `params/kernel`."""
     return path.split("/", 2)[-1]
 
 
@@ -196,7 +196,7 @@ def _returned(result: Any, untouched: dict[int, Any]) -> Any:
         return result
     if id(result) not in untouched:
         raise ValueError(
-            f"{result.path}: the function returns this weight in another form than it was given. "
-            "Return what the function computes; the weights are at hand outside."
+            f"{result.path}: the function returns this weight transposed, cast, sliced or "
+            "reshaped. Return what the function computes; the weights are at hand outside."
         )
     return untouched[id(result)]

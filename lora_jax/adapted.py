@@ -16,7 +16,7 @@ from lora_jax.weights import Shared, Weight, as_matrix, cast, dense_float32, tra
 
 @flax.struct.dataclass
 class Adapted(Weight):
-    """What `bind` puts in an adapted leaf's place.
+    """What `bind` puts in the place of an adapted leaf.
 
     Attributes:
       base: the frozen weight, an array or a quantised `Weight`.
@@ -43,13 +43,13 @@ class Adapted(Weight):
     def layout(self) -> Layout:
         return self.node.layout
 
-    def partition(self, spec: PartitionSpec) -> "Adapted":
+    def local_specs(self, spec: PartitionSpec) -> "Adapted":
         stack: Any = PartitionSpec(*spec[:-2])
-        base: Any = self.base.partition(spec) if isinstance(self.base, Weight) else spec
+        base: Any = self.base.local_specs(spec) if isinstance(self.base, Weight) else spec
         return dataclasses.replace(
             self,
             base=base,
-            node=self.node.partition(spec),
+            node=self.node.local_specs(spec),
             dropout_key=stack if self.dropout_key is not None else None,
             adapter_ids=None if self.adapter_ids is None else Shared(PartitionSpec()),
         )

@@ -1,4 +1,4 @@
-"""How much rank goes where, by what gradients or activations of real batches say."""
+"""Ranks for each weight, from the gradients or the activations of real batches."""
 
 import dataclasses
 import functools
@@ -24,20 +24,21 @@ from lora_jax.weights import PyTree
 def allocate_ranks(
     importance: Mapping[str, Any], *, budget: int, method: LoRA | None = None
 ) -> dict[str, LoRA | None]:
-    """Spends a budget of ranks on the most important components, wherever they are.
+    """Gives a budget of ranks to the most important components of all weights.
 
     Args:
-      importance: `{path: [stack..., k]}`, the worth of each of a matrix's k leading components, as
-        `gradient_importance` or `input_importance` give it. No rank exceeds its k.
-      budget: the sum of all ranks, each stacked layer counted by itself. Ties fall to the first.
-      method: what to take all but the rank from; `LoRA()` unless given.
+      importance: `{path: [stack..., k]}`, the importance of each of a matrix's k leading
+        components, from `gradient_importance` or `input_importance`. No rank exceeds its k.
+      budget: the sum of all ranks, with each stacked layer counted. The first wins a tie.
+      method: the source of all settings but the rank; `LoRA()` by default.
 
     Returns:
       A mapping for `lora_transform`: `LoRA(rank=...)` for each path, of one rank for each stacked
       layer, and None where nothing is spent. The scale of a layer follows from its own rank.
 
     Raises:
-      ValueError: for a budget below 1 or above what there is, or more than one stack axis.
+      ValueError: for a budget below 1 or above the number of components, or more than one stack
+        axis.
     """
     scores = {path: np.asarray(values, np.float64) for path, values in importance.items()}
     everything = np.concatenate([values.reshape(-1) for values in scores.values()])
@@ -82,7 +83,7 @@ def gradient_importance(gradients: PyTree, *, rank: int) -> dict[str, jax.Array]
 
 def input_importance(covariances: Mapping[str, jax.Array], *, rank: int) -> dict[str, jax.Array]:
     """`{path: [stack..., k]}`: the share of the inputs' variance along each of the k leading
-    principal directions; what EVA spreads ranks by (section 3.2 of its paper).
+    principal directions, by which EVA allocates ranks (section 3.2 of its paper).
 
     Args:
       covariances: `{path: [stack..., d_in, d_in]}`, from `input_covariances`.
@@ -95,7 +96,7 @@ def input_importance(covariances: Mapping[str, jax.Array], *, rank: int) -> dict
 def input_covariances(
     loss: Callable[[PyTree], jax.Array], params: PyTree, *, targets: Targets = "all-linear"
 ) -> dict[str, jax.Array]:
-    """`{path: [stack..., d_in, d_in]}`: the covariance of what each targeted matrix is applied to.
+    """`{path: [stack..., d_in, d_in]}`: the covariance of each targeted matrix's inputs.
 
     A pure function, to be jitted, and averaged over batches; it costs a forward and a backward
     pass. Each weight is bound to a probe whose gradient is, by its own rule, the sums over its

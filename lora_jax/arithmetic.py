@@ -1,4 +1,4 @@
-"""Arithmetic on LoRA adapters: weighted combinations, and an adapter out of a fine-tuned model."""
+"""Arithmetic on LoRA adapters: weighted sums, and an adapter from a fine-tuned model."""
 
 import dataclasses
 import math
@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import paths
+from lora_jax.data_inits import as_plain_lora
 from lora_jax.layouts import Layout
 from lora_jax.methods import LoRA, LoRANode, Method
 from lora_jax.methods.decompositions import each_layer, truncated_svd
-from lora_jax.starts import as_plain_lora
 from lora_jax.targets import Targets
 from lora_jax.transform import Delta, delta_nodes, lora_transform
 from lora_jax.weights import PyTree, as_matrix, dense_float32, is_weight
@@ -29,11 +29,11 @@ def combine(
     density: float | None = None,
     key: jax.Array | None = None,
 ) -> Delta:
-    """One LoRA delta out of several, by their updates `U_i = scale_i * a_i @ b_i`.
+    """One LoRA delta from several, by their updates `U_i = scale_i * a_i @ b_i`.
 
     Args:
-      deltas: over one base; a path that one of them lacks counts as zero there. One that began as
-        PiSSA or OLoRA counts as the plain adapter that it is, of twice the rank.
+      deltas: over one base; a path that one of them lacks counts as zero there. A delta that was
+        initialised by PiSSA or OLoRA counts as its plain equivalent, of twice the rank.
       weights: a number `w_i` for each.
       how: "cat" is `sum_i w_i U_i`, exactly: factors are concatenated, so ranks add up (PEFT's
         "linear" mixes the factors instead, and gets cross terms). "svd" is the best approximation
@@ -42,36 +42,37 @@ def combine(
         arXiv:2306.01708); "dare" keeps a random `density` of each, divided by it, and sums them
         (Yu et al. 2023, arXiv:2311.03099); "dare_ties" elects signs after that. These three build
         each update, one weight at a time, and return the best approximation at `rank`.
-      rank: of the result, the largest of the members' unless given; "cat" takes none.
+      rank: of the result, by default the largest of the deltas'; "cat" takes none.
       density: in (0, 1], for "ties", "dare" and "dare_ties".
       key: a typed key, for "dare" and "dare_ties".
 
     Raises:
-      ValueError: for arguments that `how` needs or does not take, deltas of other methods.
+      ValueError: for an argument that `how` needs and lacks, or does not take; for deltas of other
+        methods.
     """
     _check(deltas, weights, how, rank, density, key)
     key = None if key is None else paths.one_key(key)
-    members = [delta_nodes(as_plain_lora(delta)) for delta in deltas]
+    nodes_of = [delta_nodes(as_plain_lora(delta)) for delta in deltas]
     combined = {}
-    for path in dict.fromkeys(path for member in members for path in member):
-        found = [(w, m[path]) for w, m in zip(weights, members, strict=True) if path in m]
+    for path in dict.fromkeys(path for nodes in nodes_of for path in nodes):
+        found = [(w, n[path]) for w, n in zip(weights, nodes_of, strict=True) if path in n]
         for _, node in found:
             if not isinstance(node, LoRANode):
                 raise ValueError(f"{path}: only LoRA can be combined, not {type(node).__name__}.")
         nodes: list[Any] = [node for _, node in found]
         if len({node.own_base for node in nodes}) > 1:
             raise ValueError(
-                f"{path}: some of the deltas belong to a base that loftq_start made, others do "
+                f"{path}: some of the deltas belong to a base that loftq_start returned, others do "
                 "not. Combine deltas of one base, or merge each into its own."
             )
-        whole = _concatenated(nodes, [w for w, _ in found])
+        result = _concatenated(nodes, [w for w, _ in found])
         kept = rank or max(node.rank for node in nodes)
         if how == "svd":
-            whole = _cut(whole, kept)
+            result = _cut(result, kept)
         elif how != "cat":
             scale = [w for w, _ in found]
-            whole = _sparse(nodes, scale, how, kept, density, key, path)
-        combined[path] = whole
+            result = _sparse(nodes, scale, how, kept, density, key, path)
+        combined[path] = result
     return paths.nest(combined)
 
 
@@ -95,10 +96,12 @@ def extract(
     Raises:
       ValueError: for trees of other shapes, or methods other than LoRA.
     """
-    _, fresh = lora_transform(base, method, targets=targets, key=jax.random.key(0), layouts=layouts)
+    _, initial = lora_transform(
+        base, method, targets=targets, key=jax.random.key(0), layouts=layouts
+    )
     before, after = (paths.flatten(tree, is_leaf=is_weight) for tree in (base, tuned))
     found = {}
-    for path, node in delta_nodes(fresh).items():
+    for path, node in delta_nodes(initial).items():
         if not isinstance(node, LoRANode):
             raise ValueError(f"{path}: only LoRA can be extracted, not {type(node).__name__}.")
         if path not in after or after[path].shape != before[path].shape:

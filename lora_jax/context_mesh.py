@@ -1,8 +1,8 @@
-"""How values lie over the mesh of the context (`jax.set_mesh`): for models and losses, which are
-given none. Without a mesh, and under a shard_map, nothing here does anything.
+"""Sharding over the mesh of the context (`jax.set_mesh`), for models and losses, which take no
+mesh. Without a mesh, and under a shard_map, nothing here has an effect.
 
-A model's activations `[B, T, ...]` lie with their rows over the axis `fsdp` and their positions
-over `sequence`; its weights over `fsdp` and `tensor`; the arms of a sweep over `arms`.
+A model's activations `[B, T, ...]` are sharded with their rows over the axis `fsdp` and their
+positions over `sequence`; its weights over `fsdp` and `tensor`; the arms of a sweep over `arms`.
 """
 
 from typing import Any
@@ -14,17 +14,17 @@ ARMS, FSDP, SEQUENCE, TENSOR = AXES = ("arms", "fsdp", "sequence", "tensor")
 
 
 def device() -> Any:
-    """What is compiled for: a device of the mesh, which need not be there, or the default one."""
+    """The device that is compiled for: one of the mesh, which may be abstract, or the default."""
     return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
 
 
 def size(axis: str) -> int:
-    """Over how many devices XLA spreads values along an axis."""
+    """Over how many devices XLA shards values along an axis of the mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.shape[axis] if axis in mesh.auto_axes else 1
 
 
 def constrain(x: jax.Array, *spec: Any) -> jax.Array:
-    """`x` lying by `spec`, an entry for each of its first axes; the rest is left whole."""
+    """`x` sharded by `spec`, an entry for each of its first axes; the others are replicated."""
     used = tuple(entry if entry and size(entry) > 1 else None for entry in spec)
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*used)) if any(used) else x

@@ -1,4 +1,4 @@
-"""What a delta adapts, and what it costs, as a table that a person can check."""
+"""What a delta adapts, and how many parameters it trains, as a table."""
 
 import dataclasses
 import math
@@ -65,7 +65,7 @@ def describe(
     targets: Targets = "all-linear",
     layouts: Mapping[str, Layout | None] | None = None,
 ) -> Description:
-    """Counts what trains, path by path. Abstract trees do: nothing is allocated.
+    """Counts the trained parameters of each path. Abstract trees will do: nothing is allocated.
 
     "all params" are the base's (of a quantised weight the logical count) and the delta's, as PEFT
     counts them. Adapted over stacked layers, a path's count covers all of them.
@@ -78,7 +78,7 @@ def describe(
       layouts: likewise.
 
     Raises:
-      ValueError: for a leaf of `delta` that is no delta node, a rule that matches nothing, or
+      ValueError: for a leaf of `delta` that is not a delta node, a rule that matches nothing, or
         `targets` beside a mapping.
     """
     flat = paths.flatten(base, is_leaf=is_weight)

@@ -32,7 +32,7 @@ def require_free(path: str, extra: Extra, taken: Iterable[str]) -> None:
 
 
 def require_one(path: str, extra: Extra, first: Method | None, second: Method) -> None:
-    """Raises ValueError where the method `first` has put its own at this path already."""
+    """Raises ValueError where the method `first` already has an extra at this path."""
     if first is not None:
         raise ValueError(
             f"{path}: both {first} and {second} put a {type(extra).__name__} there, and a model "
@@ -41,10 +41,11 @@ def require_one(path: str, extra: Extra, first: Method | None, second: Method) -
 
 
 def bound(extra: Extra, adapter_ids: jax.Array | None) -> Extra:
-    """What a model reads of an extra: of a stack, a member for each batch row, `[layers..., B]`."""
+    """What a model reads of an extra: of a stack of adapters, the one of each batch row,
+    `[layers..., B]`."""
     if adapter_ids is None:
         return extra.bound()
-    members = jax.vmap(lambda member: member.bound())(extra)
-    layers = members.stack_ndim - 1
-    members = rows_behind_layers(members, layers)
-    return jax.tree.map(lambda leaf: jnp.take(leaf, adapter_ids, axis=layers), members)
+    each = jax.vmap(lambda adapter: adapter.bound())(extra)
+    layers = each.stack_ndim - 1
+    each = rows_behind_layers(each, layers)
+    return jax.tree.map(lambda leaf: jnp.take(leaf, adapter_ids, axis=layers), each)

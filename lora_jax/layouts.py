@@ -68,5 +68,5 @@ class Layout:
         return jnp.transpose(matrix.reshape(*stack, *d_in, *d_out), places)
 
 
-# Of a leaf that is adapted entry by entry, of any shape: all its axes are stack axes.
+# The layout of a leaf that is adapted entry by entry: all its axes are stack axes.
 ENTRIES = Layout(contracted=(), output=())

@@ -74,12 +74,12 @@ def scale_b(ratio: float) -> optax.GradientTransformation:
 
 def project_b() -> optax.GradientTransformation:
     """LoRA-FA's gradient of `b`: `(a^T a)^-1 g / scale^2` where `a` is frozen (`train_a=False`),
-    in LoRA and DoRA. Whatever else the delta holds keeps its gradient.
+    in LoRA and DoRA. All other leaves keep their gradient.
 
     Of all updates that move `b` alone, this comes closest to the gradient of the whole weight
     (Zhang et al. 2023, arXiv:2308.03303, section 3; PEFT adds 1e-8 to the diagonal, and so does
     this). It reads the frozen factors, so its update must be given the delta as `params`, and it
-    stands in front of the mask: `optax.chain(project_b(), mask_optimizer(tx, delta))`.
+    comes before the mask: `optax.chain(project_b(), mask_optimizer(tx, delta))`.
 
     The update raises ValueError without `params`, or where they hold no frozen `a`.
     """

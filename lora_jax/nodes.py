@@ -3,8 +3,8 @@
     y = post(product(pre(x)) + branch(x))
 
 A node declares its leaves with `lora_jax.schema.leaf`. From the names of their axes follow its
-check against a base, its form as a matrix's, its sharding, its padding and absence in a stack, what
-trains, and its rank.
+check against a base, its reshape to a matrix's node, its sharding, its padding and absence in a
+stack, what trains, and its rank.
 """
 
 import dataclasses
@@ -36,11 +36,11 @@ class DeltaNode:
         other weights than matrices.
       dropout: the rate of the branch's input; a static field of nodes that have it.
       own_axes: the names of axes that are not the weight's.
-      padded_axes: those along which zeros change nothing, then or later: the gradient of each is a
-        product with the other's zeros.
+      padded_axes: those along which zeros change nothing, then or later: each factor's gradient
+        there is a product with the zeros of the other.
       split_axes: the sides of the matrix, "in" or "out", along which a block of weight and node
-        tells its own part of the output.
-      unmerged: why there is no merged form, where there is none.
+        determines its own part of the output.
+      unmerged: why the method cannot be merged; empty where it can.
       statistics: the names of leaves that `after_update` moves.
     """
 
@@ -88,7 +88,7 @@ class DeltaNode:
     def bind(
         self, base: AnyWeight, dropout_key: jax.Array | None, adapter_ids: Shared | None
     ) -> AnyWeight:
-        """What stands in the weight's place while the model runs."""
+        """The bound weight: what the model is given in the place of the base's."""
         return Adapted(base, self, dropout_key, adapter_ids)
 
     def resolve(self, base: AnyWeight, nodes: Mapping[str, "DeltaNode"]) -> Self:
@@ -111,7 +111,7 @@ class DeltaNode:
         """The base that `merge` made `merged` of, up to the rounding of its dtype.
 
         Raises:
-          ValueError: where the merged form does not tell it.
+          ValueError: where `merged` does not determine it.
         """
         self._require_merged_form()
         raise ValueError(f"{type(self).__name__} cannot be unmerged: keep the base.")
@@ -128,7 +128,7 @@ class DeltaNode:
     def after_update(
         cls, nodes: Sequence[Self], gradients: Sequence[Self], step: jax.Array
     ) -> Sequence[Self]:
-        """All nodes of this class in a delta, moved once more behind the optimizer.
+        """All nodes of this class in a delta, moved once more after the optimizer.
 
         Args:
           nodes: as the optimizer left them.
@@ -151,7 +151,7 @@ class DeltaNode:
 
     @property
     def rank(self) -> Any:
-        """An int; None where the word has no meaning."""
+        """An int; None for a node without a rank."""
         return next(iter(self.sizes().get("rank", ())), None)
 
     def check(self, path: str, base: AnyWeight) -> None:
@@ -181,16 +181,16 @@ class DeltaNode:
         """The node of the transposed weight, as a tied output head needs it."""
         return schema.transposed(self)
 
-    def partition(self, spec: PartitionSpec) -> Self:
-        """The same tree with the spec of each leaf in a shard_map that splits the matrix
-        `[stack..., d_in, d_out]` by `spec`. Raises ValueError where a block does not tell its own
-        output."""
+    def local_specs(self, spec: PartitionSpec) -> Self:
+        """The same tree with each leaf's spec for a shard_map that splits the matrix
+        `[stack..., d_in, d_out]` by `spec`. Raises ValueError where a block does not determine its
+        own output."""
         return schema.local_specs(self, spec, self.split_axes)
 
-    def placement(self, spec: PartitionSpec) -> Self:
-        """The same tree with the sharding spec of each leaf, where the weight has `spec`, with an
-        entry for each of its axes. What follows no axis of the weight is replicated."""
-        return schema.specs(self, *self.layout.split(tuple(spec)))
+    def sharding_specs(self, spec: PartitionSpec) -> Self:
+        """The same tree with each leaf's sharding spec for `jit`, where the weight has `spec`, with
+        an entry for each of its axes. What follows no axis of the weight is replicated."""
+        return schema.sharding_specs(self, *self.layout.split(tuple(spec)))
 
     def matched(self, other: "DeltaNode") -> Self:
         """The same delta with zeros for every optional leaf that only `other` has; exact."""
@@ -221,7 +221,7 @@ class DeltaNode:
     def absent(self) -> Self:
         """A node of these shapes that adapts nothing; `stack` puts it where a delta has none."""
         if not any(jax.tree.leaves(self.trainable())):
-            return self  # what nothing of trains is read by nodes that a delta has
+            return self  # nothing in it trains: only the nodes of a delta that has it read it
         found = schema.absent(self)
         if found is None:
             raise ValueError(
@@ -235,7 +235,7 @@ class DeltaNode:
             raise ValueError(self.unmerged)
 
     def _each_matrix(self, change: Callable[[Any, jax.Array], jax.Array], weight: jax.Array):
-        """`change(node, matrix)` of each stacked layer in float32, laid out as `weight` is."""
+        """`change(node, matrix)` of each stacked layer in float32, in the layout of `weight`."""
         node: Any = self.as_matrix()
         axes = jax.tree.map(lambda leaf: None if is_shared(leaf) else 0, node, is_leaf=is_shared)
         for _ in range(self.stack_ndim):
@@ -245,7 +245,7 @@ class DeltaNode:
 
 
 class Additive(DeltaNode):
-    """A node that has a branch alone: its merged form is the base plus an update."""
+    """A node with a branch and nothing else: merged, it is the base plus an update."""
 
     def update(self, shape: tuple[int, ...]) -> jax.Array:
         """What is added to the weight of this shape, float32."""
@@ -267,7 +267,7 @@ class Extra(DeltaNode):
     in_weights: ClassVar[bool] = True
 
     def bound(self) -> "Extra":
-        """What the model reads in this entry's place."""
+        """What the model reads in the place of this entry."""
         return self
 
     def apply(self, product, x, base, dropout_key):
@@ -281,7 +281,7 @@ class Extra(DeltaNode):
 
 
 def rows_behind_layers(node: DeltaNode, layers: int) -> DeltaNode:
-    """A node stacked over adapters, `[n, stack...]`, with that axis behind the layers' axes."""
+    """A node stacked over adapters, `[n, stack...]`, with that axis after the layers' axes."""
 
     def move(leaf):
         return leaf if is_shared(leaf) else jnp.moveaxis(leaf, 0, layers)

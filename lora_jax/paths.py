@@ -78,7 +78,7 @@ def keys_for(key: jax.Array, path: str, stack: tuple[int, ...]) -> jax.Array:
     """One key for each layer `[stack...]` of the weight at `path`, and for no other.
 
     Indices in the path are folded in like indices along stack axes, so that `layers/3/q_proj` and
-    layer 3 of a stacked `layers/q_proj` draw the same numbers.
+    layer 3 of a stacked `layers/q_proj` are initialised with the same numbers.
     """
     parts = path.split("/")
     name = "/".join(part for part in parts if not part.isdigit())

@@ -1,7 +1,7 @@
 """What a model does with a weight. A product knows no method, and a method knows no product.
 
-An adapter's branch is written with what a product lends: `narrow(x, a)`, its own kind with a
-narrow array in the weight's place, and `widen(h, b)`, a plain product over the narrow axis.
+An adapter's branch is written with two methods of a product: `narrow(x, a)`, the same operation
+with a narrow array in the place of the weight, and `widen(h, b)`, a matmul over the narrow axis.
 
     LoRA:  branch(x) = widen(narrow(x, a) * scale, b)
 
@@ -30,7 +30,7 @@ class Product(abc.ABC):
 
     @abc.abstractmethod
     def __call__(self, x: Any, w: AnyWeight) -> jax.Array:
-        """What the frozen weight gives, `[..., d_out]`."""
+        """The output of the frozen weight, `[..., d_out]`."""
 
     @abc.abstractmethod
     def narrow(self, x: Any, a: jax.Array) -> jax.Array:
@@ -41,7 +41,7 @@ class Product(abc.ABC):
         return _widen(vary(h, like=b), vary(b.astype(h.dtype), like=h))
 
     def left(self, a: jax.Array, w: AnyWeight) -> jax.Array:
-        """`a^T @ W`, `[r, d_out]`, exactly: norms are made of it."""
+        """`a^T @ W`, `[r, d_out]`, exactly, for norms."""
         with jax.default_matmul_precision("highest"):
             return linear(a.T, w)
 

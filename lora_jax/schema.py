@@ -1,4 +1,4 @@
-"""Leaves with named axes, and all that follows from the names.
+"""Leaves with named axes, and what follows from the names.
 
 A delta node or a quantised weight is a dataclass that declares each of its arrays once:
 
@@ -6,8 +6,8 @@ A delta node or a quantised weight is a dataclass that declares each of its arra
     b: jax.Array = leaf("stack rank out", absent=0)
     scale: jax.Array = leaf("stack", trained=False)
 
-"stack", "in" and "out" are the groups of axes that a `Layout` tells apart in the weight: its
-stacked layers, the axes that it contracts, those that it puts out. Every other name is one axis of
+"stack", "in" and "out" are the groups of axes that a `Layout` names in the weight: its stacked
+layers, its contracted axes, its output axes. Every other name is one axis of
 the class's own, listed in its `own_axes`.
 """
 
@@ -29,7 +29,7 @@ _SWAPPED = {"in": "out", "out": "in"}
 
 @flax.struct.dataclass
 class Shared:
-    """A value that every layer of a stack reads whole: `scan_layers` does not slice it."""
+    """A value that all layers of a stack share: `scan_layers` does not slice it."""
 
     value: Any
 
@@ -40,14 +40,14 @@ def is_shared(leaf: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """What a dataclass says of one of its arrays.
+    """What a dataclass declares of one of its arrays.
 
     Attributes:
       axes: the names of its axes, in order; "stack" comes first or not at all.
       trained: whether an optimizer may move it.
-      absent: the value with which the node adapts nothing; None where others decide that.
+      absent: the value with which the node adapts nothing; None where other leaves decide.
       mirror: the leaf that takes this one's place in the transposed weight's node.
-      shared: whether it is inside `Shared`, and not this weight's own: then it has no stack axes.
+      shared: whether it is inside `Shared`, and so has no stack axes.
     """
 
     axes: tuple[str, ...]
@@ -194,9 +194,11 @@ def _counts(declared: Leaf, ndim: int, layout: Layout) -> list[int]:
     return counts
 
 
-def specs(node: Any, stack: Sequence[Any], d_in: Sequence[Any], d_out: Sequence[Any]) -> Any:
+def sharding_specs(
+    node: Any, stack: Sequence[Any], d_in: Sequence[Any], d_out: Sequence[Any]
+) -> Any:
     """A tree like `node` with the sharding spec of each array, for a weight whose groups of axes
-    are sharded so. The class's own axes are whole on every device."""
+    are sharded so. The class's own axes are replicated."""
     entries = {"stack": tuple(stack), "in": tuple(d_in), "out": tuple(d_out)}
 
     def spec(declared: Leaf) -> PartitionSpec:
@@ -208,11 +210,11 @@ def specs(node: Any, stack: Sequence[Any], d_in: Sequence[Any], d_out: Sequence[
 
 
 def local_specs(node: Any, spec: PartitionSpec, split_axes: Sequence[str]) -> Any:
-    """`specs` for a matrix `[stack..., d_in, d_out]` in a shard_map, whose devices see blocks.
+    """`sharding_specs` of a matrix `[stack..., d_in, d_out]` for a shard_map.
 
     Raises:
       ValueError: where `spec` splits a side that is not in `split_axes`: a block of the weight does
-        then not tell its own output.
+        then not determine its own output.
     """
     *stack, d_in, d_out = spec
     for axis, entry in (("in", d_in), ("out", d_out)):
@@ -221,7 +223,7 @@ def local_specs(node: Any, spec: PartitionSpec, split_axes: Sequence[str]) -> An
                 f"{type(node).__name__} needs whole matrices and cannot be split by {spec}: split "
                 "none of the matrix's own axes."
             )
-    return specs(node, stack, (d_in,), (d_out,))
+    return sharding_specs(node, stack, (d_in,), (d_out,))
 
 
 def as_matrix(node: Any, layout: Layout) -> Any:
@@ -261,7 +263,7 @@ def transposed(node: Any) -> Any:
 
 
 def padded(node: Any, like: Any, layout: Layout, axes: Sequence[str]) -> Any:
-    """`node` with zeros behind its entries along `axes`, up to the sizes of `like`."""
+    """`node` with zeros after its entries along `axes`, up to the sizes of `like`."""
     wanted = sizes(like, layout)
 
     def grown(array: jax.Array, declared: Leaf) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Several deltas as one, along a leading axis: for sweeps by `vmap`, and for serving many."""
+"""Several deltas as one, along a leading axis: for sweeps by `vmap`, and to serve many."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,64 +13,64 @@ from lora_jax.transform import Delta, delta_nodes
 
 
 def stack(deltas: Sequence[Delta]) -> Delta:
-    """One delta whose leaves carry a leading axis, a member for each of `deltas`.
+    """One delta whose leaves carry a leading axis, an entry for each of `deltas`.
 
-    Sizes are padded with zeros to the largest, and a path that a member does not adapt gets a node
+    Sizes are padded with zeros to the largest, and a path that a delta does not adapt gets a node
     that changes nothing. Both are exact in value, and the gradient of all padding is zero (not that
     of an absent `Full` delta, which a step of your own must leave alone). Throughout training they
     are exact
-      - in `training.make_sweep`, whatever the optimizer: it moves each member in its own shapes;
+      - in `training.make_sweep`, whatever the optimizer: it moves each delta in its own shapes;
       - in a step of your own under `vmap`, with an optimizer that moves each entry by itself, or
         scales by norms, to which zeros add nothing: SGD, Adam(W) and its kin, AdaBelief, Adan,
         Adagrad, RMSProp, Lion, sign SGD, LARS, LAMB, Prodigy, a clip by value or by global norm;
       - not so with one that reads a leaf's shape: Adafactor (a mean over the leaf) and
         `clip_by_block_rms`, Muon (its scale by fan-in); nor with Yogi, whose first moments are not
         zero, or with noise. Update `unstack(gradients, like=deltas)` one by one instead.
-    Members may differ
+    The deltas may differ
       - in size: LoRA, DoRA and Bottleneck;
       - in targets: these, IA3 and Full, and VeRA where the largest target is of one size;
-      - in what arrays hold: alpha, the kind of scaling, any init.
+      - in what arrays hold: alpha, the scaling, any init.
     All else must agree on a path: dropout, `train_a`, IA3's side, VeRA's rank and every setting of
     AdaLoRA, prompts, prefixes and fusions, which take the same targets too.
 
     Raises:
-      ValueError: for no delta, or naming the path, members with different methods, or different
-        settings of one, there; for sizes that cannot be padded; for a member without a path of a
-        method that has no neutral value.
+      ValueError: for no delta; naming the path, for different methods there, or different settings
+        of one; for sizes that cannot be padded; for a delta without a path of a method that has no
+        neutral value.
     """
     if not deltas:
         raise ValueError("stack needs at least one delta.")
-    members = [delta_nodes(delta) for delta in deltas]
+    nodes_of = [delta_nodes(delta) for delta in deltas]
     widest: dict[str, DeltaNode] = {}
-    for member in members:
-        for path, node in member.items():
+    for nodes in nodes_of:
+        for path, node in nodes.items():
             widest[path] = _wider(path, widest.get(path, node), node)
-    stacked = {path: _stack_nodes(path, like, members) for path, like in widest.items()}
+    stacked = {path: _stack_nodes(path, like, nodes_of) for path, like in widest.items()}
     return paths.nest(stacked)
 
 
 def unstack(stacked: Delta, like: Sequence[Delta] | None = None) -> list[Delta]:
-    """The members of `stack(deltas)`.
+    """The deltas that `stack(deltas)` holds.
 
     Args:
       stacked: what `stack` returned, possibly trained.
       like: the deltas that were stacked (or their shapes), to which padding and absent paths are
-        cut back. Without it every member keeps the largest rank and all paths.
+        cut back. Without it every delta keeps the largest rank and all paths.
 
     Raises:
-      ValueError: if `like` has another number of members.
+      ValueError: if `like` has another number of deltas.
     """
     count = jax.tree.leaves(stacked)[0].shape[0]
-    members = [jax.tree.map(lambda leaf: leaf[i], stacked) for i in range(count)]  # noqa: B023
+    deltas = [jax.tree.map(lambda leaf: leaf[i], stacked) for i in range(count)]  # noqa: B023
     if like is None:
-        return members
+        return deltas
     if len(like) != count:
-        raise ValueError(f"the stack has {count} members, but `like` lists {len(like)} deltas.")
-    return [_trimmed(member, shape) for member, shape in zip(members, like, strict=True)]
+        raise ValueError(f"the stack holds {count} deltas, but `like` lists {len(like)}.")
+    return [_trimmed(delta, shapes) for delta, shapes in zip(deltas, like, strict=True)]
 
 
-def _trimmed(member: Delta, like: Delta) -> Delta:
-    nodes = delta_nodes(member)
+def _trimmed(delta: Delta, like: Delta) -> Delta:
+    nodes = delta_nodes(delta)
     return paths.nest({path: nodes[path].trimmed(node) for path, node in delta_nodes(like).items()})
 
 
@@ -79,18 +79,18 @@ def _wider(path: str, one: DeltaNode, other: DeltaNode) -> DeltaNode:
     structures: Any = jax.tree.structure(one), jax.tree.structure(other)
     if structures[0] != structures[1]:
         raise ValueError(
-            f"{path}: cannot stack {_kind(one)} with {_kind(other)}: one path takes one method, "
-            "with one dropout rate, one layout and one base."
+            f"{path}: cannot stack {_described(one)} with {_described(other)}: one path takes one "
+            "method, with one dropout rate, one layout and one base."
         )
     return other if (other.rank or 0) > (one.rank or 0) else one
 
 
-def _stack_nodes(path: str, like: DeltaNode, members: list[dict[str, DeltaNode]]) -> DeltaNode:
-    nodes = [m[path].padded(like) if path in m else like.absent() for m in members]
+def _stack_nodes(path: str, like: DeltaNode, deltas: list[dict[str, DeltaNode]]) -> DeltaNode:
+    nodes = [d[path].padded(like) if path in d else like.absent() for d in deltas]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *nodes)
 
 
-def _kind(node: DeltaNode) -> str:
+def _described(node: DeltaNode) -> str:
     static = [
         f"{field.name}={getattr(node, field.name)!r}"
         for field in dataclasses.fields(cast(Any, node))

@@ -1,4 +1,4 @@
-"""Which leaves of a tree a rule picks: paths, presets, and the promise that every rule matches."""
+"""Which leaves of a tree a rule picks: by path or by preset; every rule must match a leaf."""
 
 import dataclasses
 import re
@@ -99,10 +99,10 @@ def match_rules(
         if rule in PRESETS:
             named = [path for path in named if path not in gathered]
         fitting = [p for p in named if method is None or method.accepts(p, leaves[p], layouts[p])]
-        fresh = [path for path in fitting if path not in taken]
-        if not fresh:
+        untaken = [path for path in fitting if path not in taken]
+        if not untaken:
             raise ValueError(_explain(rule, method, list(leaves), named, fitting, taken))
-        taken.update({path: Match(path, rule, method) for path in fresh})
+        taken.update({path: Match(path, rule, method) for path in untaken})
     return [taken[path] for path in leaves if path in taken and taken[path].method is not None]
 
 

@@ -1,4 +1,4 @@
-"""A params tree becomes a frozen base and a small delta, and the two become weights again."""
+"""From params to a frozen base and a small delta, and from these to weights."""
 
 import functools
 from collections.abc import Mapping
@@ -27,21 +27,22 @@ def lora_transform(
     key: jax.Array,
     layouts: Mapping[str, Layout | None] | None = None,
 ) -> tuple[PyTree, Delta]:
-    """Splits `params` into a frozen base and a fresh delta.
+    """Splits `params` into a frozen base and an initial delta.
 
-    Bound to that base, a fresh delta changes nothing yet. Not so `Prompt` and `Prefix`, which put
-    new rows in front of the model's, and `Fusion`, whose adapters are trained already.
+    Bound to that base, an initial delta changes nothing, except for `Prompt` and `Prefix`, which
+    put new rows in front of the model's, and `Fusion`, whose adapters are already trained.
 
     Args:
       params: any pytree of arrays, or of quantised weights, concrete or abstract. Other leaves
-        (functions, strings, Python numbers) stay as they are. Where a method begins with the values
-        of an abstract weight (DoRA, PiSSA, OLoRA, a prompt of words), its node is abstract too.
+        (functions, strings, Python numbers) stay as they are. Where a method is initialised from
+        the values of an abstract weight (DoRA, PiSSA, OLoRA, a prompt of words), its node is
+        abstract too.
       method: what to put on each target: one method, or an ordered mapping `{target: method}` in
         which the first rule that matches a path wins and None leaves a path frozen.
       targets: for a single method: a preset ("qv", "attention", "mlp", "all-linear"), a regular
         expression over whole components of the slash-joined path, or a sequence of them.
-      key: a typed key. Each weight draws from it by its own path, and each stacked layer by its
-        index: other targets never change a weight's numbers.
+      key: a typed key. Each weight derives its own key from its path, and each stacked layer from
+        its index: other targets never change a weight's numbers.
       layouts: `{path: Layout}` for weights that are more than stacked matrices, and None for leaves
         that are none; `infer_layouts` makes it.
 
@@ -50,9 +51,9 @@ def lora_transform(
       node at each targeted path.
 
     Raises:
-      ValueError: for a rule that matches nothing, a target that holds integers or is no array, a
-        layout of a path that does not exist, a rank larger than a matrix, two parameters at one
-        path, a key that is none.
+      ValueError: for a rule that matches nothing, a target that holds integers or is not an array,
+        a layout of a path that does not exist, a rank larger than a matrix, two parameters at one
+        path, a `key` that is not one key.
 
     Source: Hu et al. 2021, arXiv:2106.09685, section 4.
     """
@@ -101,15 +102,15 @@ def bind(
     """The weights that a model runs with: a tree shaped as `base`, adapted where `delta` says.
 
     Nothing is computed: an adapted leaf becomes an `Adapted` pair that `linear` and `embed` apply
-    (a `Full` delta its plain sum). No gradient flows to the base.
+    (with a `Full` delta, the sum). No gradient flows to the base.
 
     Args:
       base: the frozen tree.
       delta: its delta; with `adapter_ids`, several of them from `stack`.
       dropout_key: a typed key, which turns the adapters' dropout on. Each weight and layer derives
         its own from it, and with `adapter_ids` each row.
-      adapter_ids: integers `[batch]`, the member of the stack that each row of a batch uses. Axis 0
-        of every activation that meets an adapted weight must then be the batch. Ids outside the
+      adapter_ids: integers `[batch]`, the adapter of the stack that each row of a batch uses. Axis
+        0 of every activation that meets an adapted weight must then be the batch. Ids outside the
         stack are not checked: what such a row gets is undefined.
 
     Raises:
@@ -170,8 +171,8 @@ def merge(base: PyTree, delta: Delta, *, requantize: bool = False) -> PyTree:
 def unmerge(params: PyTree, delta: Delta) -> PyTree:
     """The base that `merge(base, delta)` was made from, up to one rounding in its dtype.
 
-    A bf16 weight loses bits when it is merged, and no later subtraction restores them: whoever has
-    the base at hand keeps it instead. Where the merge lost more (an IA3 factor of zero, a DoRA
+    A bf16 weight loses bits when it is merged, and no later subtraction restores them: keep
+    the base instead where you can. Where the merge lost more (an IA3 factor of zero, a DoRA
     column shorter than its update), the result is NaN.
 
     Args:

@@ -24,7 +24,7 @@ PyTree = Any
 # The name, for rematerialisation policies, of what an adapter computes on a narrow axis: a model
 # that keeps it spares the backward pass a product for a few bytes.
 NARROW = "adapter_narrow"
-# And of a layer's output before an adapter scales it: the gradient of the scale wants it again.
+# And of a layer's output before an adapter scales it: the gradient of the scale needs it again.
 UNSCALED = "adapter_unscaled"
 
 
@@ -91,29 +91,29 @@ class Weight(abc.ABC):
 
     @property
     def layout(self) -> Layout:
-        """What its axes are."""
+        """The roles of its axes."""
         return Layout()
 
-    def partition(self, spec: PartitionSpec) -> "Weight":
-        """The same tree with the spec of each array in a shard_map that splits the matrix
+    def local_specs(self, spec: PartitionSpec) -> "Weight":
+        """The same tree with each array's spec for a shard_map that splits the matrix
         `[stack..., d_in, d_out]` by `spec`. Raises ValueError where its blocks do not follow from
         the blocks of such an array."""
         return schema.local_specs(self, spec, self.split_axes)
 
-    def placement(self, spec: PartitionSpec) -> "Weight":
-        """The same tree with the sharding spec of each array where a plain array would have `spec`,
-        with an entry for each of its axes."""
-        return schema.specs(self, *self.layout.split(tuple(spec)))
+    def sharding_specs(self, spec: PartitionSpec) -> "Weight":
+        """The same tree with each array's sharding spec for `jit`, where a plain array would have
+        `spec`, with an entry for each of its axes."""
+        return schema.sharding_specs(self, *self.layout.split(tuple(spec)))
 
     def for_part(self, index: jax.Array) -> "Weight":
         """The weight for one part of an input that is multiplied in parts: with dropout, each part
-        has a mask of its own."""
+        has its own mask."""
         del index
         return self
 
     def cast(self, dtype: Any) -> "Weight":
-        """The weight with a frozen array in `dtype`; what is quantised or adapts follows its
-        input."""
+        """The weight with a frozen array in `dtype`; quantised weights and adapters take the dtype
+        of their input."""
         del dtype
         return self
 
@@ -149,7 +149,8 @@ def dense_float32(w: jax.Array | Weight) -> jax.Array:
 
 
 def cast(w: Any, dtype: Any) -> Any:
-    """The weight with a frozen array in `dtype`; what is quantised or adapts follows its input."""
+    """The weight with a frozen array in `dtype`; quantised weights and adapters take the dtype of
+    their input."""
     return w.cast(dtype) if isinstance(w, Weight) else w.astype(dtype)
 
 
@@ -211,15 +212,15 @@ def scan_layers(
 ) -> tuple[Any, Any]:
     """`jax.lax.scan(body, carry, layers)` over stacked layers of weights of any type.
 
-    Every leaf is sliced along its leading axis but those inside `Shared`, which each step of
-    `body` sees whole.
+    Every leaf is sliced along its leading axis, except those inside `Shared`, which each step of
+    `body` gets unsliced.
     """
     leaves, treedef = jax.tree.flatten(layers, is_leaf=is_shared)
     sliced = [None if is_shared(leaf) else leaf for leaf in leaves]
-    whole = [leaf if is_shared(leaf) else None for leaf in leaves]
+    shared = [leaf if is_shared(leaf) else None for leaf in leaves]
 
     def step(carry, sliced):
-        layer = [w if s is None else s for s, w in zip(sliced, whole, strict=True)]
+        layer = [w if s is None else s for s, w in zip(sliced, shared, strict=True)]
         return body(carry, jax.tree.unflatten(treedef, layer))
 
     return jax.lax.scan(step, carry, sliced, unroll=unroll)

@@ -24,7 +24,7 @@ LAYERS = [
     ["methods", "tracing"],
     ["extras"],
     ["transform", "adapt"],
-    ["masks", "stacking", "arithmetic", "allocation", "starts", "fingerprint"],
+    ["masks", "stacking", "arithmetic", "allocation", "data_inits", "fingerprint"],
     ["describe"],
     ["models"],
     ["data"],

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import lora_jax as lora
-from lora_jax.fingerprint import fingerprint, form
+from lora_jax.fingerprint import fingerprint, shape_fingerprint
 from lora_jax.methods import Method
 
 KEY = jax.random.key(0)
@@ -58,7 +58,7 @@ STRANGE = {"activation": jnp.tanh, "jitted": jax.jit(jnp.tanh), "name": "relu", 
 
 def test_a_fingerprint_is_of_arrays():
     params = {"w": cases.normal(0, 8, 6)}
-    for name in (fingerprint, form):
+    for name in (fingerprint, shape_fingerprint):
         assert name({**params, "act": jnp.tanh, "rate": 0.1}) == name(params)
 
 

@@ -51,11 +51,11 @@ def test_shapes_follow_from_axes():
 
 
 def test_shardings_follow_from_axes():
-    placed = HEADS.placement(P("fsdp", "tensor", None))
+    placed = HEADS.sharding_specs(P("fsdp", "tensor", None))
     assert placed.u == P("fsdp") and placed.v == P("tensor", None)
     with pytest.raises(ValueError, match="Outer needs whole matrices"):
-        NODE.partition(P(None, "fsdp", None))
-    assert NODE.partition(P("stage", None, None)).u == P("stage", None)
+        NODE.local_specs(P(None, "fsdp", None))
+    assert NODE.local_specs(P("stage", None, None)).u == P("stage", None)
 
 
 def test_a_node_that_does_not_fit_names_both_shapes():

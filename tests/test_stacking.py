@@ -190,7 +190,7 @@ def test_different_methods_on_one_path(other):
         lora.stack(deltas)
 
 
-def test_unstack_like_another_number_of_members():
+def test_unstack_like_another_number_of_deltas():
     delta = cases.transform(cases.nested(), lora.LoRA(rank=2))[1]
-    with pytest.raises(ValueError, match="has 2 members, but `like` lists 1"):
+    with pytest.raises(ValueError, match="holds 2 deltas, but `like` lists 1"):
         lora.unstack(lora.stack([delta, delta]), like=[delta])

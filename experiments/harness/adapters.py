@@ -31,7 +31,7 @@ def save(
     """Writes what is not there yet and PEFT has a form for, and verifies what is there; `log` hears
     of it, and of what has no form."""
     wanted = [o for o in outcomes if o.arm.in_peft and not o.diverged]
-    deltas = [hosts.whole(outcome.delta) for outcome in wanted]
+    deltas = [hosts.gathered(outcome.delta) for outcome in wanted]
     there = hosts.exchange([(folder / o.arm.folder).exists() for o in wanted])[0]
     digests = [
         None if exists else _digest(model, outcome, delta, log)

@@ -69,7 +69,7 @@ def _answering(
         )
 
     def answers(params: models.Params) -> list[str]:
-        tokens = hosts.whole(answer(params, rows, lengths)).tolist()
+        tokens = hosts.gathered(answer(params, rows, lengths)).tolist()
         return [said(tokenizer, row) for row in tokens]
 
     return answers

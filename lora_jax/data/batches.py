@@ -20,8 +20,8 @@ from lora_jax.data.records import Record
 from lora_jax.data.tokenizer import Tokenizer
 
 _logger = logging.getLogger(__name__)
-AHEAD = 2  # placed batches that wait for their step
-# The examples lie in memory: threads that read ahead would only cost.
+AHEAD = 2  # batches that are placed ahead of their step
+# The examples are in memory: threads that read ahead would only cost time.
 _IN_MEMORY = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 
 
@@ -81,11 +81,11 @@ def train_batches(
     """An endless iterator of this process's batches, every epoch in a new order.
 
     `source` is encoded here, unless it is already, for this `seq_len`: several iterators can share
-    it. `batch_size` counts rows a process. With another `process_count` the batches are others;
-    where they must not be, let every process iterate over whole batches and place its rows of each,
-    as `parallel.hosts.place` does. The order depends on the arguments alone. `get_state()` is a
+    it. `batch_size` counts rows a process. Another `process_count` gives other batches; where
+    it must not, let every process iterate over the full batches and place its rows of each, as
+    `parallel.hosts.place` does. The order depends on the arguments alone. `get_state()` is a
     JSON-serialisable position, from which `set_state` on an iterator made with the same arguments
-    goes on bit for bit. With `pack`, epochs may meet within a row.
+    resumes bit for bit. With `pack`, epochs may meet within a row.
 
     `place`, such as `jax.device_put`, is called on each batch in a thread that stays up to two
     batches ahead; the position is still that of the last batch taken.

@@ -34,7 +34,7 @@ def render(
 
     Raises:
       ValueError: the template is not valid Jinja, fails, refuses the conversation (with its own
-        message), or asks for more work than any chat needs.
+        message), or does more work than a chat needs.
     """
     plain = [{key: v for key, v in message.items() if v is not None} for message in messages]
     try:

@@ -45,14 +45,14 @@ def render_messages(
 
 
 def encode(messages: Messages, tokenizer: Tokenizer, template: str | None = None) -> Encoded:
-    """Tokens of the whole conversation; the loss counts every assistant turn and nothing else.
+    """Tokens of the full conversation; the loss counts every assistant turn and nothing else.
 
     A turn runs from the end of the generation prompt to the end-of-turn token that the template
-    puts behind the message.
+    puts after the message.
 
     Raises:
       ValueError: there is no assistant message or nothing in it, there is no template or it fails,
-        or it rewrites earlier turns, so that a turn's beginning cannot be told.
+        or it rewrites earlier turns, so that the beginning of a turn is not known.
     """
     text = render_messages(messages, tokenizer, template)
     ids, offsets = tokenizer.encode_with_offsets(text)
@@ -84,7 +84,7 @@ def _assistant_spans(
 
 
 def _turn_length(turn: str, message: Mapping[str, Any]) -> int:
-    """Leaves out the white space behind an end-of-turn token, which a model never gets to write."""
+    """Leaves out the white space after an end-of-turn token, which a model never writes."""
     content = message["content"].strip()
     behind = turn[turn.find(content) + len(content) :]
     return len(turn.rstrip()) if behind.strip() else len(turn)

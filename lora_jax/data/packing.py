@@ -12,10 +12,10 @@ Batch = dict[str, np.ndarray]
 
 
 def next_token_example(encoded: Encoded) -> Example:
-    """What a model reads and what it should answer, position by position.
+    """The inputs and targets of an example, position by position.
 
     Returns tokens int32 [n], targets int32 [n] (the token after each) and loss_mask bool [n] (true
-    where the target counts). It ends at the last target that counts: what follows teaches nothing.
+    where the target counts). It ends at the last target that counts: later tokens train nothing.
     """
     stop = int(np.flatnonzero(encoded.loss_mask)[-1]) + 1
     return {

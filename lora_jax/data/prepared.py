@@ -26,7 +26,7 @@ _READ_AHEAD = 1024
 
 @dataclass(frozen=True)
 class PreparedRecords(Sequence[Record]):
-    """The records of one split, decoded when asked for. `rows` is a TFDS data source."""
+    """The records of one split, decoded when they are read. `rows` is a TFDS data source."""
 
     rows: Any
 
@@ -101,6 +101,6 @@ class _Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    # TFDS reports by print and tqdm; what goes wrong it raises, so nothing is lost here.
+    # TFDS reports by print and tqdm; errors are raised, so nothing is lost here.
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield

@@ -1,4 +1,4 @@
-"""What every source hands on: records, and a corpus of them in named splits."""
+"""The types that every source returns: records, and a corpus of them in named splits."""
 
 import hashlib
 import os

@@ -1,8 +1,8 @@
-"""A Jinja sandbox in which an untrusted template can spend only so much work and memory.
+"""A Jinja sandbox that limits the work and memory of an untrusted template.
 
-Jinja's own sandbox closes the ways out of the template but lets it loop and grow for ever. Here
-loops, operators, filters, calls and outputs are measured, beforehand where a result can be much
-larger than what it is made of, and paid from one allowance a render. It counts work rather than
+Jinja's own sandbox closes the ways out of the template but lets it loop and grow without end. Here
+loops, operators, filters, calls and outputs are measured, in advance where a result can be much
+larger than its operands, and counted against one budget a render. It counts work rather than
 seconds: a template that passes once always passes.
 """
 
@@ -32,7 +32,7 @@ _spent: ContextVar[list[int]] = ContextVar("spent")
 
 @contextlib.contextmanager
 def bounded() -> Iterator[None]:
-    """Gives what is rendered inside a fresh allowance."""
+    """Within it, templates are rendered with a budget of their own."""
     token = _spent.set([0])
     try:
         yield
@@ -41,7 +41,7 @@ def bounded() -> Iterator[None]:
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
-    """An immutable sandbox that raises `jinja2.TemplateError` when a template asks too much."""
+    """An immutable sandbox that raises `jinja2.TemplateError` when a template does too much."""
 
     intercepted_binops = frozenset(("+", "*", "**", "%"))
 
@@ -84,7 +84,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
 
 def _instrument(node: nodes.Node) -> None:
-    """Passes what Jinja lets nobody intercept through our filters: loops, `~`, slices, `in`."""
+    """Routes what Jinja has no hook for through our filters: loops, `~`, slices, `in`."""
     for field, value in list(node.iter_fields()):
         if isinstance(value, list):
             value[:] = [_checked(item) for item in value]
@@ -118,7 +118,7 @@ def _check(value: Any) -> Any:
 
 
 def _check_arguments(name: str, arguments: tuple[Any, ...]) -> None:
-    """Refuses a filter or a method (its owner comes first) whose result could not be afforded."""
+    """Refuses a filter or a method (its owner comes first) whose result would be too large."""
     for argument in arguments:
         _check(argument)
         if isinstance(argument, int):  # a width, an indent, a count
@@ -147,7 +147,7 @@ def _largest_result(operator: str, left: Any, right: Any) -> int:
 
 
 def _size(value: Any) -> int:
-    """Characters that `value` takes when written out; refused while counting if too many."""
+    """Characters that `value` takes when written out; raises while counting if too many."""
     if isinstance(value, str):  # nearly all of them
         _refuse_large(len(value))
         return len(value)
@@ -173,7 +173,7 @@ def _size(value: Any) -> int:
 
 
 def _length(value: Any) -> int:
-    """A bound of its length; what has none comes from a range, and the sandbox bounds that."""
+    """A bound of its length; a value without one is a range, which the sandbox bounds."""
     if isinstance(value, dict | list | tuple):
         return _size(value)
     return len(value) if isinstance(value, Sized) else MAX_RANGE

@@ -1,4 +1,4 @@
-"""A tokenizer as a value: the `tokenizers` core with what a model's files say beside it."""
+"""A tokenizer as a value: the `tokenizers` core, a chat template and special tokens."""
 
 from dataclasses import dataclass
 
@@ -19,8 +19,8 @@ Offsets = list[tuple[int, int]]
 class Tokenizer:
     """A `tokenizers` core, the model's chat template and its special tokens.
 
-    Encoding adds no special tokens, since a chat template writes them out, and recognises those
-    that stand in the text. `num_rows`, where given, is the size of an embedding that lacks rows for
+    Encoding adds no special tokens, since a chat template writes them, and recognises those in
+    the text. `num_rows`, where given, is the size of an embedding that lacks rows for
     some added tokens: a text that holds one of these is an error.
     """
 
@@ -85,7 +85,7 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def _byte_alphabet() -> list[str]:
-    """What byte-level BPE writes for each byte: the character if visible, else a stand-in."""
+    """The character of byte-level BPE for each byte: itself if visible, else another."""
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     stand_ins = iter(range(0x100, 0x200))
     return [chr(byte if byte in visible else next(stand_ins)) for byte in range(256)]

@@ -1,4 +1,4 @@
-"""What an export says of itself: the logits of a fixed probe, which any loader can be held to."""
+"""The digest of an export: the logits of a fixed probe, against which any loader is checked."""
 
 import dataclasses
 import functools
@@ -34,8 +34,8 @@ class Digest:
       positions: `[P]`, indices of tokens: the logits are of what follows them.
       ids: `[P, K]`, the tokens whose logits are kept.
       logits, base_logits: `[P, K]`, with the adapter and without it.
-      log_normalizers: `[P]`: a log-probability is a logit minus this, for whoever sees
-        log-probabilities alone.
+      log_normalizers: `[P]`: a log-probability is a logit minus this, for engines that
+        return log-probabilities alone.
       weights: the dtype or the format of the base's matrices, such as "float32" or "nf4".
       adapter: a name for the bits of the adapter's tensors; empty where there is no file of them.
     """
@@ -55,7 +55,7 @@ class Digest:
 
     @classmethod
     def from_json(cls, text: str, source: str = "the digest") -> "Digest":
-        """Raises ValueError for a text that is no digest."""
+        """Raises ValueError for a text that is not a digest."""
         try:
             fields = json.loads(text)
             if fields.pop("version") != 1:
@@ -73,11 +73,11 @@ class Digest:
                 raise ValueError("its rows are not alike, or not finite")
         if min(shape) < 1 or len(self.log_normalizers) != shape[0]:
             raise ValueError("it holds no logits")
-        whole = np.asarray([*self.tokens, *self.positions, *np.ravel(self.ids)])
-        if not np.issubdtype(whole.dtype, np.integer) or whole.min() < 0:
+        counts = np.asarray([*self.tokens, *self.positions, *np.ravel(self.ids)])
+        if not np.issubdtype(counts.dtype, np.integer) or counts.min() < 0:
             raise ValueError("its tokens are not counts")
         if max(self.positions) >= len(self.tokens):
-            raise ValueError("a position is behind its tokens")
+            raise ValueError("a position is beyond its tokens")
         if not (isinstance(self.weights, str) and isinstance(self.adapter, str)):
             raise ValueError("its names are not text")
 
@@ -133,7 +133,7 @@ def digest_of(
 def observed(
     forward: AnyForward, params: PyTree, digest: Digest, *, weights: str | None = None
 ) -> Digest:
-    """What a model without an adapter, such as a merged one, gives in the place of a digest: for
+    """The digest of a model without an adapter, such as a merged one, at the probe of another: for
     `verify(against=...)`.
 
     `weights` is the dtype or format that they were stored in, where that is not what they have now:
@@ -146,7 +146,7 @@ def observed(
 
 
 def fixed_probe(vocab_size: int, room: int | None) -> list[int]:
-    """Tokens spread over the vocabulary, always the same ones."""
+    """The same tokens every time, distributed over the vocabulary."""
     count = PROBE if room is None else min(PROBE, room)
     return [((i + 1) * 2654435761 % 2**32) * vocab_size >> 32 for i in range(count)]
 
@@ -155,7 +155,7 @@ def run(forward: AnyForward, weights: PyTree, tokens: Sequence[int] | np.ndarray
     """The logits `[T, V]` of one row, float32 and on this host."""
     with jax.default_matmul_precision("highest"):
         logits = _logits(forward, weights, jnp.asarray(tokens, jnp.int32)[None])
-    return np.asarray(hosts.whole(logits), np.float32)[0]
+    return np.asarray(hosts.gathered(logits), np.float32)[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -166,16 +166,16 @@ def _logits(forward, weights, tokens):
 def disagreement(
     digest: Digest, weights: str, logits: np.ndarray, base_logits: np.ndarray | None = None
 ) -> str | None:
-    """What is wrong with logits that should be a digest's; None where they agree.
+    """How logits differ from a digest's; None where they agree.
 
     A digest and logits of bases in other dtypes, or quantised, agree where they differ by no more
-    than that explains. What begins with "another base" is about `base_logits`.
+    than that explains. A result that begins with "another base" is about `base_logits`.
 
     Args:
-      digest: what the export says.
+      digest: of the export.
       weights: the dtype or format of the base's matrices here, as `formats_of` names it.
       logits: `[T, V]` of the digest's tokens, with the adapter.
-      base_logits: likewise without it, where they are at hand.
+      base_logits: likewise without it, if known.
     """
     expected, before = np.asarray(digest.logits), np.asarray(digest.base_logits)
     found, largest = digest.picked(logits), np.abs(before).max() + 1e-9
@@ -247,7 +247,7 @@ def name_of(tensors: Mapping[str, np.ndarray]) -> str:
 
 
 def can_run(params: PyTree) -> bool:
-    """Whether this process can run the model by itself: weights, not shapes, all within reach."""
+    """Whether this process can run the model by itself: on arrays that are all addressable."""
     leaves = jax.tree.leaves(params)
     return not any(
         isinstance(leaf, jax.ShapeDtypeStruct)
@@ -265,7 +265,7 @@ def _allowed(*weights: str) -> float:
 
 
 def _rounded(values: np.ndarray) -> Any:
-    """As floats that seven digits tell."""
+    """As floats of seven digits."""
     return _frozen(np.vectorize(lambda v: float(f"{v:.7g}"))(values).tolist())
 
 

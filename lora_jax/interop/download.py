@@ -19,14 +19,14 @@ Report = Callable[[int], None]
 
 
 class DownloadError(ValueError):
-    """The bytes stopped coming; what came is kept, and the next call goes on from there."""
+    """The download is incomplete; the bytes received are kept, and the next call resumes there."""
 
 
 def download(url: str, part: Path, *, size: int, pause: float = 1.0) -> None:
-    """Fills `part` with the `size` bytes at `url` (http, https or file), going on where it ends.
+    """Fills `part` with the `size` bytes at `url` (http, https or file), resuming where it ends.
 
-    A server that ignores the range asked for makes it start anew. A connection that breaks is
-    tried again up to three times, after a `pause` in seconds that doubles.
+    If the server ignores the range of the request, it starts from the beginning. A broken
+    connection is tried again up to three times, after a `pause` in seconds that doubles.
 
     Raises:
       DownloadError: no connection, a refusal by the server, or fewer bytes than `size`.
@@ -46,7 +46,7 @@ def download(url: str, part: Path, *, size: int, pause: float = 1.0) -> None:
 
 
 def _continue(url: str, part: Path, size: int, report: Report) -> str:
-    """One connection's worth of bytes; returns why there came no more."""
+    """Downloads over one connection; returns why it ended."""
     done = _length(part)
     if done >= size:
         return "complete"

@@ -40,7 +40,7 @@ def save_gguf(
 
     Matrices are written as `kind`, but as F16 where rows do not fill blocks of Q8_0; vectors as
     F32. Names, and the order of query and key rows, are llama.cpp's. The file appears
-    when all is written, or not at all; the host holds one tensor at a time.
+    only when it is complete; the host holds one tensor at a time.
 
     Args:
       path: must not exist.
@@ -51,21 +51,21 @@ def save_gguf(
 
     Raises:
       ValueError: the file exists; params do not follow the config or are not plain; a weight
-        overflows float16; GGUF cannot say what the tokenizer or the RoPE scaling is.
+        overflows float16; GGUF cannot express the tokenizer or the RoPE scaling.
     """
     path = Path(path)
     if kind not in _FILE_TYPES:
         raise ValueError(f"kind={kind!r}: expected one of {', '.join(_FILE_TYPES)}.")
     tensors = disassemble(model.params, model.config, "gguf")
     vocabulary = tokenizer_to_gguf(model.tokenizer, model.config.vocab_size)
-    form: Any = model.config.family.gguf  # `disassemble` has refused a family without one
-    architecture = form.architecture_of(model.config)
-    factors = _rope_factors(model.config, architecture in form.interleaved, architecture)
+    gguf: Any = model.config.family.gguf  # `disassemble` has refused a family without one
+    architecture = gguf.architecture_of(model.config)
+    factors = _rope_factors(model.config, architecture in gguf.interleaved, architecture)
     with appearing(path) as temporary:
         writer = GGUFWriter(temporary, architecture)
         try:
             _add_metadata(writer, model.config, model.name, kind)
-            for key, value in form.metadata(model.config).items():
+            for key, value in gguf.metadata(model.config).items():
                 writer.add_uint32(f"{architecture}.{key}", value)
             _add_vocabulary(writer, vocabulary)
             if digest is not None:

@@ -34,7 +34,7 @@ _TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-# What names code to run or another place, or says how the source's weights lay.
+# Keys that name code to run or another place, or the format of the source's weights.
 _LEFT_OUT = ("auto_map", "_name_or_path", "quantization_config", "dtype", "torch_dtype")
 
 
@@ -50,11 +50,11 @@ def save_huggingface(
 
     To export a merged adapter, pass `dataclasses.replace(model, params=merge(base, delta))`.
     Tied weights stay tied. The tokenizer's files, the chat template and generation_config.json
-    travel from the folder that the model was loaded from, config.json too where it still says the
-    model's shape; otherwise they are written from what the model holds. The folder appears when
-    all is written, or not at all; the host holds one shard at a time.
+    are copied from the folder that the model was loaded from, config.json too where it still has
+    the model's shape; otherwise they are written from the model. The folder appears only when it
+    is complete; the host holds one shard at a time.
 
-    NF4 and FP4 weights, of one kind in all of the model, are written as bitsandbytes serialises
+    NF4 and FP4 weights, of one format in all of the model, are written as bitsandbytes serialises
     them, bit for bit, with the quantization_config that transformers loads them by.
 
     Args:
@@ -63,11 +63,11 @@ def save_huggingface(
       dtype: of the plain weights: float32, bfloat16 or float16; None keeps the embedding's.
       shard_bytes: weights beyond this go into several files, with an index.
       digest: of a merged adapter, `digest_of(forward, base, delta)`: what the model should compute,
-        for `check_digest` to hold it to.
+        for `check_digest`.
 
     Raises:
-      ValueError: the folder holds something; params do not follow the config, or are neither plain
-        nor what bitsandbytes can say; a weight overflows `dtype`.
+      ValueError: the folder is not empty; params do not follow the config, or are neither plain nor
+        of a format of bitsandbytes; a weight overflows `dtype`.
     """
     folder, source = Path(folder), Path(model.source)
     tensors = disassemble(model.params, model.config, "huggingface")
@@ -135,7 +135,7 @@ def _as_stored(name: str, tensor: Any, dtype: np.dtype) -> dict[str, np.ndarray]
 
 
 def _config(model: Pretrained, source: Path) -> dict[str, Any]:
-    """The source's own config.json while it is true, for what it says beyond the shape."""
+    """The source's own config.json while its shape is the model's, for its other keys."""
     if (source / "config.json").is_file() and config_from_huggingface(source) == model.config:
         stated = read_json(source / "config.json")
         return {key: value for key, value in stated.items() if key not in _LEFT_OUT}

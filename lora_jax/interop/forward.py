@@ -1,4 +1,4 @@
-"""A model as a function from weights and tokens to logits, with what a check must know of it."""
+"""A model as a function from weights and tokens to logits, with its limits."""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,11 +20,11 @@ from lora_jax.weights import PyTree, Transposed, Weight, as_matrix, dense, embed
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Forward:
-    """Any model, run as it is.
+    """Any model, run unchanged.
 
     Attributes:
       apply: `(weights, tokens [B, T]) -> logits [B, T, V]`; `adapt(fn)` for a model that knows
-        nothing of adapted weights. Equal ones share their compiled programs.
+        nothing of adapted weights. Equal functions share their compiled programs.
       vocab_size: V.
       context_length: the most tokens that it reads, where there is a limit.
     """
@@ -37,7 +37,7 @@ class Forward:
         return self.apply(weights, tokens)
 
     def prepared(self, params: PyTree) -> PyTree:
-        """The params as this model runs on them."""
+        """The params that this model runs on."""
         return params
 
     def room(self, weights: PyTree) -> int | None:

@@ -21,9 +21,9 @@ def load_gguf(
 ) -> Pretrained:
     """Loads a model from a GGUF file of any ggml type, one tensor at a time, as `dtype`.
 
-    `place(path, leaf)` makes each leaf of the tree from what lies in the file.
+    `place(path, leaf)` makes each leaf of the tree from the stored tensors.
 
-    Query and key rows come back from llama.cpp's interleaved rotary order to the rotate-half
+    Query and key rows are permuted from llama.cpp's interleaved rotary order to the rotate-half
     order of our models (and of Hugging Face's).
 
     Raises:

@@ -80,10 +80,10 @@ def _vocab_size(path: Path, header: Header) -> int:
 def _rope_scaling(
     path: Path, header: Header, theta: float, head_dim: int, context: int
 ) -> RopeScaling | None:
-    """Llama 3.1's stretch is stored as its effect, one divisor a frequency; recover the cause.
+    """Llama 3.1's scaling, from the divisors of frequencies that GGUF stores in its place.
 
     All released models share the low and high factors, so the largest divisor and the original
-    context say it all; that the stored divisors follow from them is checked.
+    context determine it; that the stored divisors follow from them is checked.
     """
     if ROPE_FACTORS not in header.tensors:
         return None

@@ -1,7 +1,7 @@
 """The header of a GGUF file, read with every length checked against the file.
 
-The `gguf` package's own reader trusts the lengths it finds, makes one array view a token (five
-seconds for a vocabulary of 49k), and names no file when it fails; hence this one.
+The `gguf` package's own reader trusts the lengths that it reads, makes one array view a token (five
+seconds for a vocabulary of 49k), and names no file when it fails.
 
 Source: the GGUF specification, version 3 (version 2 has the same layout).
 """
@@ -27,7 +27,8 @@ _MAX_AXES = 4
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TensorInfo:
-    """Where one tensor lies: `shape` is row-major (out, in), `offset` is from the file's start."""
+    """One entry of the tensor table: `shape` is row-major (out, in), `offset` from the file's
+    start."""
 
     shape: tuple[int, ...]
     kind: GGMLQuantizationType
@@ -153,9 +154,9 @@ def _tensor_table(
         if name in tensors:
             raise cursor.corrupt(f"the tensor {name!r} appears twice")
         tensors[name] = info = _tensor_info(cursor, name)
-        # Writers lay tensors end to end; anything else is a flipped bit in a shape or an offset.
+        # Writers write tensors end to end; anything else is a flipped bit in a shape or an offset.
         if info.offset != end:
-            raise cursor.corrupt(f"the tensor {name!r} lies at {info.offset}, expected {end}")
+            raise cursor.corrupt(f"the tensor {name!r} is at {info.offset}, expected {end}")
         end = _round_up(info.offset + info.num_bytes, alignment)
     start = _round_up(cursor.at, alignment)
     tensors = {

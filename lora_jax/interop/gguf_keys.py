@@ -1,7 +1,7 @@
-"""The keys that a GGUF file may give its architecture and tokenizer, and what they may say.
+"""The keys that a GGUF file may have for its architecture and tokenizer, and their values.
 
-llama.cpp reads more of them than our Llama has; a value that would change what it computes is an
-error, and so is a key that is not known.
+llama.cpp reads more of them than our Llama does; a value that would change what it computes is an
+error, and so is an unknown key.
 """
 
 import math
@@ -26,7 +26,7 @@ _TOKENIZER = """
 
 def check_keys(path: Path, metadata: Mapping[str, Any], family: str, head_dim: int) -> None:
     """Raises ValueError if a key of the architecture or of the tokenizer is not known, or has a
-    value that llama.cpp would compute something else by."""
+    value with which llama.cpp would compute something else."""
     if metadata.get("general.type", "model") != "model":
         raise ValueError(
             f"{path} holds a {metadata['general.type']!r}, expected a 'model'; adapters are read "

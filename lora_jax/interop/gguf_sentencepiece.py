@@ -1,12 +1,12 @@
 """SentencePiece tokenizers (Llama 2's, Mistral's) in the metadata of GGUF files.
 
-SentencePiece joins, again and again, the two neighbours whose union is the piece of the highest
-score. A BPE model whose merges are ordered by the scores of what they make does the same. (Of
-pieces with one score, SentencePiece takes the leftmost pair, and this the piece of the lower id.)
+SentencePiece repeatedly joins the two neighbours whose union is the piece of the highest score. A
+BPE model whose merges are ordered by the scores of their results does the same. (Of pieces with one
+score, SentencePiece takes the leftmost pair, and this the piece of the lower id.)
 
-A space comes in front of a text, and of what follows a special token, as in llama.cpp and in the
-tokenizer.json that Meta and Mistral published. Other rules, such as transformers 5's for tokenizers
-without `legacy`, have no words in GGUF; then tokenizer.json travels inside the file as a whole.
+A space is added in front of a text, and after a special token, as in llama.cpp and in the
+tokenizer.json that Meta and Mistral published. GGUF cannot express other rules, such as those of
+transformers 5 for tokenizers without `legacy`; then the full tokenizer.json is written into it.
 """
 
 import json
@@ -34,12 +34,12 @@ Merges = list[tuple[str, str]]
 
 
 def with_defaults(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """What llama.cpp takes where the metadata of a SentencePiece tokenizer leaves a key out."""
+    """The entries with llama.cpp's defaults where the metadata leaves a key out."""
     return {**_DEFAULTS, **entries}
 
 
-def sentencepiece_core(path: Path, entries: Mapping[str, Any], whole: str | None) -> Core:
-    """The tokenizer that the entries describe, or the tokenizer.json `whole` that agrees with them.
+def sentencepiece_core(path: Path, entries: Mapping[str, Any], stated: str | None) -> Core:
+    """The tokenizer of the entries, or of the full tokenizer.json `stated`, which must agree.
 
     Raises:
       ValueError: the entries contradict themselves, or tokenizer.json.
@@ -53,8 +53,8 @@ def sentencepiece_core(path: Path, entries: Mapping[str, Any], whole: str | None
     for token, kind in zip(tokens, kinds, strict=True):
         if kind == BYTE and not _BYTE.fullmatch(token):
             raise ValueError(f"{path} is corrupt: {token!r} is no byte, such as '<0x0A>'.")
-    if whole is not None:
-        return _checked(path, whole, vocab)
+    if stated is not None:
+        return _checked(path, stated, vocab)
     core = Core(
         models.BPE(
             vocab=vocab,
@@ -102,8 +102,8 @@ def is_sentencepiece(core: Mapping[str, Any]) -> bool:
 
 
 def sentencepiece_entries(core: Core, vocab_size: int) -> tuple[dict[str, Any], str | None]:
-    """The entries `tokenizer.ggml.*` that name the tokens, and, where they do not say all, the
-    whole tokenizer.json.
+    """The entries `tokenizer.ggml.*` that name the tokens, and, where they do not suffice, the
+    full tokenizer.json.
 
     Raises:
       ValueError: SentencePiece would not join the tokens as this tokenizer does.
@@ -145,9 +145,9 @@ def sentencepiece_entries(core: Core, vocab_size: int) -> tuple[dict[str, Any], 
     return entries, None if is_exact else core.to_str()
 
 
-def _checked(path: Path, whole: str, vocab: Mapping[str, int]) -> Core:
+def _checked(path: Path, text: str, vocab: Mapping[str, int]) -> Core:
     try:
-        core = Core.from_str(whole)
+        core = Core.from_str(text)
         core.encode("a \ue000")
     except BaseException as error:  # the Rust library raises bare Exceptions, and its panics none
         if isinstance(error, KeyboardInterrupt | SystemExit):
@@ -205,7 +205,7 @@ def _scores(stated: Sequence[Any], tokens: list[str], kinds: list[int]) -> list[
     pairs = [
         tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in stated
     ]
-    # Others make or need a token that is found in the text before any merge.
+    # The other merges read or write a token that is matched in the text before any merge.
     merges = [pair for pair in pairs if {*pair, "".join(pair)} <= normal]
     order = list(dict.fromkeys("".join(pair) for pair in merges))
     joined = set(order)

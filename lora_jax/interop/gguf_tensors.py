@@ -14,9 +14,9 @@ from lora_jax.models.config import DecoderConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """A vector or a matrix in the file at `path`; indexing it by slices reads the rows asked for.
+    """A vector or a matrix in the file at `path`; indexing it by slices reads those rows.
 
-    `rows`, where given, is the order in which a matrix's rows count.
+    `rows`, where given, is the order in which to return a matrix's rows.
     """
 
     path: Path
@@ -28,11 +28,11 @@ class StoredTensor:
         if len(self.info.shape) == 1:
             return self._read(0, 1)[0][index]
         rows, columns = index
-        wanted = np.arange(self.info.shape[0]) if self.rows is None else self.rows
-        wanted = wanted[rows]
-        first = int(wanted.min())
-        read = self._read(first, int(wanted.max()) + 1)
-        return (read if self.rows is None else read[wanted - first])[:, columns]
+        stored = np.arange(self.info.shape[0]) if self.rows is None else self.rows
+        stored = stored[rows]
+        first = int(stored.min())
+        read = self._read(first, int(stored.max()) + 1)
+        return (read if self.rows is None else read[stored - first])[:, columns]
 
     def _read(self, start: int, stop: int) -> np.ndarray:
         """Rows `start` to `stop` in the file's order, float32; a vector is one row."""
@@ -61,13 +61,13 @@ class StoredTensor:
 
 
 def permuted_rows(config: DecoderConfig) -> dict[str, np.ndarray]:
-    """Where llama.cpp keeps the rows of our queries and keys, for the names of those tensors.
+    """Where llama.cpp stores the rows of our queries and keys, by the names of those tensors.
 
-    In some architectures it rotates neighbours, (pair, half), where we rotate halves, (half,
-    pair).
+    In some architectures its RoPE rotates neighbours, (pair, half), where ours rotates halves,
+    (half, pair).
     """
-    form = config.family.gguf
-    if form is None or form.architecture_of(config) not in form.interleaved:
+    gguf = config.family.gguf
+    if gguf is None or gguf.architecture_of(config) not in gguf.interleaved:
         return {}
     heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}
     rows = {name: np.arange(n * config.head_dim).reshape(n, -1, 2) for name, n in heads.items()}

@@ -30,7 +30,7 @@ _PRE_TOKENIZERS = ("smollm", "gpt-2", "llama-bpe", "qwen2")
 
 
 def tokenizer_from_gguf(path: Path, metadata: Mapping[str, Any]) -> Tokenizer:
-    """Builds the tokenizer, byte-level BPE or SentencePiece, out of the `tokenizer.*` metadata of
+    """Builds the tokenizer, byte-level BPE or SentencePiece, from the `tokenizer.*` metadata of
     the GGUF at `path`.
 
     Raises:
@@ -63,7 +63,7 @@ def tokenizer_from_gguf(path: Path, metadata: Mapping[str, Any]) -> Tokenizer:
 def _check(path: Path, entries: Mapping[str, Any], needed: Sequence[str]) -> None:
     for key in needed:
         if key not in entries:
-            raise ValueError(f"{path} lacks tokenizer.ggml.{key}: it holds no whole tokenizer.")
+            raise ValueError(f"{path} lacks tokenizer.ggml.{key}: it holds no complete tokenizer.")
     model = entries["model"]
     if model not in ("gpt2", "llama") or (
         model == "gpt2" and entries["pre"] not in _PRE_TOKENIZERS
@@ -94,7 +94,7 @@ def _byte_level_core(path: Path, entries: Mapping[str, Any]) -> Core:
 
 
 def _around(entries: Mapping[str, Any]) -> processors.TemplateProcessing | None:
-    """What is put in front of a text, and behind it, where special tokens are asked for."""
+    """The special tokens before and after a text, where an encoding adds them."""
     ends = [
         (entries["tokens"][entries[f"{end}_token_id"]], entries[f"{end}_token_id"])
         if entries.get(f"add_{end}_token") and entries.get(f"{end}_token_id") is not None
@@ -154,7 +154,7 @@ def _added(tokens: list[str], kinds: list[int], kind: int) -> list[AddedToken]:
 def tokenizer_to_gguf(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
     """The `tokenizer.*` metadata of a GGUF: what `tokenizer_from_gguf` reads.
 
-    Rows of the embedding that no token names get the type that says so; tokens without a row are
+    Rows of the embedding without a token get the type for unused ones; tokens without a row are
     left out.
 
     Raises:
@@ -162,14 +162,14 @@ def tokenizer_to_gguf(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
         supported one does.
     """
     core = json.loads(tokenizer.core.to_str())
-    whole = None
+    full_json = None
     if is_sentencepiece(core):
-        entries, whole = sentencepiece_entries(tokenizer.core, vocab_size)
+        entries, full_json = sentencepiece_entries(tokenizer.core, vocab_size)
     elif core["model"]["type"] == "BPE":
         entries = _byte_level_entries(tokenizer.core, core, vocab_size)
     else:
         raise ValueError(
-            "GGUF export takes BPE tokenizers, byte-level (GPT-2's kind: SmolLM2, Llama 3, Qwen) "
+            "GGUF export takes BPE tokenizers, byte-level (as GPT-2's: SmolLM2, Llama 3, Qwen) "
             f"or SentencePiece's (Llama 2, Mistral), but this one is {core['model']['type']}. "
             "Export a Hugging Face folder instead."
         )
@@ -183,7 +183,7 @@ def tokenizer_to_gguf(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
     }
     metadata = {f"tokenizer.ggml.{key}": value for key, value in entries.items()}
     metadata["tokenizer.chat_template"] = tokenizer.chat_template
-    metadata[HUGGINGFACE_JSON] = whole
+    metadata[HUGGINGFACE_JSON] = full_json
     return {key: value for key, value in metadata.items() if value is not None}
 
 
@@ -207,7 +207,7 @@ def _byte_level_entries(core: Core, parsed: Mapping[str, Any], vocab_size: int) 
 
 
 def _pre_of(core: Mapping[str, Any]) -> str:
-    """Which of llama.cpp's ways to split a text the tokenizer's JSON spells out."""
+    """The name of llama.cpp for the way in which the tokenizer's JSON splits a text."""
     for pre in _PRE_TOKENIZERS:
         built = json.loads(_with_splitting(Core(models.BPE()), pre).to_str())
         if all(_plain(core[part]) == _plain(built[part]) for part in _SPLITTING):
@@ -219,7 +219,7 @@ def _pre_of(core: Mapping[str, Any]) -> str:
 
 
 def _plain(part: Any) -> Any:
-    """Without what moves only the offsets of tokens; one step alone for a sequence of one."""
+    """Without settings that affect only offsets of tokens; a sequence of one step as that step."""
     if not isinstance(part, dict):
         return part
     for steps in ("pretokenizers", "normalizers"):

@@ -30,9 +30,9 @@ def load_huggingface(
     One file or many shards with an index; any float type, read tensor by tensor as `dtype`. A head
     that the config calls tied is the embedding only where it holds the same values, as in
     transformers 5.
-    `place(path, leaf)` makes each leaf of the tree from what lies in the file. What bitsandbytes
-    packed into 4 bits becomes `NF4` or `FP4` weights with its bits, on the default device: `place`
-    sees the other leaves.
+    `place(path, leaf)` makes each leaf of the tree from the stored tensors. Those that bitsandbytes
+    packed into 4 bits become `NF4` or `FP4` weights with the same bits, on the default device;
+    `place` gets the other leaves.
 
     Raises:
       FileNotFoundError: the folder or one of its files is missing.
@@ -71,7 +71,7 @@ def load_huggingface(
 def _open_tensors(
     folder: Path, config: DecoderConfig, stack: contextlib.ExitStack
 ) -> tuple[dict[str, Any], DecoderConfig]:
-    """Every tensor and the shard that holds it, without what follows from the config; and that
+    """Every tensor and the shard that holds it, without those that follow from the config; and the
     config, untied where the head is not the embedding."""
     tensors = open_tensors(folder, stack)
     for name in [name for name in tensors if name.endswith("rotary_emb.inv_freq")]:

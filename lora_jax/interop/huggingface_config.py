@@ -12,7 +12,7 @@ _IN_FOUR_BITS = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 
 
 def config_from_huggingface(folder: Path) -> DecoderConfig:
-    """The model's shape, from config.json; refuses what its family has not, and what is not known.
+    """The model's shape, from config.json; raises for options that are unsupported or unknown.
 
     Raises:
       FileNotFoundError: there is no config.json.
@@ -47,7 +47,7 @@ def is_in_four_bits(path: Path, values: dict[str, Any]) -> bool:
     """Whether a config.json says that bitsandbytes quantised the weights.
 
     Raises:
-      ValueError: they are quantised otherwise.
+      ValueError: they are quantised in another way.
     """
     quantization = values.get("quantization_config")
     if quantization is None:

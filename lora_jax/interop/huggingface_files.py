@@ -1,4 +1,4 @@
-"""The tensors of a Hugging Face folder, under the names that a whole model gives them."""
+"""The tensors of a Hugging Face folder, under the names of the model with its head."""
 
 import contextlib
 import dataclasses
@@ -25,7 +25,7 @@ _ROWS = 4096  # of two tables, compared at a time
 
 @dataclasses.dataclass(frozen=True)
 class Renamed:
-    """An open shard whose tensors go by other names."""
+    """An open shard whose tensors have other names."""
 
     file: Any
     names: Mapping[str, str]
@@ -38,7 +38,7 @@ class Renamed:
 
 
 def open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
-    """Every tensor's name and the open shard that holds it; `model.` is added where it lacks.
+    """Every tensor's name and the open shard that holds it; `model.` is added where it is missing.
 
     Raises:
       FileNotFoundError: the weights, or a shard of them, are missing.
@@ -46,20 +46,20 @@ def open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
     """
     tensors: dict[str, Any] = {}
     for name, file in _stored_tensors(folder, stack).items():
-        whole = f"model.{name}" if name.startswith(_BARE) else name
-        if whole in tensors:
+        full = f"model.{name}" if name.startswith(_BARE) else name
+        if full in tensors:
             raise ValueError(
-                f"{folder} holds {whole!r} twice, with and without its prefix; save it again."
+                f"{folder} holds {full!r} twice, with and without its prefix; save it again."
             )
-        tensors[whole] = file if whole == name else Renamed(file, {whole: name})
+        tensors[full] = file if full == name else Renamed(file, {full: name})
     return tensors
 
 
 def has_head_of_its_own(tensors: dict[str, Any]) -> bool:
     """Whether the output head of a model that its config calls tied holds other values than the
-    embedding; drops it otherwise. Where one of the two is missing, the other stands for both.
+    embedding; drops it otherwise. Where one of the two is missing, the other is both.
 
-    As transformers 5 does. What bitsandbytes packed into 4 bits is a head of its own.
+    As in transformers 5. A head that bitsandbytes packed into 4 bits is one of its own.
     """
     if HEAD not in tensors:
         return False
@@ -86,7 +86,7 @@ def _equal(here: Any, there: Any) -> bool:
 
 
 def _stored_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, safe_open]:
-    """As the files name them."""
+    """Every tensor under its name in the files, and the open shard that holds it."""
     if (folder / _INDEX).is_file():
         index = read_json(folder / _INDEX).get("weight_map")
         if not isinstance(index, dict):
@@ -95,8 +95,8 @@ def _stored_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, safe
         index = None
     elif pickles := sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES):
         raise ValueError(
-            f"{folder} holds its weights as pickles ({', '.join(pickles[:3])}), which run what "
-            f"their writer wants when they are read, so they are refused. {CONVERT_PICKLES}"
+            f"{folder} holds its weights as pickles ({', '.join(pickles[:3])}), which can run "
+            f"any code when they are read, so they are refused. {CONVERT_PICKLES}"
         )
     else:
         raise FileNotFoundError(

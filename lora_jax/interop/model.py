@@ -1,4 +1,4 @@
-"""What every loader returns."""
+"""The model that every loader returns."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ from lora_jax.models.config import DecoderConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pretrained:
-    """A pretrained model: its params tree, its shape, its tokenizer, and where it came from.
+    """A pretrained model: its params tree, its shape, its tokenizer, and its source.
 
     `source` is the path the weights were read from; write it into a run's records, since two
     sources of one `name` may hold differently rounded weights.

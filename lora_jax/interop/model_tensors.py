@@ -25,7 +25,7 @@ Naming = Literal["gguf", "huggingface"]
 class FileTensor:
     """A tensor as a file will hold it, (out, in); `fetch` brings it to the host.
 
-    Of a quantised matrix, `fetch` gives one layer's weight, of `packed_bytes`.
+    Of a quantised matrix, `fetch` returns one layer's weight, of `packed_bytes`.
     """
 
     shape: tuple[int, ...]
@@ -37,7 +37,7 @@ class FileTensor:
         return math.prod(self.shape)
 
     def nbytes(self, dtype: np.dtype) -> int:
-        """What it takes in a file of `dtype`."""
+        """Its bytes in a file of `dtype`."""
         return self.size * dtype.itemsize if self.packed_bytes is None else self.packed_bytes
 
 
@@ -45,13 +45,13 @@ def leaves_of(config: DecoderConfig, naming: Naming) -> tuple[Parameter, ...]:
     """The leaves of a model of this shape, in the tree's order.
 
     Raises:
-      ValueError: where files of that kind have no names for this family.
+      ValueError: where files of that naming have no names for this family.
     """
     leaves = config.family.parameters(config)
     if any(getattr(leaf, naming) is None for leaf in leaves):
         raise ValueError(
-            f"{type(config).__name__}: this family has no {naming} form here. Write a Hugging Face "
-            "folder, save_huggingface(folder, model)."
+            f"{type(config).__name__}: this family has no {naming} names here. Write a Hugging "
+            "Face folder, save_huggingface(folder, model)."
         )
     return leaves
 
@@ -101,11 +101,11 @@ def assemble(
     dtype: DTypeLike,
     place: Place = on_device,
 ) -> dict:
-    """Builds the params tree leaf by leaf: `place` makes each of what lies in the file.
+    """Builds the params tree leaf by leaf: `place` makes each from the stored tensors.
 
-    `read(name)` returns the named tensor as the file orders it, (out, in): an array, or what gives
-    one when it is indexed. Leaves other than the embedding come out transposed, since the model
-    applies weights from the right.
+    `read(name)` returns the named tensor in the file's order, (out, in): an array, or an object
+    that returns one when it is indexed. Leaves other than the embedding are transposed, since the
+    model applies weights from the right.
     """
     leaves = {leaf.path: leaf for leaf in leaves_of(config, naming)}
     with byte_progress(only_on_terminal=True) as bar:
@@ -144,10 +144,10 @@ def _stored(
 def disassemble(
     params: Mapping[str, Any], config: DecoderConfig, naming: Naming
 ) -> dict[str, FileTensor]:
-    """What `assemble` undoes: the file's tensors by name, each to be fetched in its turn.
+    """The inverse of `assemble`: the file's tensors by name, each fetched in its turn.
 
     Raises:
-      ValueError: a leaf is missing, unexpected, of the wrong shape, or no plain array; for a
+      ValueError: a leaf is missing, unexpected, of the wrong shape, or not a plain array; for a
         Hugging Face folder, it may be a quantised weight as well.
     """
     leaves = {leaf.path: leaf for leaf in leaves_of(config, naming)}

@@ -1,4 +1,4 @@
-"""The 4-bit weights of a bitsandbytes checkpoint, kept as they are, bit for bit."""
+"""The 4-bit weights of a bitsandbytes checkpoint, kept bit for bit."""
 
 import dataclasses
 import math
@@ -22,7 +22,7 @@ _STATE_BYTES = 4096  # bitsandbytes writes less than 300
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Packed:
-    """A weight (out, in) that lies in 4 bits; `fetch` reads it and what stands beside it."""
+    """A weight (out, in) stored in 4 bits; `fetch` reads it and the tensors of its state."""
 
     source: str
     name: str
@@ -39,10 +39,10 @@ class Packed:
 
 
 def take_packed(tensors: dict[str, Any], source: str) -> dict[str, Packed]:
-    """Takes the 4-bit weights, and what stands beside them, out of `tensors` (name to file).
+    """Removes the 4-bit weights, and the tensors of their states, from `tensors` (name to file).
 
     Raises:
-      ValueError: a weight has two states, or one that is no JSON as bitsandbytes writes it.
+      ValueError: a weight has two states, or one that is not the JSON of bitsandbytes.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for key in [key for key in tensors if _STATE in key]:
@@ -62,7 +62,7 @@ def take_packed(tensors: dict[str, Any], source: str) -> dict[str, Packed]:
 
 
 def keep_packed(place: Place, dtype: DTypeLike) -> Place:
-    """`place` for all but leaves whose tensors are `Packed`: those stay what they are."""
+    """`place` for all leaves but those whose tensors are `Packed`, which stay packed."""
 
     def placed(path: str, leaf: StoredLeaf) -> Any:
         tensors = [open_tensor() for open_tensor in leaf.tensors]
@@ -78,14 +78,14 @@ def keep_packed(place: Place, dtype: DTypeLike) -> Place:
         for tensor in packed:
             weights.append(tensor.read(dtype))
             leaf.on_read(leaf.nbytes // len(tensors))
-        if len({_kind(weight) for weight in weights}) > 1:
+        if len({_format(weight) for weight in weights}) > 1:
             raise ValueError(f"{packed[0].source}: layers of {path} are quantised differently.")
         return jax.tree.map(lambda *xs: jnp.stack(xs), *weights) if leaf.is_stacked else weights[0]
 
     return placed
 
 
-def _kind(weight: Blockwise) -> tuple[Any, ...]:
+def _format(weight: Blockwise) -> tuple[Any, ...]:
     leaves, structure = jax.tree.flatten(weight)
     return structure, *(leaf.shape for leaf in leaves)
 
@@ -93,15 +93,15 @@ def _kind(weight: Blockwise) -> tuple[Any, ...]:
 def _fetcher(files: Mapping[str, Any]) -> Callable[[], dict[str, np.ndarray]]:
     def fetch() -> dict[str, np.ndarray]:
         for key, file in files.items():
-            if (kind := file.get_slice(key).get_dtype()) not in ("U8", "F32"):
-                raise ValueError(f"{key} is {kind}; bitsandbytes writes U8 and F32.")
+            if (dtype := file.get_slice(key).get_dtype()) not in ("U8", "F32"):
+                raise ValueError(f"{key} is {dtype}; bitsandbytes writes U8 and F32.")
         return {key: file.get_tensor(key) for key, file in files.items()}
 
     return fetch
 
 
 def _shape(file: Any, name: str, source: str) -> tuple[int, ...]:
-    """The weight's shape out of its state."""
+    """The weight's shape, from its state."""
     piece = file.get_slice(name)
     if piece.get_dtype() != "U8" or math.prod(piece.get_shape()) > _STATE_BYTES:
         raise ValueError(f"{source}: {name} is not what bitsandbytes writes: it is no short text.")

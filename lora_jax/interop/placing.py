@@ -1,4 +1,4 @@
-"""Leaves that still lie in their file, and what becomes of each as soon as it is read."""
+"""Leaves in a file, and how each is placed as soon as it is read."""
 
 import dataclasses
 import math
@@ -16,16 +16,16 @@ Index = tuple[slice, ...]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StoredLeaf:
-    """A leaf of the params tree in a file; `read` reads as much of it as it is asked for.
+    """A leaf of the params tree in a file; `read` reads all or a part of it.
 
     Attributes:
-      shape: as the tree has it: stacked over layers, applied from the right.
-      dtype: what it is read as.
+      shape: in the tree: stacked over layers, applied from the right.
+      dtype: to which it is read.
       tensors: opens the file's tensor of each layer (of a leaf without layers, the only one): an
-        array, or what gives one when it is indexed by slices.
+        array, or an object that returns one when it is indexed by slices.
       is_stacked: whether the first axis counts layers.
       is_transposed: whether the file holds (out, in).
-      on_read: told how many bytes were read, after each tensor.
+      on_read: called with the number of bytes read, after each tensor.
     """
 
     shape: tuple[int, ...]
@@ -57,12 +57,12 @@ Place = Callable[[str, StoredLeaf], Any]
 
 
 def on_device(path: str, leaf: StoredLeaf) -> jax.Array:
-    """The whole leaf on the default device."""
+    """The full leaf on the default device."""
     return jnp.asarray(leaf.read())
 
 
 def quantized(format: str, **options: Any) -> Place:
-    """Places each leaf as `quantize(params, format, **options)` would leave it."""
+    """Places each leaf as `quantize(params, format, **options)` returns it."""
     finish = quantizer(format, **options)
     return lambda path, leaf: finish(path, leaf.read())
 

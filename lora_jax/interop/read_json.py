@@ -1,4 +1,4 @@
-"""JSON files of strangers."""
+"""Reads JSON files of unknown origin."""
 
 import json
 from pathlib import Path

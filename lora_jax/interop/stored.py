@@ -1,4 +1,4 @@
-"""What the files of an export say of it, without loading its weights."""
+"""The digest and the formats of an export, read from its files without loading its weights."""
 
 import math
 from collections.abc import Iterator

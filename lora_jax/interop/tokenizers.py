@@ -1,4 +1,4 @@
-"""Tokenizers out of Hugging Face folders, and whether one fits its model."""
+"""Tokenizers from Hugging Face folders, and whether one fits its model."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -60,8 +60,8 @@ def _core(path: Path) -> Core:
 def fit_vocabulary(tokenizer: Tokenizer, vocab_size: int, source: str) -> Tokenizer:
     """The tokenizer of a model whose embedding has `vocab_size` rows.
 
-    Tokens that were added without resizing the embedding stay known, so that a text which holds
-    one is refused; a padding token among them is nobody's.
+    Tokens that were added without resizing the embedding stay known, so that a text that holds
+    one is refused; a padding token among them is dropped.
 
     Raises:
       ValueError: the vocabulary itself, the beginning or the end token has no row.

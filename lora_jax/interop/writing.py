@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and never in another's place."""
+"""Files and folders that appear only when complete, and never overwrite."""
 
 import contextlib
 import os
@@ -13,10 +13,10 @@ import numpy as np
 def appearing(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`, for a file or a folder that becomes `path` at the end.
 
-    Where something goes wrong, what stands under the temporary name is removed.
+    On an error, the file or folder of the temporary name is removed.
 
     Raises:
-      ValueError: there is something at `path` already; an empty folder counts as nothing.
+      ValueError: `path` exists, other than as an empty folder.
     """
     if path.is_symlink() or path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise ValueError(f"{path} exists already and is never overwritten; choose another name.")

@@ -1,4 +1,4 @@
-"""The value of each code, by what a platform is quick at: no kernel of ours, but XLA's own ways."""
+"""The value of each code, by the operation of XLA that is fastest on the platform."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""AdaLoRA: a budget of singular values, spent where it matters (Zhang et al. 2023,
+"""AdaLoRA: a budget of singular values over all matrices (Zhang et al. 2023,
 arXiv:2303.10512)."""
 
 import dataclasses
@@ -23,7 +23,7 @@ FACTORS = ("a", "e", "b")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdaLoRA(Method):
-    """`y = x @ w + scale * x @ a @ diag(e) @ b`, `scale = alpha / (rank + 1e-5)`, `e = 0` at first.
+    """`y = x @ w + scale * x @ a @ diag(e) @ b`, `scale = alpha / (rank + 1e-5)`; init `e = 0`.
 
     `a` and `b` are held near orthogonal by `orthogonality`, a term of the loss, so that `e` are
     singular values. After each step `allocate_budget` zeroes those of least importance, until
@@ -31,7 +31,7 @@ class AdaLoRA(Method):
 
     Attributes:
       total_steps: how many steps training takes; the schedule of the budget follows from it.
-      rank: of the factors, at the start.
+      rank: of the factors, at init.
       target_rank: on average over all matrices, at the end.
       alpha: the numerator of the scale.
       warmup: steps before the budget begins to fall (`tinit` in PEFT).
@@ -126,7 +126,7 @@ class Statistics:
 
 @flax.struct.dataclass
 class AdaLoRANode(Additive):
-    """`scale * a @ diag(e) @ b`, all float32, and what tells which of its triplets matter.
+    """`scale * a @ diag(e) @ b`, all float32, and the importance of its triplets.
 
     Attributes:
       a: `[stack..., contracted..., r]`.
@@ -162,8 +162,8 @@ class AdaLoRANode(Additive):
     @classmethod
     def penalty(cls, nodes: Sequence["AdaLoRANode"]) -> jax.Array:
         total = jnp.float32(0)
-        for method, members in _by_method(nodes).items():
-            distances = [d for i in members for d in _distances(nodes[i].as_matrix())]
+        for method, indices in _by_method(nodes).items():
+            distances = [d for i in indices for d in _distances(nodes[i].as_matrix())]
             total += method.penalty * jnp.concatenate(distances).mean()
         return total
 
@@ -172,9 +172,9 @@ class AdaLoRANode(Additive):
         cls, nodes: Sequence["AdaLoRANode"], gradients: Sequence["AdaLoRANode"], step: jax.Array
     ) -> list["AdaLoRANode"]:
         moved = [_observed(*pair, step) for pair in zip(nodes, gradients, strict=True)]
-        for method, members in _by_method(nodes).items():
-            allocated = _allocated(method, [moved[i] for i in members], step)
-            for i, node in zip(members, allocated, strict=True):
+        for method, indices in _by_method(nodes).items():
+            allocated = _allocated(method, [moved[i] for i in indices], step)
+            for i, node in zip(indices, allocated, strict=True):
                 moved[i] = node
         return moved
 
@@ -184,7 +184,7 @@ def orthogonality(delta: PyTree) -> jax.Array:
     4 of the paper, unsquared and averaged as PEFT has it).
 
     Args:
-      delta: of any methods; of a stack, `vmap` over its members.
+      delta: of any methods; for a stack, `vmap` over its deltas.
 
     Returns:
       A float32 scalar, summed over the `AdaLoRA` values in use; 0 where there are none.
@@ -194,9 +194,9 @@ def orthogonality(delta: PyTree) -> jax.Array:
 
 
 def allocate_budget(delta: PyTree, gradients: PyTree, step: jax.Array) -> PyTree:
-    """The delta with its AdaLoRA statistics moved, and the least important `e` zeroed.
+    """The delta with its AdaLoRA statistics updated, and the least important `e` zeroed.
 
-    A pure function of arrays, to be called inside the jitted step behind the optimizer: no rank is
+    A pure function of arrays, to be called inside the jitted step after the optimizer: no rank is
     a shape, and nothing is compiled again as ranks fall. The importance of a triplet is that of
     its `e` plus the mean over its column of `a` and its row of `b`, where a value's importance is
     its averaged `|value * gradient|` times that average's uncertainty (section 3.2 of the paper);
@@ -228,7 +228,7 @@ def _is_node(leaf: Any) -> bool:
 
 
 def _by_method(nodes: Sequence[AdaLoRANode]) -> dict[AdaLoRA, list[int]]:
-    """Which nodes share a budget."""
+    """The indices of the nodes that share a budget, by their method."""
     groups: dict[AdaLoRA, list[int]] = {}
     for i, node in enumerate(nodes):
         groups.setdefault(node.method, []).append(i)
@@ -236,7 +236,7 @@ def _by_method(nodes: Sequence[AdaLoRANode]) -> dict[AdaLoRA, list[int]]:
 
 
 def _distances(node: AdaLoRANode) -> Iterator[jax.Array]:
-    """Of a and b^T of each stacked layer from orthogonal, `[layers]` each."""
+    """How far a and b^T of each stacked layer are from orthogonal, `[layers]` each."""
     for factor in (jnp.swapaxes(node.a, -1, -2), node.b):
         with jax.default_matmul_precision("highest"):
             gram = jnp.matmul(factor, jnp.swapaxes(factor, -1, -2))
@@ -256,9 +256,9 @@ def _observed(node: AdaLoRANode, gradient: AdaLoRANode, step: jax.Array) -> AdaL
         now = jnp.abs(getattr(node, name) * getattr(gradient, name))
         old = getattr(node.sensitivity, name), getattr(node.uncertainty, name)
         mean = method.beta1 * old[0] + (1 - method.beta1) * now
-        spread = method.beta2 * old[1] + (1 - method.beta2) * jnp.abs(now - mean)
+        deviation = method.beta2 * old[1] + (1 - method.beta2) * jnp.abs(now - mean)
         sensitivity[name] = jnp.where(counts, mean, old[0])
-        uncertainty[name] = jnp.where(counts, spread, old[1])
+        uncertainty[name] = jnp.where(counts, deviation, old[1])
     return dataclasses.replace(
         node, sensitivity=Statistics(**sensitivity), uncertainty=Statistics(**uncertainty)
     )

@@ -19,18 +19,18 @@ ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bottleneck(Method):
-    """A small MLP behind a layer, or beside it, with a skip connection around it.
+    """A small MLP after a layer, or beside it, with a skip connection around it.
 
     Serial: `y = h + scale * (f(h @ down + down_bias) @ up + up_bias)` of the layer's own output
-    `h = x @ w`. Parallel: the same MLP of its input x. At the start `up` and all biases are zero.
+    `h = x @ w`. Parallel: the same MLP of its input x. Init: `up` and all biases are zero.
 
-    Where adapters stand is a matter of targets. Houlsby et al. put them behind both sublayers, on a
-    Llama `targets=("o_proj", "down_proj")`; Pfeiffer et al. (2021, arXiv:2005.00247) behind the
+    The targets decide where adapters are. Houlsby et al. put them after both sublayers, on a
+    Llama `targets=("o_proj", "down_proj")`; Pfeiffer et al. (2021, arXiv:2005.00247) after the
     MLP alone, `targets="down_proj"`. A bias that the model adds to h comes after the adapter.
 
     Attributes:
       size: the MLP's inner width.
-      parallel: whether it stands beside the layer.
+      parallel: whether it is beside the layer.
       activation: f: "relu" (Pfeiffer), "silu" (Houlsby's swish) or "gelu".
       scale: what the MLP's output is multiplied by; 4 in He et al.'s parallel adapter.
 
@@ -60,8 +60,8 @@ class Bottleneck(Method):
             shape = (*read, self.size)
             return jax.random.uniform(layer_key, shape, jnp.float32, -bound, bound)
 
-        kind = ParallelBottleneckNode if self.parallel else BottleneckNode
-        return kind(
+        node_class = ParallelBottleneckNode if self.parallel else BottleneckNode
+        return node_class(
             down=over_layers(init_down, stack)(key),
             down_bias=jnp.zeros((*stack, self.size), jnp.float32),
             up=jnp.zeros((*stack, self.size, *d_out), jnp.float32),
@@ -74,7 +74,7 @@ class Bottleneck(Method):
 
 @flax.struct.dataclass
 class BottleneckNode(DeltaNode):
-    """The MLP behind one layer, all float32. Padding its width is exact, since f(0) = 0.
+    """The MLP after one layer, all float32. Padding its width is exact, since f(0) = 0.
 
     Attributes:
       down: `[stack..., output..., m]`.

@@ -1,4 +1,4 @@
-"""Low-rank factors of a weight itself, for adapters that do not start at zero."""
+"""Low-rank factors of the weight itself, for adapters that are initialised from it."""
 
 import re
 from collections.abc import Callable
@@ -19,7 +19,8 @@ def factors_of(
 
     - "pissa": the r leading singular triplets, `a = U sqrt(S / scale)`, `b = sqrt(S / scale) V^T`
       (Meng et al. 2024, arXiv:2404.02948, section 3).
-    - "pissa_niter_N": the same by N rounds of subspace iteration from a random start (Halko et al.
+    - "pissa_niter_N": the same by N rounds of subspace iteration from a random subspace (Halko et
+    al.
       2011, arXiv:0909.4061, algorithm 4.4): close, and much faster where r is small.
     - "olora": of `w^T = Q R`, the leading rows of R and columns of Q (Buyukakyuz 2024,
       arXiv:2406.01775); the scale is not divided out, as in the paper and in PEFT.
@@ -64,9 +65,9 @@ def subspace_svd(
 def each_layer(function: Callable, weight: jax.Array | Weight, *arguments: jax.Array):
     """`function(matrix, *arguments)` of each stacked layer, float32, one after another.
 
-    On a CPU, jaxlib's LAPACK spreads a batch of matrices over the threads that run the program, and
-    waits: where every thread is in such a call, it waits for ever (seen with jaxlib 0.10.2, two
-    cores and seven weights). So a decomposition is never given a batch.
+    On a CPU, jaxlib's LAPACK distributes a batch of matrices over the threads that run the program
+    and waits: where every thread is in such a call, it waits for ever (seen with jaxlib 0.10.2, two
+    cores and seven weights). So a decomposition never gets a batch.
     """
     if weight.ndim > 2:
         return jax.lax.map(lambda one: each_layer(function, one[0], *one[1:]), (weight, *arguments))

@@ -21,8 +21,8 @@ from lora_jax.weights import UNSCALED, as_matrix
 class DoRA(LoRA):
     """`y = c * (x @ V)` with `V = w + scale * a @ b` and `c = m / ||V||`, column by column.
 
-    The magnitude `m` trains, and starts as `||V||`; the norm is treated as a constant (section 4.3
-    of the paper). It is never taken of V itself, but expanded:
+    The magnitude `m` trains and is initialised as `||V||`; the norm is treated as a constant
+    (section 4.3 of the paper). It is computed without V, by expanding it:
     `||V_j||^2 = ||w_j||^2 + 2 s (a^T w)_j . b_j + s^2 b_j^T (a^T a) b_j`, where the first term is
     stored and the second costs what r more tokens cost.
 
@@ -103,5 +103,5 @@ class DoRANode(LowRank):
         square = self.base_square + jnp.sum(b * cross, axis=-2)
         norm = jnp.sqrt(jnp.maximum(square, jnp.finfo(jnp.float32).tiny))  # a column may be zero
         factor = self.magnitude / jax.lax.stop_gradient(norm)
-        # A node of scale 0 stands, in a stack, for a target that a member does not have.
+        # In a stack, a node of scale 0 is a target that an adapter does not have.
         return jnp.where(scale == 0, jnp.ones_like(factor), factor)

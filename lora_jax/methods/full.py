@@ -1,4 +1,4 @@
-"""Full fine-tuning, as just another method: a dense delta for every targeted leaf."""
+"""Full fine-tuning as a method: a dense delta for every targeted leaf."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -17,7 +17,7 @@ from lora_jax.weights import Shared
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Full(Method):
-    """`w + d` with a dense float32 `d`, zero at the start; adapts leaves of any shape.
+    """`w + d` with a dense float32 `d`, initialised as zero; adapts leaves of any shape.
 
     Training it is training the weight, with float32 accumulation even over a bf16 base.
     `targets=".*"` tunes a whole model.
@@ -36,7 +36,7 @@ class Full(Method):
 class FullNode(Additive):
     """A dense `delta`, float32, of the weight's own shape.
 
-    It is bound as the plain sum, since a model may read a norm's scale in any way it likes.
+    It is bound as the plain sum, since a model may use a norm's scale in any way.
     """
 
     delta: jax.Array = leaf("stack", absent=0)

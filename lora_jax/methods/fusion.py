@@ -23,13 +23,13 @@ from lora_jax.weights import UNSCALED, linear
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Fusion(Method):
-    """`y = sum_n softmax_n(q . k_n) (z_n + h) @ value` over adapters that stay as they are.
+    """`y = sum_n softmax_n(q . k_n) (z_n + h) @ value` over frozen adapters.
 
     `h = x @ w` is the layer's output, `z_n` what adapter n adds to it, `q = h @ query + query_bias`
-    and `k_n = z_n @ key` (equations 3 to 6 of the paper; the values hold the skip connection, so
-    that they start, with `value` the identity, as what each adapter alone gives). A bias of the
-    keys would shift all scores alike. Query and key start normal of deviation 0.02. The paper's
-    penalty on `value` is not added.
+    and `k_n = z_n @ key` (equations 3 to 6 of the paper; the values include the skip connection, so
+    that with the initial `value`, the identity, they are the output of each adapter alone). A bias
+    of the keys would shift all scores equally. Query and key are initialised as normal with
+    deviation 0.02. The paper's penalty on `value` is not added.
 
     Attributes:
       adapters: deltas of `Bottleneck` over one base and the same targets, which are the targets of
@@ -52,11 +52,11 @@ class Fusion(Method):
     def init_node(
         self, path: str, weight: AnyWeight, *, layout: Layout, key: jax.Array
     ) -> "FusionNode":
-        members = self._members(path, weight)
-        widest = max(members, key=lambda member: cast(int, member.rank))
+        nodes = self._nodes_at(path, weight)
+        widest = max(nodes, key=lambda node: cast(int, node.rank))
         stack, _, d_out = layout.split(weight.shape)
         width, axis = math.prod(d_out), len(stack)
-        padded = [member.padded(widest) for member in members]
+        padded = [node.padded(widest) for node in nodes]
 
         def init_pair(layer_key):
             return 0.02 * jax.random.normal(layer_key, (2, width, width), jnp.float32)
@@ -72,24 +72,24 @@ class Fusion(Method):
             layout=layout,
         )
 
-    def _members(self, path: str, weight: AnyWeight) -> list[BottleneckNode]:
+    def _nodes_at(self, path: str, weight: AnyWeight) -> list[BottleneckNode]:
         """The adapters' nodes at one path."""
-        members = [nodes.get(path) for nodes in self._nodes()]
-        for number, member in enumerate(members):
-            if not isinstance(member, BottleneckNode):
-                found = "nothing" if member is None else type(member).__name__
+        found = [nodes.get(path) for nodes in self._nodes()]
+        for number, node in enumerate(found):
+            if not isinstance(node, BottleneckNode):
+                what = "nothing" if node is None else type(node).__name__
                 raise ValueError(
-                    f"{path}: adapter {number} of the Fusion has {found} here, where another has a "
+                    f"{path}: adapter {number} of the Fusion has {what} here, where another has a "
                     "bottleneck: expected adapters of one base with the same targets."
                 )
-            structures: Any = jax.tree.structure(member), jax.tree.structure(members[0])
+            structures: Any = jax.tree.structure(node), jax.tree.structure(found[0])
             if structures[0] != structures[1]:
                 raise ValueError(
-                    "the Fusion's adapters differ in activation, placement or layout: fuse "
+                    "the Fusion's adapters differ in activation, `parallel` or layout: fuse "
                     "adapters that differ in size alone."
                 )
-            member.check("an adapter of the Fusion", weight)
-        return cast(list[BottleneckNode], members)
+            node.check("an adapter of the Fusion", weight)
+        return cast(list[BottleneckNode], found)
 
     def _nodes(self) -> list[dict[str, Any]]:
         def is_node(leaf):
@@ -103,7 +103,7 @@ class FusionNode(DeltaNode):
     """Frozen adapters of one layer and the attention over them, all float32.
 
     Attributes:
-      adapters: the bottlenecks, with an axis for the N of them behind the stack axes.
+      adapters: the bottlenecks, with an axis of N adapters after the stack axes.
       query, key, value: `[stack..., d_out, d_out]`.
       query_bias: `[stack..., d_out]`.
     """

@@ -18,7 +18,7 @@ from lora_jax.weights import Shared, dense_float32
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class IA3(Method):
-    """`y = (x @ w) * l`, or `y = (x * l) @ w` where the input is scaled; `l` starts at one.
+    """`y = (x @ w) * l`, or `y = (x * l) @ w` where the input is scaled; init `l = 1`.
 
     The paper scales keys, values and the MLP's inner activations. On a Llama that is
     `{"k_proj|v_proj": IA3(), "down_proj": IA3(scales="input")}`. A bias that the model adds is not
@@ -42,8 +42,9 @@ class IA3(Method):
     ) -> "IA3Node":
         del path, key
         stack, d_in, d_out = layout.split(weight.shape)
-        kind, side = (IA3Node, d_out) if self.scales == "output" else (IA3InputNode, d_in)
-        return kind(
+        output = self.scales == "output"
+        node_class, side = (IA3Node, d_out) if output else (IA3InputNode, d_in)
+        return node_class(
             l=jnp.ones((*stack, *side), jnp.float32),
             active=jnp.ones(stack, jnp.float32),
             layout=layout,
@@ -56,7 +57,7 @@ class IA3Node(DeltaNode):
 
     Attributes:
       l: `[stack..., output...]`, float32.
-      active: `[stack...]`, 0 where a member of a stack lacks the target: `l` is then neither
+      active: `[stack...]`, 0 where an adapter of a stack lacks the target: `l` is then neither
         applied nor trained.
       layout: the weight's axes.
     """
@@ -131,7 +132,7 @@ class IA3BiasNode(DeltaNode):
     def bind(
         self, base: AnyWeight, dropout_key: jax.Array | None, adapter_ids: Shared | None
     ) -> AnyWeight:
-        """The plain product: a model may read a bias in any way it likes."""
+        """The plain product: a model may use a bias in any way."""
         del dropout_key
         if adapter_ids is not None:
             raise ValueError(
@@ -144,6 +145,6 @@ class IA3BiasNode(DeltaNode):
         return (dense_float32(base) * cast(Shared, self.factor).value).astype(base.dtype)
 
     def unmerge(self, merged: jax.Array) -> jax.Array:
-        """As of `IA3Node`."""
+        """As `IA3Node.unmerge`."""
         factor = cast(Shared, self.factor).value
         return (merged.astype(jnp.float32) / factor).astype(merged.dtype)

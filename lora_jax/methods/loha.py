@@ -29,7 +29,7 @@ class LoHa(Method):
       alpha: the numerator of the scale.
       dropout: the rate at which entries of the branch's input are zeroed, as in `LoRA`.
 
-    At first `a1` is uniform on +-1/sqrt(d_in), `b1` and `b2` on +-1/sqrt(rank), and `a2` is zero,
+    Init: `a1` is uniform on +-1/sqrt(d_in), `b1` and `b2` on +-1/sqrt(rank), and `a2` is zero,
     as in PEFT (whose `w_a` is our b, and `w_b` our a, transposed).
 
     Raises:

@@ -20,7 +20,7 @@ from lora_jax.weights import as_matrix
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRA(Method):
-    """`y = x @ w + scale * dropout(x) @ a @ b` with `b = 0` at the start.
+    """`y = x @ w + scale * dropout(x) @ a @ b`; init `b = 0`.
 
     Attributes:
       rank: r, the inner dimension of `a [d_in, r]` and `b [r, d_out]`. A tuple gives each layer of
@@ -31,12 +31,12 @@ class LoRA(Method):
         (Kalajdzievski 2023, arXiv:2312.03732).
       dropout: the rate at which entries of the adapter's input are zeroed while a `dropout_key` is
         bound; what remains is divided by `1 - dropout`.
-      init: how `a` is drawn: "kaiming" is uniform on +-1/sqrt(d_in), as PEFT draws it; "gaussian"
+      init: how `a` is initialised: "kaiming" is uniform on +-1/sqrt(d_in), as in PEFT; "gaussian"
         has standard deviation `1 / r`. "pissa", "pissa_niter_N" and "olora" take `a0` and `b0` from
-        the weight itself (`decompositions.factors_of`), start a and b there, and add
-        `scale * (a @ b - a0 @ b0)`. The papers move `a0 @ b0` into the base; here the base stays
-        as it is, quantised or not, and may be shared by arms. `as_plain_lora` has the way back.
-      train_a: False freezes `a` where it starts: LoRA-FA (Zhang et al. 2023, arXiv:2308.03303).
+        the weight itself (`decompositions.factors_of`), initialise a and b with them, and add
+        `scale * (a @ b - a0 @ b0)`. The papers move `a0 @ b0` into the base; here the base does not
+        change, quantised or not, and arms may share it. `as_plain_lora` converts to plain factors.
+      train_a: False freezes `a` at its init: LoRA-FA (Zhang et al. 2023, arXiv:2308.03303).
         No gradient of `a` is computed. The paper's correction of `b`'s gradient is `project_b`.
 
     Raises:
@@ -101,7 +101,9 @@ class LoRA(Method):
             "a": a,
             "b": b,
             "scale": scale,
-            "a0": jnp.copy(a) if self._decomposes else None,  # of its own: a step may donate a
+            "a0": jnp.copy(a)
+            if self._decomposes
+            else None,  # a buffer of its own: a step may donate a
             "b0": jnp.copy(b) if self._decomposes else None,
             "dropout": self.dropout,
             "layout": layout,
@@ -117,7 +119,7 @@ class LoRA(Method):
 
     @property
     def _decomposes(self) -> bool:
-        """Whether the factors are a part of the weight."""
+        """Whether the factors are initialised from the weight."""
         return bool(INITS.fullmatch(self.init))
 
     def _widest(self, stack: tuple[int, ...], d_in: int, d_out: int) -> int:
@@ -148,8 +150,8 @@ class LowRank(Additive):
       a0, b0: the factors that the init took from the weight, frozen; None where it took none.
       layout: the weight's axes.
       train_a: whether `a` trains.
-      own_base: what made a base that the node belongs to instead of the original ("loftq"); empty
-        for the original. It is a setting like the others: nodes that differ in it do not mix.
+      own_base: how the base was made that the node belongs to ("loftq"); empty for the original. It
+        is a setting like the others: nodes that differ in it do not mix.
     """
 
     own_axes = ("rank",)

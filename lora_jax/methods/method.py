@@ -1,4 +1,4 @@
-"""The protocol of a method: what `lora_transform` makes nodes with."""
+"""The protocol of a method, which `lora_transform` calls to make nodes."""
 
 import abc
 import dataclasses
@@ -22,7 +22,7 @@ class Method(abc.ABC):
     and the node. Nothing else in the library changes.
     """
 
-    needs_matrix: ClassVar[bool] = True  # whether only leaves of two axes or more are adapted
+    needs_matrix: ClassVar[bool] = True  # whether it adapts only leaves of two axes or more
 
     def accepts(self, path: str, weight: AnyWeight, layout: Layout | None) -> bool:
         """Whether the leaf at `path` is one that this method can adapt; `layout` is None for one
@@ -53,12 +53,12 @@ class Method(abc.ABC):
         self, path: str, weight: AnyWeight, *, layout: Layout, key: jax.Array
     ) -> DeltaNode | None:
         """The initial node for `weight`, which leaves the layer's output unchanged; None for a
-        method that leaves all weights alone and has `extras` only.
+        method that adapts no weight and has `extras` only.
 
         Args:
           path: of the weight.
           weight: the frozen weight, possibly abstract, `[stack..., contracted..., output...]`.
-          layout: its axes.
+          layout: its layout.
           key: one typed key for each stacked layer, `[stack...]`.
         """
 
@@ -70,7 +70,7 @@ class Method(abc.ABC):
 
         Args:
           weights: `{path: weight}` of all that this method was targeted at.
-          layouts: their axes, and maybe others', by path.
+          layouts: their layouts, and maybe those of others, by path.
           key: the key that `lora_transform` was given.
         """
         del weights, layouts, key
@@ -78,7 +78,7 @@ class Method(abc.ABC):
 
 
 def of_values(method: Method, make: Callable[[Any], Any], weights: Any) -> Any:
-    """`make(weights)`, or its shapes, where it reads the values of weights that are abstract."""
+    """`make(weights)`; its shapes, where the method reads values and the weights are abstract."""
     leaves = jax.tree.leaves(weights)
     is_abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
     if method.reads_values and is_abstract:

@@ -33,11 +33,12 @@ _ELSEWHERE = re.compile(r"(?:.*_)?(?:mlp|ffn|ff|feed_forward|feedforward|experts
 class Prefix(Method):
     """Trained keys and values in front of every layer's own; no weight is adapted.
 
-    Target the key projections, whose output axes they take: `lora_transform(params,
+    Target the key projections, whose output axes they have: `lora_transform(params,
     Prefix(length=20), targets="k_proj", key=key)`. They stand beside them as `prefix`, for
-    instance `layers/attn/prefix`, one in each attention layer. Names tell what is no projection of
-    keys or values, and the model tells what it does not read. Positions are not turned into the
-    keys; tokens begin at position `length`, and every example of a packed row sees the prefix.
+    instance `layers/attn/prefix`, one in each attention layer. A target whose name is that of
+    another projection is refused here, and one that a model does not read is refused by the model.
+    The keys get no rotary embedding; tokens begin at position `length`, and every example of a
+    packed row sees the prefix.
 
     Attributes:
       length: how many keys and values a layer.
@@ -45,7 +46,7 @@ class Prefix(Method):
         MLP with so many hidden units instead, which gives the keys and values of all stacked
         layers: `tanh(rows @ w1 + b1) @ w2 + b2` (section 4.3 of the paper).
 
-    All start normal with deviation 1, but the MLP's matrices, of 1 / sqrt(d_in), and its biases.
+    Init: normal with deviation 1; 1 / sqrt(d_in) for the MLP's matrices, and zero for its biases.
 
     Raises:
       ValueError: for a length or a hidden width below 1; from `lora_transform`, for a target that
@@ -150,7 +151,7 @@ class EncodedPrefixNode(Extra):
     b2: jax.Array = leaf("stack pair")
 
     def bound(self) -> PrefixNode:
-        with jax.default_matmul_precision("highest"):  # what is exported is what was trained
+        with jax.default_matmul_precision("highest"):  # the exported values are the trained ones
             inner = jnp.tanh(linear(self.rows, self.w1) + self.b1[None])
             pair = jnp.matmul(inner, self.w2) + self.b2[..., None, :]
         k, v = jnp.split(pair, 2, axis=-1)

@@ -20,16 +20,16 @@ from lora_jax.weights import embed
 class Prompt(Method):
     """Trained rows that the model reads in front of the embedded tokens; no weight is adapted.
 
-    Target the embedding table, whose width they take: `lora_transform(params, Prompt(length=20),
+    Target the embedding table, whose width they have: `lora_transform(params, Prompt(length=20),
     targets="embed", key=key)`. They stand in the delta, and in the bound weights, as `prompt`.
     Tokens keep their places relative to each other and begin at position `length`; every example
     of a packed row sees the prompt.
 
     Attributes:
       length: how many rows.
-      init: "vocab" starts from rows of random tokens, "normal" from a normal distribution of
-        deviation 1 (PEFT's "RANDOM").
-      tokens: the ids of a text to start from instead, repeated or cut to `length`.
+      init: "vocab" takes the rows of random tokens, "normal" a normal distribution of deviation 1
+        (PEFT's "RANDOM").
+      tokens: the ids of a text whose rows to take instead, repeated or cut to `length`.
 
     Raises:
       ValueError: for a length below 1, an unknown init, no tokens, or targets other than one table.
@@ -44,7 +44,7 @@ class Prompt(Method):
         known = self.init in ("vocab", "normal")
         self._require("init", known, "expected 'vocab' or 'normal'.")
         given = self.tokens is None or self.tokens
-        self._require("tokens", given, "the text to start from has no tokens.")
+        self._require("tokens", given, "the initial text has no tokens.")
 
     @property
     def reads_values(self) -> bool:

@@ -22,14 +22,14 @@ from lora_jax.weights import Shared
 class VeRA(Method):
     """`y = x @ w + ((x @ a * lambda_d) @ b) * lambda_b` with one frozen random pair a, b for all.
 
-    The pair is drawn for the largest input and the largest output among the method's targets, as
-    PEFT has it, and each weight takes the leading rows of `a` and the leading columns of `b`. It
+    The pair is initialised for the largest input and the largest output among the method's targets,
+    as in PEFT, and each weight takes the leading rows of `a` and the leading columns of `b`. It
     is stored once, as the `Projection` that stands in the delta under `method.projection`: read
     its `a [d_in, r]` and `b [r, d_out]` to export it, replace the entry to import another.
 
     Attributes:
       rank: r of the shared pair.
-      d_initial: where `lambda_d [r]` starts; `lambda_b [d_out]` starts at zero.
+      d_initial: the init of `lambda_d [r]`; that of `lambda_b [d_out]` is zero.
       dropout: the rate at which entries of the adapter's input are zeroed, as in `LoRA`.
 
     Raises:
@@ -69,12 +69,12 @@ class VeRA(Method):
         d_in, d_out = (max(math.prod(side) for side in each) for each in zip(*sides, strict=True))
         keys = jax.random.split(jax.random.fold_in(key, stable_hash(self.projection)))
 
-        def draw(key, *shape):  # He et al.'s uniform, over the axis that is summed
+        def uniform(key, *shape):  # He et al.'s uniform, over the axis that is summed
             bound = math.sqrt(6 / shape[0])
             return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
-        pair = VeRAProjection(a=draw(keys[0], d_in, self.rank), b=draw(keys[1], self.rank, d_out))
-        return {self.projection: pair}
+        a, b = uniform(keys[0], d_in, self.rank), uniform(keys[1], self.rank, d_out)
+        return {self.projection: VeRAProjection(a=a, b=b)}
 
 
 @flax.struct.dataclass

@@ -1,4 +1,4 @@
-"""What a model keeps of the positions that it has read.
+"""The keys and values of the positions that a model has read.
 
 Dimensions: L layers, B batch, T new positions, S positions, N query heads, K key/value heads,
 H head size.
@@ -17,7 +17,7 @@ from lora_jax.paths import is_known
 
 
 class LayeredCache(Protocol):
-    """What a decoder reads on from: a pytree that it carries from layer to layer.
+    """The protocol of a cache: a pytree that a decoder carries from layer to layer.
 
     Attributes:
       lengths: `[B]` int32, how many positions of each row are filled.
@@ -48,7 +48,7 @@ class LayeredCache(Protocol):
 
 @flax.struct.dataclass
 class Cache:
-    """Keys and values of what was read so far, a row's one after another.
+    """Keys and values of the positions read so far, those of a row contiguous.
 
     Attributes:
       k, v: `[L, B, S, K, H]`, for S positions at most, of any float dtype.

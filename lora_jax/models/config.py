@@ -23,8 +23,8 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """The shape of a decoder; a static argument of `jit`. A family's own config adds what it has
-    beyond this, and names its `family`."""
+    """The shape of a decoder; a static argument of `jit`. A family's own config adds its own
+    fields, and names its `family`."""
 
     vocab_size: int
     hidden_size: int
@@ -43,14 +43,14 @@ class DecoderConfig:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} must be a multiple of num_kv_heads="
-                f"{self.num_kv_heads}: every key/value head serves a whole group of query heads."
+                f"{self.num_kv_heads}: every key/value head serves a group of query heads."
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: RoPE rotates pairs.")
 
     @property
     def family(self) -> "Family":
-        """Whose functions compute a model of this shape."""
+        """The family, whose functions compute a model of this shape."""
         raise NotImplementedError
 
     @property
@@ -65,7 +65,7 @@ class DecoderConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Attention:
-    """What a model's attention has beside a causal softmax of `q k^T / sqrt(H)`.
+    """How a model's attention differs from a causal softmax of `q k^T / sqrt(H)`.
 
     Attributes:
       scale: of the scores; None is `1 / sqrt(H)`.

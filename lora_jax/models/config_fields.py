@@ -60,7 +60,7 @@ def written_fields(config: DecoderConfig) -> dict[str, Any]:
 
 
 def layer_types(stated: Stated, num_layers: int) -> list[str] | None:
-    """Whether each layer's attention is full or slides a window; None where it is not said.
+    """Whether each layer's attention is full or slides a window; None where it is not stated.
 
     Raises:
       ValueError: for another type, or another number of layers.
@@ -68,7 +68,7 @@ def layer_types(stated: Stated, num_layers: int) -> list[str] | None:
     layers = stated.get("layer_types")
     if layers is None:
         return None
-    if not isinstance(layers, list) or not all(kind in (FULL, SLIDING) for kind in layers):
+    if not isinstance(layers, list) or not all(layer in (FULL, SLIDING) for layer in layers):
         raise ValueError(
             f"{stated.path}: layer_types is {layers!r}; supported: a list of {FULL!r} and, with "
             f"a sliding_window, {SLIDING!r}."

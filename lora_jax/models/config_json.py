@@ -1,6 +1,6 @@
 """The keys of a config.json: those read, those known to change nothing, and no others.
 
-Source: transformers 5.24, whose models were asked what each key changes.
+Source: transformers 5.24, by running its models with each key changed.
 """
 
 import dataclasses
@@ -77,15 +77,15 @@ class Stated:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelType:
-    """What config.json files of one `model_type` say.
+    """The config.json files of one `model_type`.
 
     Attributes:
       architecture: the class of transformers that they name.
-      read: makes the config of the values.
-      defaults: what transformers takes where a file leaves a key out.
-      reads: the keys that `read` looks at, beside those of every decoder.
+      read: returns the config of the values.
+      defaults: the defaults of transformers for keys that a file leaves out.
+      reads: the keys that `read` reads, beside those of every decoder.
       supported: `{key: values}` of keys that change what the model computes, or that other types
-        do not look at; null counts as left out.
+        do not read; null counts as left out.
     """
 
     architecture: str

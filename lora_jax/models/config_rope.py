@@ -1,4 +1,4 @@
-"""RoPE's base and scaling out of a config.json, which has three places for them."""
+"""RoPE's base and scaling from a config.json, which has three places for them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,14 +6,14 @@ from typing import Any
 from lora_jax.models.config import RopeScaling
 from lora_jax.models.config_json import Stated, positive, whole
 
-_NESTED = ("rope_scaling", "rope_parameters")  # transformers takes the first that says something
+_NESTED = ("rope_scaling", "rope_parameters")  # transformers takes the first that is not empty
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _ALWAYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 _KEYS = {"default": _ALWAYS, "llama3": _ALWAYS | {*_LLAMA3}}
 
 
 def rope_of(stated: Stated) -> tuple[float, RopeScaling | None]:
-    """Theta and scaling. Statements that differ are refused: versions of transformers, and other
+    """Theta and scaling. Values that differ are refused: versions of transformers, and other
     programs, do not agree on which of them counts.
 
     Raises:

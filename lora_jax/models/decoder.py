@@ -1,4 +1,4 @@
-"""A decoder of any family: its layers in a scan, over a whole row or over a cache.
+"""A decoder of any family: its layers in a scan, over full rows or over a cache.
 
 Dimensions: B batch, T positions, D hidden, V vocabulary, L layers, N query heads, K key/value
 heads, H head size.
@@ -30,7 +30,8 @@ AnyCache = TypeVar("AnyCache", bound=LayeredCache)
 
 
 def init(config: DecoderConfig, *, key: jax.Array, dtype: Any = jnp.float32) -> Params:
-    """Random params: normal matrices of deviation `1 / sqrt(d_in)`, vectors as the family says."""
+    """Random params: normal matrices of deviation `1 / sqrt(d_in)`, and the family's initial
+    vectors."""
     table = config.family.parameters(config)
     matrices = [leaf.path for leaf in table if len(leaf.shape) == 2]
     keys = dict(zip(matrices, jax.random.split(paths.one_key(key), len(matrices)), strict=True))
@@ -39,8 +40,8 @@ def init(config: DecoderConfig, *, key: jax.Array, dtype: Any = jnp.float32) -> 
         shape = parameter.shape_in_tree(config.num_layers)
         if parameter.path not in keys:
             return jnp.full(shape, parameter.initial, dtype)
-        drawn = jax.random.normal(keys[parameter.path], shape, jnp.float32)
-        return (drawn / math.sqrt(parameter.shape[1])).astype(dtype)
+        values = jax.random.normal(keys[parameter.path], shape, jnp.float32)
+        return (values / math.sqrt(parameter.shape[1])).astype(dtype)
 
     return paths.nest({parameter.path: leaf_of(parameter) for parameter in table})
 
@@ -63,8 +64,8 @@ def forward(
       positions: `[B, T]`, counted from 0 along each row unless given.
       segment_ids: `[B, T]`, the example that a packed position belongs to; attention stays inside.
       remat: what the backward pass recomputes: "none", "elementwise" (norms, activations and
-        attention scores, but no product with a weight), "full" (whole layers, whose inputs stay on
-        the device), "offload" (whole layers, whose inputs wait in host memory).
+        attention scores, but no product with a weight), "full" (complete layers, whose inputs stay
+        on the device), "offload" (complete layers, whose inputs are kept in host memory).
     """
     x_BTD = hidden_states(
         params, tokens, config, positions=positions, segment_ids=segment_ids, remat=remat
@@ -83,10 +84,10 @@ def hidden_states(
     attention: Implementation | None = None,
     unroll: int = 1,
 ) -> jax.Array:
-    """What the output head reads, `[B, T, D]`: `forward` short of its product with the vocabulary.
+    """The input of the output head, `[B, T, D]`: `forward` without its product with the vocabulary.
 
     `attention` names an implementation of `lora_jax.kernels.attention`; None chooses by platform.
-    `unroll` layers of the scan are laid out one after another in the program.
+    `unroll` layers of the scan are unrolled in the program.
     """
     family, how = config.family, config.attention
     if positions is None:
@@ -133,7 +134,7 @@ def extend(
     """Reads `tokens [B, T]` on from a cache.
 
     Returns:
-      What the output head reads, `[B, T, D]`, and the cache with T more positions in every row.
+      The input of the output head, `[B, T, D]`, and the cache with T more positions in every row.
       Under a transformation, positions that exceed the cache give NaN.
 
     Raises:
@@ -182,7 +183,7 @@ def _windows(config: DecoderConfig, length: int) -> jax.Array | None:
 
 
 def start_cache(params: Params, config: DecoderConfig, batch: int, length: int) -> Cache:
-    """A cache for `length` more positions, in which what a delta puts in front is read already."""
+    """A cache for `length` more positions that has already read a delta's prefix and prompt."""
     prefix, prompt = leading(params, config)
     dtype = params["embed"].dtype
     cache = init_cache(config, batch, prefix + prompt + length, dtype)

@@ -8,7 +8,7 @@ from lora_jax.models.family import GGUF, Family
 
 FAMILIES: tuple[Family, ...] = (llama.FAMILY, gemma2.FAMILY)
 MODEL_TYPES: dict[str, ModelType] = {
-    name: kind for family in FAMILIES for name, kind in family.model_types.items()
+    name: model_type for family in FAMILIES for name, model_type in family.model_types.items()
 }
 ARCHITECTURES: dict[str, GGUF] = {
     name: family.gguf for family in FAMILIES if family.gguf for name in family.gguf.architectures

@@ -1,4 +1,5 @@
-"""A family of decoders as a value: what tells it from the others, and nothing else names it.
+"""A family of decoders as a value. It holds all that differs between families; nothing else names
+one.
 
 Dimensions: B batch, T positions, D hidden, V vocabulary, N query heads, K key/value heads, H head.
 """
@@ -18,8 +19,8 @@ Params = dict[str, Any]
 
 _COLUMNS = PartitionSpec(None, ("tensor", "fsdp"))
 # Megatron's split over `tensor` (Shoeybi et al. 2019, arXiv:1909.08053, section 3): heads and
-# hidden units are divided, so that a block sums over devices once. `fsdp` splits what a weight puts
-# out, so that it never cuts through the blocks of a quantised column.
+# hidden units are divided, so that a block sums over devices once. `fsdp` splits output axes, so
+# that it never cuts through the blocks of a quantised column.
 SHARDING: Mapping[str, PartitionSpec] = {
     "(q|k|v|gate|up)_proj": _COLUMNS,
     "(o|down)_proj": PartitionSpec("tensor", "fsdp"),
@@ -37,10 +38,10 @@ class Parameter:
     Attributes:
       path: in the tree; leaves under `layers` are stacked over them.
       shape: in a checkpoint, of one layer: `(out, in)`, which the tree has transposed, since the
-        model applies weights from the right; a vector; or the embedding's `(V, D)`, as it is.
-      huggingface: the tensor's name there, `{}` for the layer's index.
-      gguf: in a GGUF file; None where llama.cpp does not have the family.
-      initial: what a vector begins as. A matrix is normal, of deviation `1 / sqrt(d_in)`.
+        model applies weights from the right; a vector; or the embedding's `(V, D)`, not transposed.
+      huggingface: the tensor's name in Hugging Face's files, `{}` for the layer's index.
+      gguf: the name in a GGUF file; None where llama.cpp does not have the family.
+      initial: the initial value of a vector. A matrix is normal, of deviation `1 / sqrt(d_in)`.
     """
 
     path: str
@@ -64,15 +65,15 @@ class Parameter:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GGUF:
-    """How llama.cpp has a family.
+    """How a family is stored in llama.cpp's GGUF.
 
     Attributes:
       architectures: its values of `general.architecture`.
       architecture_of: `(config) -> ` one of them.
-      read: `(architecture, fields of a DecoderConfig, metadata) -> config`, the metadata being
-        those of the architecture, without its name in front.
-      metadata: `(config) -> ` those that are written beside every decoder's.
-      interleaved: the architectures whose rotation turns neighbours, (pair, half), where we turn
+      read: `(architecture, fields of a DecoderConfig, metadata) -> config`, with the
+        metadata of the architecture, without its name in front.
+      metadata: `(config) -> ` those that are written beside the ones of every decoder.
+      interleaved: the architectures whose RoPE rotates neighbours, (pair, half), where ours rotates
         halves, (half, pair): rows of their queries and keys are stored in that order.
     """
 
@@ -112,7 +113,7 @@ class Family:
       config_json: `(config) -> values` of the config.json that it is written as.
       gguf: None where GGUF files of it are neither read nor written.
       shapes: models that people name, for plans and for random weights.
-      sharding: which axes of a leaf lie over which axes of a mesh, by rules over paths.
+      sharding: sharding specs by rules over paths.
     """
 
     config: type

@@ -39,8 +39,8 @@ class Gemma2Config(DecoderConfig):
     """The shape of a Gemma 2.
 
     Scores are scaled by `1 / sqrt(attention_scalar)` and capped at `attention_cap`, logits at
-    `logit_cap` (None leaves them as they are). `windows` says for each layer how many keys a query
-    sees; None, here or for a layer, is all.
+    `logit_cap` (None leaves them as they are). `windows` is for each layer the number of keys that
+    a query sees; None, here or for a layer, is all.
     """
 
     attention_scalar: int
@@ -96,7 +96,7 @@ def scaled_embed(tokens_BT: jax.Array, table: Any, config: Gemma2Config) -> jax.
 def project(
     x_BTD: jax.Array, weights: Params, positions_BT: jax.Array, config: Gemma2Config
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries `[B, T, N, H]`, keys and values `[B, T, K, H]` of one layer, positions turned in."""
+    """Queries `[B, T, N, H]`, keys and values `[B, T, K, H]` of one layer, rotated by position."""
     attn = weights["attn"]
     x_BTD = rms_norm(x_BTD, weights["attn_norm"], config)
 
@@ -158,7 +158,7 @@ def _read(stated: Stated) -> Gemma2Config:
         **fields,
         **caps,
         attention_scalar=stated.count("query_pre_attn_scalar"),
-        windows=tuple(window if kind == SLIDING else None for kind in layers),
+        windows=tuple(window if layer == SLIDING else None for layer in layers),
     )
 
 
@@ -213,7 +213,7 @@ FAMILY = Family(
             ),
             supported={
                 "hidden_activation": ("gelu_pytorch_tanh",),
-                "hidden_act": ("gelu_pytorch_tanh", "gelu"),  # which no Gemma 2 looks at
+                "hidden_act": ("gelu_pytorch_tanh", "gelu"),  # which no Gemma 2 reads
                 "attention_bias": (False,),
                 "use_bidirectional_attention": (False,),
             },

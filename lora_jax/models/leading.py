@@ -1,4 +1,4 @@
-"""What a delta puts in front of the tokens: the rows of a prompt, the keys and values of a prefix.
+"""The rows of a prompt and the keys and values of a prefix, which a delta puts before the tokens.
 
 Dimensions: B batch, T positions, P rows or keys in front, S keys, D hidden, K heads, H head size.
 """
@@ -12,11 +12,11 @@ from lora_jax.models.unread_extras import require_read
 
 
 def leading(params: Params, config: DecoderConfig) -> tuple[int, int]:
-    """How many keys of a prefix, and how many rows of a prompt, stand in front of the tokens.
+    """How many keys of a prefix, and how many rows of a prompt, are in front of the tokens.
 
     Raises:
       ValueError: if they leave no place in the model's context, or a prefix is of another width
-        than the keys; for a parameter of a delta that stands where nothing reads it.
+        than the keys; for a prompt or a prefix at a path that is not read.
     """
     require_read(params, config)
     prefix = params["layers"]["attn"].get("prefix")

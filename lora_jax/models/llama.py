@@ -15,7 +15,7 @@ The tree, with weights applied from the right and layers stacked on the leading 
     norm [D]
     lm_head [D, V]                      (absent where the embedding is tied; `untie` adds it)
 
-`forward` and the others come from `decoder`, which serves every family.
+`forward` and the others are those of `decoder`, which serves every family.
 """
 
 import dataclasses
@@ -66,8 +66,8 @@ class LlamaConfig(DecoderConfig):
             raise ValueError(
                 f"a row of {positions} positions is longer than the model's attention window of "
                 f"{self.attention_window}, beyond which its layers slide that window; that is not "
-                "supported. Use shorter rows; where the weights know no window, remove "
-                "sliding_window from the checkpoint's config."
+                "supported. Use shorter rows; where the weights were trained without a window, "
+                "remove sliding_window from the checkpoint's config."
             )
 
 
@@ -111,7 +111,7 @@ def parameters(config: LlamaConfig) -> tuple[Parameter, ...]:
 def project(
     x_BTD: jax.Array, weights: Params, positions_BT: jax.Array, config: LlamaConfig
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries `[B, T, N, H]`, keys and values `[B, T, K, H]` of one layer, positions turned in."""
+    """Queries `[B, T, N, H]`, keys and values `[B, T, K, H]` of one layer, rotated by position."""
     attn = weights["attn"]
     x_BTD = rms_norm(x_BTD, weights["attn_norm"], config)
 
@@ -156,8 +156,8 @@ def rms_norm(x: jax.Array, scale: jax.Array, config: DecoderConfig) -> jax.Array
 
 
 def _of_type(name: str, fields: dict[str, Any], window: int | None) -> LlamaConfig:
-    """A sliding window below the context becomes the context: texts within it see what they would
-    see without a window, and longer ones are refused by the model."""
+    """A sliding window below the context becomes the context: rows within it attend as they would
+    without a window, and the model refuses longer ones."""
     context = fields["context_length"]
     return LlamaConfig(
         **fields | {"context_length": min(context, window or context)},
@@ -186,7 +186,7 @@ def _read(stated: Stated) -> LlamaConfig:
 def _window(stated: Stated, num_layers: int) -> int | None:
     """The window that some layer slides.
 
-    Qwen has a switch and a first layer for it. Mistral looks at neither, nor at layer_types; a
+    Qwen has a switch and a first layer for it. Mistral reads neither, nor layer_types; a
     Llama's window shortens the cache that it generates with.
     """
     family = stated.get("model_type")
@@ -252,7 +252,7 @@ _QWEN = {
     "sliding_window": 4096,
     "max_window_layers": 28,
 }
-# Biases have a switch in Llama and Qwen3 alone; the others do not look at it.
+# Only Llama and Qwen3 read the switch for biases.
 _MODEL_TYPES = {
     "llama": ModelType(
         architecture="LlamaForCausalLM",

@@ -1,9 +1,9 @@
-"""One rule for a tree of several dtypes: activations keep the dtype that the embedding gave them.
+"""One rule for a tree of several dtypes: activations keep the dtype of the embedding.
 
-Where they meet a leaf of another dtype, both are taken to the wider of the two, and the result
-comes back; so a float32 norm, bias or matrix counts in full, and a layer returns what it was given.
-The output head returns its logits as they are, in the wider dtype. Nothing is cast where all leaves
-are of one dtype, and a quantised weight is decoded to the dtype of what it is applied to.
+Where they meet a leaf of another dtype, both are cast to the wider of the two, and the result is
+cast back; so a float32 norm, bias or matrix counts in full, and a layer keeps its input's dtype.
+The output head returns its logits in the wider dtype. Nothing is cast where all leaves have one
+dtype, and a quantised weight is decoded to the dtype of its input.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from lora_jax.weights import Weight, cast, linear
 
 
 def wider(x: Any, w: Any) -> Any:
-    """The dtype that holds the values of both, also where implicit promotion is an error."""
+    """The dtype that holds the values of both, even where implicit promotion is an error."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.promote_types(x.dtype, w.dtype)
 

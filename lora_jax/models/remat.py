@@ -1,4 +1,4 @@
-"""What the backward pass of a layer finds kept, and what it computes again."""
+"""Rematerialisation policies: what is saved for the backward pass of a layer, or recomputed."""
 
 from collections.abc import Callable
 from typing import Literal

@@ -21,12 +21,13 @@ def random_rotation(size: int, *, key: jax.Array) -> jax.Array:
 
 
 def rotated(params: Params, rotation_DD: jax.Array) -> Params:
-    """Params that compute the same function with the residual stream turned by `rotation_DD`.
+    """Params that compute the same function with the residual stream rotated by `rotation_DD`.
 
     Each norm's scale moves into the weights that read its output, which leaves `rms_norm` without
-    a preferred basis; what reads the stream is turned on its rows, what writes it on its columns.
-    The result has a head of its own, and every matrix holds new numbers: so weights come off the
-    grid of a quantised file while the model stays what it was, up to rounding.
+    a preferred basis; weights that read the stream are rotated on their rows, those that write it
+    on their columns. The result has a head of its own, and every matrix holds new numbers: so the
+    weights of a quantised file no longer lie on its grid, while the model is the same up to
+    rounding.
 
     Args:
       params: the tree of `llama`, of plain arrays.

@@ -15,7 +15,7 @@ def untie(params: Mapping[str, Any], config: DecoderConfig) -> tuple[dict[str, A
     """The same model with an output head of its own, `lm_head [D, V]`: a copy of the embedding.
 
     An adapter can then change one of the two and leave the other. A model that has a head already
-    is returned as it is. The head of a quantised embedding shares its memory.
+    is returned unchanged. The head of a quantised embedding shares its memory.
 
     Args:
       params: the tree of a decoder, or its shapes.

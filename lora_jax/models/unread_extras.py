@@ -1,4 +1,4 @@
-"""What a delta puts into the weights has to be read by the model."""
+"""Checks that the model reads every prompt and prefix that a delta puts into its weights."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ READ = ("prompt", "layers/attn/prefix")
 
 
 def require_read(params: Any, config: DecoderConfig) -> None:
-    """Raises ValueError for a prompt or a prefix that stands where the model does not read it, and
+    """Raises ValueError for a prompt or a prefix at a path that the model does not read, and
     for a prefix of another width than the keys."""
     leaves = paths.flatten(params, is_leaf=lambda leaf: isinstance(leaf, Extra) or is_weight(leaf))
     found = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, Extra)}

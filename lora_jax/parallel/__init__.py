@@ -1,4 +1,4 @@
-"""Training on many devices: meshes, where arrays lie on them, and the ways to run a step."""
+"""Training on many devices: meshes, shardings over them, and the ways to run a step."""
 
 from lora_jax.parallel.mesh import make_mesh as make_mesh
 from lora_jax.parallel.modes import MODES as MODES

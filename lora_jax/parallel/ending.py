@@ -1,8 +1,8 @@
 """An error of one process ends all of a job.
 
 The others wait for it in a collective, which nothing interrupts, until JAX's heartbeat timeout. So
-each keeps a connection to process 0, over which the one that fails says why; what JAX's own service
-keeps for this has no public name.
+each keeps a connection to process 0, over which the one that fails sends its error; JAX has a
+service for this, which is not public.
 """
 
 import contextlib
@@ -25,10 +25,10 @@ CONNECT_SECONDS = 5.0
 def together(grace_seconds: float = 5.0) -> Iterator[None]:
     """Within it an exception on one process ends all of them, whatever they wait for.
 
-    Each of the others is given `grace_seconds` to end by itself, as it does where it raises the
-    same error or is told of it by a collective; it then prints what the first one raised, and exits
-    with 1. All of them must enter it. Of one process it does nothing. A process that cannot reach
-    process 0 says so, and ends by JAX's heartbeat alone.
+    Each of the others has `grace_seconds` to end by itself, as it does where it raises the same
+    error or hears of it in a collective; it then prints what the first one raised, and exits with
+    1. All processes must enter it. In a job of one process it does nothing. A process that cannot
+    reach process 0 prints so, and ends by JAX's heartbeat timeout alone.
     """
     if jax.process_count() == 1:
         yield
@@ -60,7 +60,7 @@ class _Job:
         hosts.exchange("all are connected")
 
     def tell(self, message: str, but: socket.socket | None = None) -> None:
-        """Sends a message to all at the other ends, but to one."""
+        """Sends a message over all connections but one."""
         for line in self._lines:
             if line is not but:
                 with contextlib.suppress(OSError):  # it has ended already
@@ -114,7 +114,7 @@ class _Job:
 
 
 def _addresses() -> list[str]:
-    """Under which other machines, or this one, may know this one."""
+    """Addresses by which other processes, here or on other machines, may reach this one."""
     found = [socket.gethostname(), "127.0.0.1"]
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect(("10.255.255.255", 1))  # sends nothing; asks for the way there

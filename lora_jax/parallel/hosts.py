@@ -1,9 +1,9 @@
 """Several processes as one job, on JAX's own distributed runtime.
 
 Every process runs the same program on its own devices. An array over all of them is global: each
-process holds its slices. What is decided on the host (to stop, to go on, to fail) must be decided
-alike everywhere, so it goes through a collective; a process that left the others behind would make
-them wait until JAX's heartbeat timeout ends the job (but for `ending.together`).
+process holds its slices. What hosts decide (to stop, to continue, to fail) all must decide alike,
+so it goes through a collective; a process that left alone would make the others wait until JAX's
+heartbeat timeout ends the job (but for `ending.together`).
 """
 
 import contextlib
@@ -30,19 +30,19 @@ def start(
 ) -> None:
     """Joins this process to its job, before anything else touches JAX's devices.
 
-    What is not given JAX finds by itself: on a TPU pod, under Slurm, Open MPI and Kubernetes.
+    JAX finds by itself what is not given: on a TPU pod, under Slurm, Open MPI and Kubernetes.
 
     Args:
       coordinator_address: `host:port` of process 0, which all processes can reach.
       num_processes: how many there are.
       process_id: which this is, from 0.
-      timeout_seconds: how long after a process has died, or left with an error, JAX ends the rest.
+      timeout_seconds: how long after a process has died, or ended with an error, JAX ends the rest.
 
     Raises:
-      ValueError: something is not given, and JAX cannot find it.
+      ValueError: for an argument that is not given and that JAX cannot find.
     """
-    # `preemption` stands in for JAX's service, which counts steps from 0: of a notice that comes
-    # while a resumed run still loads, it would make a step that has long been passed.
+    # `preemption` replaces JAX's service, which counts steps from 0: a notice that arrives while a
+    # resumed run still loads would be set for a step that the run is already past.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
@@ -112,11 +112,11 @@ def require_shared(path: Path) -> None:
 
 
 def on_first(work: Callable[[], None]) -> None:
-    """Does `work` on process 0, while the others wait.
+    """Calls `work` on process 0, while the others wait.
 
     Raises:
-      ValueError: on every process, where `work` raised one, or an `OSError`. Whatever else it
-        raised is raised as it is on process 0, and as a ValueError that says so on the others.
+      ValueError: on every process, where `work` raised one, or an `OSError`. Anything else
+        is raised unchanged on process 0, and as a ValueError that says so on the others.
     """
     error: BaseException | None = None
     if is_first():
@@ -134,7 +134,7 @@ def on_first(work: Callable[[], None]) -> None:
 
 
 def told(error: BaseException) -> str:
-    """The error's message, with its type where that is not for users."""
+    """The error's message, with its type unless it was raised for users."""
     clear = isinstance(error, ValueError | OSError) and str(error)
     return str(error) if clear else f"{type(error).__name__}: {error}"
 
@@ -143,8 +143,8 @@ def told(error: BaseException) -> str:
 def preemption() -> Iterator[Callable[[], bool]]:
     """Within it SIGTERM, as a notice of preemption, ends nothing.
 
-    Yields what tells whether any process has had the signal. All of them must ask it at the same
-    places, where they wait for their devices anyway: the answer is a collective.
+    Yields a function that returns whether any process has received the signal. All processes must
+    call it at the same points, where they wait for their devices anyway: it is a collective.
     """
     noticed: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: noticed.append(number))
@@ -155,36 +155,36 @@ def preemption() -> Iterator[Callable[[], bool]]:
 
 
 def place(tree: PyTree, shardings: PyTree, *, may_alias: bool | None = None) -> PyTree:
-    """`jax.device_put` for a job of several processes, each of which has the same values whole.
+    """`jax.device_put` for a job of several processes, each of which holds the same values.
 
-    Each device is given its slice, and nothing goes between processes. This is how a batch is
+    Each device gets its slice, and nothing is sent between processes. This is how a batch is
     split: every process iterates over the same batches, so that rows, and the position in them, do
     not depend on how many processes there are.
     """
 
     def put(value: Any, sharding: jax.sharding.Sharding) -> jax.Array:
-        spread = isinstance(value, jax.Array) and not value.is_fully_addressable
-        if spread or sharding.is_fully_addressable:
+        is_global = isinstance(value, jax.Array) and not value.is_fully_addressable
+        if is_global or sharding.is_fully_addressable:
             return jax.device_put(value, sharding, may_alias=may_alias)
-        whole = np.asarray(value)
-        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+        values = np.asarray(value)
+        return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
     return jax.tree.map(put, tree, shardings)
 
 
 def across_processes(tree: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
-    """What `pmap` gave each process by itself, the same on all devices, as arrays of the mesh."""
+    """What `pmap` returned on each process, replicated, as global arrays of the mesh."""
     if jax.process_count() == 1:
         return tree
     return multihost_utils.host_local_array_to_global_array(tree, mesh, PartitionSpec())
 
 
-def whole(tree: PyTree) -> PyTree:
-    """The tree with what lies over several processes whole on each of them, as numpy arrays."""
+def gathered(tree: PyTree) -> PyTree:
+    """The tree with arrays that are sharded over processes gathered on each, as numpy arrays."""
 
-    def gathered(leaf: Any) -> Any:
+    def gather(leaf: Any) -> Any:
         if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
             return leaf
         return multihost_utils.process_allgather(leaf, tiled=True)
 
-    return jax.tree.map(gathered, tree)
+    return jax.tree.map(gather, tree)

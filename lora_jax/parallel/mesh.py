@@ -1,4 +1,4 @@
-"""The mesh that a run's devices form."""
+"""The mesh of a run's devices."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,8 +13,8 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     """Devices along the axes `arms`, `fsdp`, `sequence` and `tensor`.
 
     Args:
-      sizes: how many devices lie along each axis; an axis that is not named has one, and one of
-        size -1 takes all that the others leave.
+      sizes: how many devices each axis has; an axis that is not named has one, and one of size -1
+        takes all that the others leave.
       devices: all of them by default. `tensor` gets neighbours, which exchange the most.
 
     Raises:

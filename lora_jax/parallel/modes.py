@@ -57,20 +57,20 @@ def mesh_of(
 
 
 def on_mesh(mesh: Mesh, specs: Specs, fields: Fields | None = None) -> Execution:
-    """Weights, deltas and batches split over a mesh, by `jit`: XLA adds what devices exchange.
+    """Weights, deltas and batches sharded over a mesh, by `jit`: XLA adds the collectives.
 
     Args:
       mesh: from `make_mesh` or `mesh_of`.
-      specs: how each leaf of the base lies, from `match_specs`.
-      fields: the axes of a batch's arrays, such as `loss.fields`; what a batch holds beside them is
-        left out. Without them every array is `[rows, positions, ...]`.
+      specs: the sharding spec of each leaf of the base, from `match_specs`.
+      fields: the axes of a batch's arrays, such as `loss.fields`; other arrays of a batch
+        are left out. Without them every array is `[rows, positions, ...]`.
     """
 
-    whole = NamedSharding(mesh, PartitionSpec())  # what the host reads, on every process
+    on_all = NamedSharding(mesh, PartitionSpec())  # of what the host reads, on every process
 
-    def lie(state, stacked):
+    def shardings(state, stacked):
         if isinstance(state, tuple):
-            return tuple(lie(arm, False) for arm in state)
+            return tuple(shardings(arm, False) for arm in state)
         if stacked and (count := jnp.size(state.seed)) % mesh.shape[ARMS]:
             raise ValueError(
                 f"{count} arms cannot be split over arms={mesh.shape[ARMS]}: choose a mesh whose "
@@ -79,31 +79,31 @@ def on_mesh(mesh: Mesh, specs: Specs, fields: Fields | None = None) -> Execution
         return state_shardings(mesh, state, specs, arms=stacked)
 
     def step(fn, stacked):
-        def kept(state, base, batch, *rest):
+        def constrained(state, base, batch, *rest):
             moved, metrics = fn(state, base, batch, *rest)
-            metrics = jax.lax.with_sharding_constraint(metrics, whole)
-            return jax.tree.map(_lying, moved, lie(moved, stacked)), metrics
+            metrics = jax.lax.with_sharding_constraint(metrics, on_all)
+            return jax.tree.map(_constrained, moved, shardings(moved, stacked)), metrics
 
-        return jax.jit(kept, donate_argnums=0)
+        return jax.jit(constrained, donate_argnums=0)
 
     def gradients(fn):
-        def kept(state, base, batch):
+        def constrained(state, base, batch):
             grads, *numbers = fn(state, base, batch)
-            numbers = jax.lax.with_sharding_constraint(numbers, whole)
-            placed = jax.tree.map(_lying, grads, delta_shardings(mesh, grads, specs))
-            return placed, *numbers
+            numbers = jax.lax.with_sharding_constraint(numbers, on_all)
+            sharded = jax.tree.map(_constrained, grads, delta_shardings(mesh, grads, specs))
+            return sharded, *numbers
 
-        return jax.jit(kept)
+        return jax.jit(constrained)
 
     def change(fn, **options):
-        def kept(state, *rest):
+        def constrained(state, *rest):
             moved, number = fn(state, *rest)
-            return jax.tree.map(_lying, moved, lie(moved, False)), number
+            return jax.tree.map(_constrained, moved, shardings(moved, False)), number
 
-        return execution.change(kept, **options)
+        return execution.change(constrained, **options)
 
-    def spread(delta):
-        return jax.tree.map(_lying, delta, delta_shardings(mesh, delta, specs, arms=True))
+    def shard_arms(delta):
+        return jax.tree.map(_constrained, delta, delta_shardings(mesh, delta, specs, arms=True))
 
     def batch(values):
         known = {name: _plain(x) for name, x in values.items()} if fields is None else fields
@@ -117,28 +117,29 @@ def on_mesh(mesh: Mesh, specs: Specs, fields: Fields | None = None) -> Execution
 
     return Execution(
         base=lambda base: hosts.place(base, base_shardings(mesh, base, specs)),
-        states=lambda state, stacked: jax.tree.map(_put, state, lie(state, stacked)),
+        states=lambda state, stacked: jax.tree.map(_put, state, shardings(state, stacked)),
         batch=batch,
         step=step,
-        evaluate=lambda fn: jax.jit(fn, out_shardings=whole),
+        evaluate=lambda fn: jax.jit(fn, out_shardings=on_all),
         gradients=gradients,
         change=change,
-        spread=spread,
+        shard_arms=shard_arms,
         context=lambda: jax.set_mesh(mesh),
         arms_axis=ARMS,
     )
 
 
 def row_of(devices: Sequence[jax.Device]) -> Mesh:
-    """The mesh on whose one axis `replicated` works: devices in the order of `pmap`, as given."""
+    """The mesh of one axis that `replicated` works on: the devices in the order given, as
+    `pmap`'s."""
     return Mesh(np.asarray(devices), (AXIS,), axis_types=(AxisType.Auto,))
 
 
 def replicated(devices: Sequence[jax.Device] | None = None) -> Execution:
-    """`jax.pmap`: base and states whole on every device, the batch's rows split."""
+    """`jax.pmap`: base and states replicated, the batch's rows sharded."""
     devices = jax.devices() if devices is None else devices
     count, mesh = len(devices), row_of(devices)
-    whole = NamedSharding(mesh, PartitionSpec())
+    on_all = NamedSharding(mesh, PartitionSpec())
     ours = [device.process_index == jax.process_index() for device in devices]
 
     def batch(values):
@@ -165,35 +166,35 @@ def replicated(devices: Sequence[jax.Device] | None = None) -> Execution:
         return mapped(fn, axes, donate_argnums=0)
 
     return Execution(
-        base=lambda base: jax.tree.map(lambda leaf: hosts.place(leaf, whole), base),
-        states=lambda state, stacked: jax.tree.map(lambda leaf: _put(leaf, whole), state),
+        base=lambda base: jax.tree.map(lambda leaf: hosts.place(leaf, on_all), base),
+        states=lambda state, stacked: jax.tree.map(lambda leaf: _put(leaf, on_all), state),
         batch=batch,
         step=step,
         evaluate=evaluate,
         gradients=lambda fn: mapped(fn, (None, None, 0)),
         change=execution.change,
-        spread=lambda delta: delta,
+        shard_arms=lambda delta: delta,
         axis_name=AXIS,
     )
 
 
 def _plain(array: Any) -> Field:
-    """The first axes of an array that nothing is declared of."""
+    """The field of an array that no loss declares: `[rows, positions, ...]`."""
     axes = [ROWS, POSITIONS, *map(str, array.shape[2:])]
     return Field(" ".join(axes[: array.ndim]), array.dtype)
 
 
 def _put(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
-    """In the kind of memory that it is in already, and in memory of its own: a step donates it."""
-    kind = leaf.sharding.memory_kind or "device"
+    """The leaf, sharded, in the same memory kind and in a buffer of its own: a step donates it."""
+    memory_kind = leaf.sharding.memory_kind or "device"
     if leaf.is_fully_addressable:
         # Replicated over several devices, one of them keeps the caller's memory: may_alias=False
         # is not heeded there (jax 0.10.2 and 0.12).
         leaf = execution.own_memory(leaf)
-    return hosts.place(leaf, sharding.with_memory_kind(kind), may_alias=False)
+    return hosts.place(leaf, sharding.with_memory_kind(memory_kind), may_alias=False)
 
 
-def _lying(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
+def _constrained(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
     if jax.typeof(leaf).memory_space != jax.memory.Space.Device:
         return leaf
     return jax.lax.with_sharding_constraint(leaf, sharding)

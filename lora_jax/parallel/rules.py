@@ -1,4 +1,4 @@
-"""Which axes of a weight lie over which axes of the mesh: rules by path."""
+"""Sharding specs from rules: which axes of a weight are sharded over which of the mesh."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +20,7 @@ def match_specs(params: PyTree, rules: Rules) -> Specs:
       params: a pytree of arrays or weights, possibly abstract.
       rules: `{target: spec}` in the language of targets: a preset, or a regular expression over
         whole components of a path. A spec names the leaf's last axes; those before it, such as
-        stacked layers, are left whole.
+        stacked layers, are replicated.
 
     Raises:
       ValueError: for a leaf that no rule names, or a spec of more axes than its leaf has.
@@ -30,13 +30,13 @@ def match_specs(params: PyTree, rules: Rules) -> Specs:
 
 
 def spec_of(path: str, leaf: Any, rules: Rules) -> PartitionSpec:
-    """What `match_specs` says of one leaf, which has a `shape`."""
+    """What `match_specs` returns for one leaf, which has a `shape`."""
     rule = next((rule for rule in rules if rule_matcher(rule)(path)), None)
     if rule is None:
         raise ValueError(
-            f"no rule says how {path} lies over the mesh. Add one such as {{{path!r}: "
-            "PartitionSpec(None, 'fsdp')}, or {'.*': PartitionSpec()} at the end, which leaves the "
-            "rest whole on every device."
+            f"no rule says how {path} is sharded. Add one such as {{{path!r}: "
+            "PartitionSpec(None, 'fsdp')}, or {'.*': PartitionSpec()} at the end, which replicates "
+            "the rest."
         )
     missing = len(leaf.shape) - len(rules[rule])
     if missing < 0:

@@ -19,8 +19,8 @@ LossSum = Callable[..., tuple[jax.Array, jax.Array]]
 
 
 def over_mesh(loss_sum: LossSum, specs: Specs) -> LossSum:
-    """`loss_sum(delta, base, ...)` for a base that lies over the mesh of the context by `specs`:
-    its quantised weights apply themselves device by device, as `Sharded`."""
+    """`loss_sum(delta, base, ...)` for a base that is sharded over the mesh of the context by
+    `specs`: its quantised weights apply themselves device by device, as `Sharded`."""
 
     def sharded_loss(delta: Any, base: PyTree, *rest: Any) -> tuple[jax.Array, jax.Array]:
         flat = paths.flatten(base, is_leaf=is_weight)
@@ -39,12 +39,12 @@ class Sharded(Weight):
     the dense weight's bytes; each device multiplies with its own block of `tensor`, and where that
     splits the contracted axis the products are summed.
 
-    Rows and positions of `x [B, T, ...]` lie over `fsdp` and `sequence`; an `x` of fewer axes, or
-    of sizes that these do not divide, lies whole.
+    Rows and positions of `x [B, T, ...]` are sharded over `fsdp` and `sequence`; an `x` of fewer
+    axes, or of sizes that these do not divide, is replicated.
 
     Attributes:
       weight: the quantised weight.
-      spec: how an array in its place would lie, an entry for each axis.
+      spec: the sharding spec of an array in its place, an entry for each axis.
     """
 
     weight: Quantized
@@ -95,7 +95,7 @@ class Sharded(Weight):
 def _applied(x: jax.Array, w: Sharded, apply: Callable, contracted: Any, output: Any) -> jax.Array:
     """`apply(x, weight)` on each device, where the mesh splits `contracted` and `output`."""
     weight: Any = w.weight.singly()  # blocks of a doubly quantised absmax run through the matrix
-    stored = weight.placement(PartitionSpec(*w.spec[-2:]))
+    stored = weight.sharding_specs(PartitionSpec(*w.spec[-2:]))
     summed, kept = _without_fsdp(contracted), _without_fsdp(output)
     rows = _rows(x)
 

@@ -1,4 +1,4 @@
-"""A quantised weight over devices, each part made of the rows and columns that it stands for."""
+"""Quantises a weight shard by shard: each process reads and encodes what its devices hold."""
 
 import contextlib
 import dataclasses
@@ -25,11 +25,11 @@ def quantized_in_parts(
     """A `Place` for loaders: quantises each leaf as it is read, every process the parts that its
     own devices hold.
 
-    Double quantisation needs the absmax of whole layers, so that all processes must load alike:
-    1/64 of the weights, at blocks of 64, goes between them.
+    Double quantisation needs the absmax of complete layers, so that all processes must load the
+    same leaves in the same order: 1/64 of the weights, at blocks of 64, is sent between them.
 
     Args:
-      sharding: of a path and a quantised weight, a tree like it, which cuts no block.
+      sharding: `(path, quantised weight)` to a tree of shardings like it, which cuts no block.
       finish: from `quantizer`.
       otherwise: places the leaves that it does not target.
 
@@ -43,18 +43,18 @@ def quantized_in_parts(
         like = jax.eval_shape(functools.partial(finish, path), abstract)
         if not isinstance(like, Quantized):
             return otherwise(path, leaf)
-        lying = sharding(path, like)
+        shardings = sharding(path, like)
         with naming(path):
-            return _made(like, lying, leaf.read)
+            return _made(like, shardings, leaf.read)
 
     return place
 
 
 def _made(
-    like: Quantized, lying: Any, read: Callable[[tuple[slice, ...]], np.ndarray]
+    like: Quantized, shardings: Any, read: Callable[[tuple[slice, ...]], np.ndarray]
 ) -> Quantized:
-    """The weight like `like`, its arrays lying as `lying` has them, of the matrix that `read` gives
-    at one slice an axis."""
+    """The weight like `like`, its arrays sharded by `shardings`, of the matrix whose parts `read`
+    returns for one slice an axis."""
     *stack, packed, columns = like.codes.shape
     rows = packed * like.codes_per_byte
     shapes = like.encoded_shapes((*stack, rows, columns), block_size=like.block_size)
@@ -66,31 +66,31 @@ def _made(
         at[-2] = slice(at[-2].start * scale, at[-2].stop * scale)
         return tuple(at)
 
-    def spread(name: str, sharding: Sharding) -> jax.Array:
+    def global_array(name: str, sharding: Sharding) -> jax.Array:
         shape = shapes[name].shape
         return jax.make_array_from_callback(
             shape, sharding, lambda index: made[str(in_matrix(shape, index))][name]
         )
 
-    with _failing_together(lying.codes):
-        for index in lying.codes.addressable_devices_indices_map(like.codes.shape).values():
+    with _failing_together(shardings.codes):
+        for index in shardings.codes.addressable_devices_indices_map(like.codes.shape).values():
             at = in_matrix(like.codes.shape, index)
             if str(at) not in made:
                 made[str(at)] = like.encoded(read(at), block_size=like.block_size)
     arrays: dict[str, Any] = {}
     for name in shapes:
-        sharding = getattr(lying, name)
+        sharding = getattr(shardings, name)
         is_doubled = isinstance(sharding, DoubleQuantized)
-        arrays[name] = spread(name, sharding.codes if is_doubled else sharding)
+        arrays[name] = global_array(name, sharding.codes if is_doubled else sharding)
         if is_doubled:
-            nested: Any = storage.store_doubly(np.asarray(hosts.whole(arrays[name])))
+            nested: Any = storage.store_doubly(np.asarray(hosts.gathered(arrays[name])))
             arrays[name] = hosts.place(DoubleQuantized(**nested), sharding)
     return dataclasses.replace(cast(Any, like), **arrays)
 
 
 @contextlib.contextmanager
 def _failing_together(sharding: Sharding) -> Iterator[None]:
-    """An error of one process is one of all that share the array: none waits for it in vain."""
+    """Raises on all processes that share the array when one of them raises: none waits for ever."""
     error: ValueError | None = None
     try:
         yield
@@ -100,4 +100,6 @@ def _failing_together(sharding: Sharding) -> Iterator[None]:
     if not sharding.is_fully_addressable:
         failed = any(hosts.exchange(failed))
     if failed:
-        raise error or ValueError("another process cannot quantise its part of it, and says why.")
+        raise error or ValueError(
+            "another process cannot quantise its part; its own error says why."
+        )

@@ -1,4 +1,4 @@
-"""Where each array of a base, a delta and a train state lies on a mesh."""
+"""The shardings of a base, a delta, a train state and a batch on a mesh."""
 
 import math
 from collections.abc import Mapping
@@ -27,20 +27,20 @@ def base_shardings(mesh: Mesh, base: PyTree, specs: Specs) -> PyTree:
     """
 
     flat = paths.flatten(base, is_leaf=is_weight)
-    lying = [leaf_sharding(mesh, path, leaf, specs[path]) for path, leaf in flat.items()]
-    return jax.tree.unflatten(jax.tree.structure(base, is_leaf=is_weight), lying)
+    found = [leaf_sharding(mesh, path, leaf, specs[path]) for path, leaf in flat.items()]
+    return jax.tree.unflatten(jax.tree.structure(base, is_leaf=is_weight), found)
 
 
 def leaf_sharding(mesh: Mesh, path: str, leaf: Any, spec: PartitionSpec) -> Any:
-    """What `base_shardings` says of one array or weight."""
+    """What `base_shardings` returns for one array or weight."""
     with paths.naming(path):
-        placed = leaf.placement(spec) if is_weight(leaf) else spec
-    return _shardings(mesh, path, leaf, placed)
+        specs = leaf.sharding_specs(spec) if is_weight(leaf) else spec
+    return _shardings(mesh, path, leaf, specs)
 
 
 def delta_shardings(mesh: Mesh, delta: Delta, specs: Specs, *, arms: bool = False) -> Delta:
-    """A tree like `delta`, derived from where its weights lie: A follows the axis that a weight
-    contracts, B the one that it puts out, and ranks lie whole.
+    """A tree like `delta` with the sharding of each array, derived from those of its weights: A
+    follows the contracted axis of a weight, B its output axis, and axes of rank are replicated.
 
     Args:
       mesh: the mesh.
@@ -51,14 +51,16 @@ def delta_shardings(mesh: Mesh, delta: Delta, specs: Specs, *, arms: bool = Fals
       ValueError: naming the path, for an axis that the mesh does not divide.
     """
 
-    def lie(path, node):
-        whole = jax.tree.map(lambda _: PartitionSpec(), node)
-        placed = whole if isinstance(node, Extra) else node.placement(specs[path])
+    def of_node(path, node):
+        if isinstance(node, Extra):
+            found = jax.tree.map(lambda _: PartitionSpec(), node)
+        else:
+            found = node.sharding_specs(specs[path])
         if arms:
-            placed = jax.tree.map(lambda spec: PartitionSpec(ARMS, *spec), placed, is_leaf=_is_spec)
-        return _shardings(mesh, path, node, placed)
+            found = jax.tree.map(lambda spec: PartitionSpec(ARMS, *spec), found, is_leaf=_is_spec)
+        return _shardings(mesh, path, node, found)
 
-    return paths.nest({path: lie(path, node) for path, node in delta_nodes(delta).items()})
+    return paths.nest({path: of_node(path, node) for path, node in delta_nodes(delta).items()})
 
 
 def state_shardings(mesh: Mesh, state: Any, specs: Specs, *, arms: bool = False) -> Any:
@@ -73,18 +75,18 @@ def state_shardings(mesh: Mesh, state: Any, specs: Specs, *, arms: bool = False)
     }
     rest = NamedSharding(mesh, PartitionSpec(*[ARMS] * arms))
 
-    def lie(path, leaf):
+    def of_leaf(path, leaf):
         for start in range(len(path)):
             shape, sharding = known.get(tuple(path[start:]), (None, rest))
             if shape == jnp.shape(leaf):
                 return sharding
         return rest
 
-    return jax.tree_util.tree_map_with_path(lie, state)
+    return jax.tree_util.tree_map_with_path(of_leaf, state)
 
 
 def batch_sharding(mesh: Mesh, axes: str = "rows positions") -> NamedSharding:
-    """Of an array of a batch with these axes, named as a loss's `Field` names them."""
+    """The sharding of an array of a batch with these axes, named as in a loss's `Field`."""
     return NamedSharding(mesh, PartitionSpec(*map(ALONG.get, axes.split())))
 
 
@@ -102,7 +104,7 @@ def require_divisible(mesh: Mesh, batch: Mapping[str, Any], fields: Fields) -> N
 
 
 def _shardings(mesh: Mesh, path: str, tree: Any, specs: Any) -> Any:
-    def lie(leaf, spec):
+    def of_leaf(leaf, spec):
         for size, entry in zip(leaf.shape, spec, strict=False):
             axes = entry if isinstance(entry, tuple) else (entry,) if entry else ()
             parts = math.prod(mesh.shape[axis] for axis in axes)
@@ -110,12 +112,12 @@ def _shardings(mesh: Mesh, path: str, tree: Any, specs: Any) -> Any:
                 raise ValueError(
                     f"{path}: an axis of {size} cannot be split over the {parts} devices of "
                     f"{' x '.join(f'{axis}={mesh.shape[axis]}' for axis in axes)}. Choose a mesh "
-                    "that divides it, or a rule that leaves it whole"
+                    "that divides it, or a rule that replicates it"
                     + (", or smaller blocks: they are not cut." if is_weight(tree) else ".")
                 )
         return NamedSharding(mesh, spec)
 
-    return jax.tree.map(lie, tree, specs)
+    return jax.tree.map(of_leaf, tree, specs)
 
 
 def _is_shape(leaf: Any) -> bool:

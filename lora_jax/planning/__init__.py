@@ -1,1 +1,1 @@
-"""What a compiled step costs on a device that need not be there: chips, bytes, exchanges."""
+"""The cost of a compiled step on a device that need not be present: memory, FLOPs, collectives."""

@@ -1,6 +1,6 @@
-"""Machines to compile for without having them: what a chip is said to do, and how many there are.
+"""Machines to compile for without having them: the figures of a chip, and the topologies.
 
-Figures are the makers', of one JAX device, without sparsity; none was measured here.
+Figures are those of the vendors, for one JAX device, without sparsity; none was measured here.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-    """What one device of a kind has; None where nothing is known.
+    """The figures of one device; None where they are not known.
 
     Attributes:
       platform: that programs are lowered for: tpu, cuda or cpu.
@@ -26,8 +26,8 @@ class Chip:
       flops: bfloat16 operations a second with float32 sums.
       bandwidth: bytes a second to and from main memory.
       links: bytes a second that leave the device over all links to its peers.
-      shapes: of the machines that there are: chips along each axis, or GPUs.
-      cores: devices that one chip is.
+      shapes: of its machines: chips along each axis, or the number of GPUs.
+      cores: JAX devices of one chip.
     """
 
     platform: str
@@ -83,7 +83,7 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """A chip and the devices to compile for, which need not be there."""
+    """A chip and the devices to compile for, which need not be present."""
 
     name: str
     chip: Chip
@@ -124,7 +124,7 @@ def machine(name: str) -> Machine:
 
 def _tpus(kind: str, shape: str) -> Sequence[jax.Device]:
     _require("libtpu", "TPU")
-    # The compiler asks the machine that it runs on what TPU that is, and complains of the answer.
+    # The compiler looks for a TPU on the host, and warns where it finds none.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")

@@ -1,5 +1,5 @@
-"""What a compiled step moves and computes on one device: bytes of memory, bytes between devices,
-and floating-point operations."""
+"""The work of a compiled step on one device: bytes of memory, bytes between devices, and
+floating-point operations."""
 
 import dataclasses
 import math
@@ -36,7 +36,7 @@ class Collective:
       kind: as XLA names it.
       group: how many devices take part in each.
       count: how many there are.
-      bytes: of the whole arrays that they gather, sum or pass on.
+      bytes: of the full arrays that they gather, sum or pass on.
       sent: what leaves the device: `bytes * (n - 1) / n`, twice that for an all-reduce (Thakur et
         al. 2005, "Optimization of collective communication operations in MPICH").
     """
@@ -51,7 +51,7 @@ class Collective:
 def collectives(module: Module) -> list[Collective]:
     """The program's collectives, those that send the most first.
 
-    A collective that XLA takes apart, so as to compute meanwhile, appears in several computations
+    A collective that XLA splits, so as to overlap it, appears in several computations
     under one channel, and counts where it runs most often.
     """
     found: dict[str, tuple[int, str, int, int]] = {}
@@ -60,17 +60,17 @@ def collectives(module: Module) -> list[Collective]:
         if kind not in _KINDS:
             continue
         group = _group(instruction, module.devices)
-        whole = _whole(instruction, kind, group)
+        size = _full_bytes(instruction, kind, group)
         if kind == "all-reduce" and "all-reduce-scatter" in computation:
             kind = "reduce-scatter"
         channel = re.search(r"channel_id=(\d+)", instruction.attributes)
         key = channel[0] if channel else f"{computation}/{instruction.name}"
-        found[key] = max(found.get(key, (0, "", 0, 0)), (times, kind, group, whole))
+        found[key] = max(found.get(key, (0, "", 0, 0)), (times, kind, group, size))
     totals: dict[tuple[str, int], list[int]] = {}
-    for times, kind, group, whole in found.values():
+    for times, kind, group, size in found.values():
         total = totals.setdefault((kind, group), [0, 0])
         total[0] += times
-        total[1] += times * whole
+        total[1] += times * size
     rows = [
         Collective(kind, group, count, size, _sent(kind, group, size))
         for (kind, group), (count, size) in totals.items()
@@ -78,8 +78,8 @@ def collectives(module: Module) -> list[Collective]:
     return sorted(rows, key=lambda row: -row.sent)
 
 
-def _whole(instruction: Instruction, kind: str, group: int) -> int:
-    """The bytes of the gathered, summed or passed arrays."""
+def _full_bytes(instruction: Instruction, kind: str, group: int) -> int:
+    """The bytes of the full arrays that are gathered, summed or passed on."""
     sizes = [shape.bytes for shape in instruction.shapes]
     started = instruction.opcode.endswith("-start")
     if started and kind in ("all-gather", "collective-permute", "collective-broadcast"):
@@ -109,7 +109,7 @@ def _group(instruction: Instruction, devices: int) -> int:
 
 def traffic(module: Module) -> int:
     """Bytes that one step reads from and writes to a device's main memory: the operands and the
-    results of each instruction, what the compiler keeps on the chip aside."""
+    results of each instruction, without what the compiler keeps on the chip."""
     inside = _fused(module)
     return sum(
         times * _moved(module, computation, instruction)
@@ -206,8 +206,8 @@ def flops(jaxpr: Any) -> int:
 
     Counted before XLA sees it: `2 m k n` for a product, as often as scans repeat it, recomputation
     included, and not where nothing reads them; of a conditional's branches the larger. A Pallas
-    kernel counts by its own estimate, or by what each step of its grid multiplies. What is no
-    product is not counted.
+    kernel counts by its own estimate, or by what each step of its grid multiplies. Other
+    operations are not counted.
 
     Args:
       jaxpr: of `jax.jit(f).trace(...).jaxpr`.

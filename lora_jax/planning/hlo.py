@@ -37,7 +37,7 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a computation: what it makes, of what, and what its attributes say.
+    """One line of a computation: its results, its operands and its attributes.
 
     `literal` is the value of a constant, and the number of a parameter.
     """

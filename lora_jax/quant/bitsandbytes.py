@@ -1,6 +1,6 @@
 """4-bit weights as bitsandbytes serialises them, both ways and without loss.
 
-A linear layer's `weight` is a column of packed bytes; beside it stand `weight.absmax`,
+A linear layer's `weight` is a column of packed bytes; beside it are `weight.absmax`,
 `weight.quant_map`, for double quantisation `weight.nested_absmax` and `weight.nested_quant_map`,
 and `weight.quant_state.bitsandbytes__nf4` (or `__fp4`), JSON as bytes. All are numpy arrays here.
 """
@@ -19,7 +19,7 @@ from lora_jax.quant.blockwise import FP4, NF4, Blockwise
 from lora_jax.quant.double import NESTED_BLOCK, DoubleQuantized
 from lora_jax.quant.quantized import Quantized
 
-_KINDS: dict[str, type[Blockwise]] = {"nf4": NF4, "fp4": FP4}
+_FORMATS: dict[str, type[Blockwise]] = {"nf4": NF4, "fp4": FP4}
 _STATE = "quant_state.bitsandbytes__"
 _LARGEST = 1 << 31  # no size is larger; a flipped digit is
 
@@ -28,8 +28,8 @@ def from_bitsandbytes(tensors: Mapping[str, np.ndarray], name: str = "weight") -
     """The weight `[d_in, d_out]` that bitsandbytes stores as `name [d_out, d_in]`.
 
     Args:
-      tensors: a state dict with `name` and the tensors beside it; others are left alone.
-      name: what stands before `.absmax`.
+      tensors: a state dict with `name` and the tensors beside it; others are ignored.
+      name: the prefix of `.absmax`.
 
     Raises:
       ValueError: for a tensor that is missing or has the wrong number of entries, a codebook other
@@ -43,8 +43,8 @@ def from_bitsandbytes(tensors: Mapping[str, np.ndarray], name: str = "weight") -
             f"{name}: blocks of {block_size} run across its rows of {d_in}, which a matrix that is "
             "decoded by columns cannot keep. Dequantise it with bitsandbytes, and quantise it here."
         )
-    kind = _KINDS[quant_type]
-    _check_codebook(tensors, f"{name}.quant_map", kind.codebook)
+    format_class = _FORMATS[quant_type]
+    _check_codebook(tensors, f"{name}.quant_map", format_class.codebook)
     codes = _part(tensors, name, d_out * d_in // 2, np.uint8)
     blocks = d_out * d_in // block_size
     if "nested_offset" in state:
@@ -59,7 +59,7 @@ def from_bitsandbytes(tensors: Mapping[str, np.ndarray], name: str = "weight") -
         )
     else:
         absmax = _transposed(_part(tensors, f"{name}.absmax", blocks, np.float32), d_out)
-    return kind(
+    return format_class(
         codes=_transposed(codes, d_out),
         absmax=absmax,
         contracted=(d_in,),
@@ -102,12 +102,12 @@ def to_bitsandbytes(weight: Quantized, name: str = "weight") -> dict[str, np.nda
 
 
 def quant_state(tensors: Mapping[str, np.ndarray], name: str) -> tuple[str, dict[str, Any]]:
-    """The format of the weight `name`, and what bitsandbytes states of it.
+    """The format of the weight `name`, and its `quant_state`.
 
     Raises:
-      ValueError: there is no such statement, or it is corrupt.
+      ValueError: for a state that is missing or corrupt.
     """
-    for quant_type in _KINDS:
+    for quant_type in _FORMATS:
         key = f"{name}.{_STATE}{quant_type}"
         if key in tensors:
             return quant_type, _parsed(np.asarray(tensors[key]).tobytes(), key)

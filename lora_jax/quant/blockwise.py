@@ -22,7 +22,8 @@ class Blockwise(Quantized):
     """`w[i, o] = codebook[code[i, o]] * absmax[i // block, o]`.
 
     Attributes:
-      codes: a byte of two is bitsandbytes' of the matrix `[d_out, d_in]`, transposed.
+      codes: a byte of two codes is that of bitsandbytes for the matrix `[d_out, d_in]`,
+        transposed.
       absmax: float32 `[stack..., d_in / block, d_out]`, or `DoubleQuantized`.
 
     Source: Dettmers et al. 2023, arXiv:2305.14314, sections 2 and 3.
@@ -89,12 +90,12 @@ class NF4(Blockwise):
     codebook: ClassVar[np.ndarray] = codebooks.NF4
 
     def matmul(self, x: jax.Array) -> jax.Array:
-        if x.dtype not in (jnp.bfloat16, jnp.float32):  # all that the kernels take
+        if x.dtype not in (jnp.bfloat16, jnp.float32):  # the dtypes of the kernels
             return super().matmul(x)
         return nf4_matmul(x, self.codes, self.absmax_values())
 
     def matmul_transposed(self, x: jax.Array) -> jax.Array:
-        """The backward pass of the kernel, whose forward pass nothing needs here."""
+        """The backward pass of the kernel; its forward pass is not needed here."""
         if x.dtype not in (jnp.bfloat16, jnp.float32):
             return super().matmul_transposed(x)
         unused = jnp.zeros((*x.shape[:-1], 2 * self.codes.shape[0]), x.dtype)
@@ -104,7 +105,7 @@ class NF4(Blockwise):
 
 @flax.struct.dataclass(repr=False, kw_only=True)
 class FP4(Blockwise):
-    """Four bits as a floating-point number, the way bitsandbytes does it."""
+    """Four bits as a floating-point number: the FP4 of bitsandbytes."""
 
     format: str = static("fp4")
     codebook: ClassVar[np.ndarray] = codebooks.FP4

@@ -1,4 +1,4 @@
-"""The values that codes stand for: a codebook lists them, scaled to a largest magnitude of 1."""
+"""The codebooks: the value of each code, scaled to a largest magnitude of 1."""
 
 import numpy as np
 
@@ -15,7 +15,7 @@ E2M1 = np.concatenate([_E2M1_MAGNITUDES, -_E2M1_MAGNITUDES])
 _FP4_MAGNITUDES = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3], np.float32) / np.float32(12)
 FP4 = np.concatenate([_FP4_MAGNITUDES, -_FP4_MAGNITUDES])
 
-# Even steps; the lowest code lies below -1 and is never chosen.
+# Even steps; the lowest code is below -1 and never chosen.
 INT4 = np.arange(-8, 8, dtype=np.float32) / np.float32(7)
 INT8 = np.arange(-128, 128, dtype=np.float32) / np.float32(127)
 
@@ -35,7 +35,7 @@ def _dynamic_map() -> np.ndarray:
 
 
 def _even_steps(first: np.float32, last: np.float32, count: int) -> np.ndarray:
-    """`count` steps, each edge rounded once and counted from the nearer end, as torch does it."""
+    """`count` steps, each edge rounded once and counted from the nearer end, as in torch."""
     step, index = np.float64((last - first) / np.float32(count)), np.arange(count + 1)
     from_first, from_last = first + step * index, last - step * (count - index)
     return np.where(index < (count + 1) // 2, from_first, from_last).astype(np.float32)

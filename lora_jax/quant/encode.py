@@ -1,8 +1,8 @@
 """From numbers to codes, on the host.
 
-Numpy's arithmetic is IEEE's, on every machine: accelerators round a division as they like, and XLA
-on a CPU flushes denormal numbers to zero. So the codes are the same whatever JAX runs on, and equal
-to those of bitsandbytes' CPU build bit for bit.
+Numpy's arithmetic is IEEE's on every machine; accelerators may round a division otherwise, and XLA
+on a CPU flushes denormal numbers to zero. So the codes are the same on every platform, and equal to
+those of bitsandbytes' CPU build bit for bit.
 """
 
 import numpy as np
@@ -32,19 +32,19 @@ def encode(
     rows, columns = matrix.shape
     codes = np.empty((rows, columns), np.uint8)
     absmax = np.empty((-(-rows // block_size), columns), np.float32)
-    whole = rows - rows % block_size
+    full = rows - rows % block_size  # rows of full blocks
     step = max(1, _CHUNK // (block_size * max(columns, 1))) * block_size
-    for start in range(0, whole, step):
-        chunk = slice(start, min(start + step, whole))
+    for start in range(0, full, step):
+        chunk = slice(start, min(start + step, full))
         blocks = matrix[chunk].astype(np.float32).reshape(-1, block_size, columns)
         largest = _finite(np.abs(blocks).max(axis=1, initial=0))
         blocks *= (np.float32(1) / np.maximum(largest, _SMALLEST))[:, None]
         absmax[start // block_size :][: len(largest)] = largest
         codes[chunk] = nearest(blocks, codebook).reshape(-1, columns)
-    if whole < rows:  # bitsandbytes divides here, and keeps the clamped absmax
-        tail = matrix[whole:].astype(np.float32)
+    if full < rows:  # bitsandbytes divides here, and keeps the clamped absmax
+        tail = matrix[full:].astype(np.float32)
         absmax[-1] = np.maximum(_finite(np.abs(tail).max(axis=0)), _SMALLEST)
-        codes[whole:] = nearest(tail / absmax[-1], codebook)
+        codes[full:] = nearest(tail / absmax[-1], codebook)
     return codes, absmax
 
 

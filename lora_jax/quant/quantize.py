@@ -28,12 +28,12 @@ def quantize(
     """The tree with its targeted leaves as quantised weights, which every model here takes.
 
     The work is done on the host, leaf by leaf and layer by layer, in IEEE arithmetic: codes are
-    bitsandbytes' bit for bit, whatever JAX runs on. Under `jit` it is a callback to the host, and
-    under `jax.eval_shape` nothing is computed.
+    those of bitsandbytes bit for bit, on every platform. Under `jit` it is a callback to the host,
+    and under `jax.eval_shape` nothing is computed.
 
     Args:
-      params: any pytree of arrays. Leaves that are not targeted stay what they are.
-      format: a name in `lora_jax.quant.FORMATS`, whose classes say what each is.
+      params: any pytree of arrays. Leaves that are not targeted are returned unchanged.
+      format: a name in `lora_jax.quant.FORMATS`; its class documents it.
       targets: a preset, a regular expression over paths, or a sequence of them, as in
         `lora_transform`. Embeddings and output head are quantised only where they are named.
       layouts: `{path: Layout}` for weights that are more than stacked matrices, and None for leaves
@@ -41,7 +41,7 @@ def quantize(
       block_size: rows of the matrix that share a scale; by default 64 in the formats of
         `Blockwise`, which take powers of two from 8 to 4096.
       double_quant: whether each absmax is itself stored in 8 bits: 4.127 bits a parameter instead
-        of 4.5 at blocks of 64. The default wherever a format has an absmax; others refuse True.
+        of 4.5 at blocks of 64. The default for formats that have an absmax; others raise on True.
       donate: deletes each targeted leaf once it is quantised, for trees that barely fit.
 
     Raises:
@@ -77,13 +77,12 @@ def quantizer(
     double_quant: bool | None = None,
 ) -> Callable[[str, Any], Any]:
     """What `quantize` does to one leaf, as a function `(path, leaf) -> leaf`: for loaders, which
-    then never hold a model in floating point. Leaves that are not targeted become arrays as they
-    are.
+    then never hold a model in floating point. Leaves that are not targeted become plain arrays.
 
     Args:
       format: as in `quantize`.
       targets: as in `quantize`, but a rule that matches nothing is no error: leaves come singly.
-      layouts: `{path: Layout}`; of leaves that it does not name, names and shapes tell.
+      layouts: `{path: Layout}`; for leaves that it does not name, names and shapes decide.
       block_size, double_quant: as in `quantize`.
 
     Raises:
@@ -92,8 +91,8 @@ def quantizer(
     """
     if format not in FORMATS:
         raise ValueError(f"format {format!r}: expected one of {', '.join(FORMATS)}.")
-    kind = FORMATS[format]
-    options = kind.options(block_size, double_quant)
+    format_class = FORMATS[format]
+    options = format_class.options(block_size, double_quant)
     matchers = [rule_matcher(rule) for rule in as_rules(_Matrices(), targets)]
     known = dict(layouts or {})
 
@@ -101,9 +100,9 @@ def quantizer(
         layout = known[path] if path in known else guessed_layout(path, leaf)
         if layout is None or not any(matches(path) for matches in matchers):
             return jnp.asarray(leaf)
-        _check(path, leaf, layout, kind, options["block_size"])
+        _check(path, leaf, layout, format_class, options["block_size"])
         with paths.naming(path):
-            return kind.of(leaf, layout=layout, **options)
+            return format_class.of(leaf, layout=layout, **options)
 
     return finish
 
@@ -111,8 +110,8 @@ def quantizer(
 def dequantize(tree: PyTree) -> PyTree:
     """The tree with every quantised weight as the plain array that it stands for.
 
-    Concrete weights are decoded on the host, denormal values included, to bitsandbytes' bits. Under
-    a transformation XLA decodes them, which makes the same of normal numbers.
+    Concrete weights are decoded on the host, denormal values included, to the bits of bitsandbytes.
+    Under a transformation XLA decodes them, with the same results for normal numbers.
     """
     return jax.tree.map(
         lambda w: w.dense_on_host() if isinstance(w, Quantized) else w, tree, is_leaf=is_weight
@@ -120,14 +119,16 @@ def dequantize(tree: PyTree) -> PyTree:
 
 
 class _Matrices:
-    """What `match_rules` asks: which leaves a format can take."""
+    """A stand-in for a method in `match_rules`: accepts the leaves that a format can take."""
 
     def accepts(self, path: str, leaf: Any, layout: Layout | None) -> bool:
         del path, leaf
         return layout is not None
 
 
-def _check(path: str, leaf: Any, layout: Layout, kind: type[Quantized], block_size: int) -> None:
+def _check(
+    path: str, leaf: Any, layout: Layout, format_class: type[Quantized], block_size: int
+) -> None:
     out = f"Leave it out of the targets ({path!r} was matched)."
     if is_weight(leaf):
         raise ValueError(f"{path} is a {type(leaf).__name__} already. {out}")
@@ -140,7 +141,7 @@ def _check(path: str, leaf: Any, layout: Layout, kind: type[Quantized], block_si
         _, contracted, _ = layout.split(leaf.shape)
     rows = math.prod(contracted)
     if rows % block_size:
-        fitting = [size for size in kind.block_sizes if rows % size == 0]
+        fitting = [size for size in format_class.block_sizes if rows % size == 0]
         instead = f"give block_size={fitting[-1]}, or leave" if fitting else "leave"
         raise ValueError(
             f"{path} has {rows} rows (d_in), no multiple of the block size {block_size}: {instead} "

@@ -25,7 +25,7 @@ from lora_jax.weights import Transposed, Weight, vary
 
 @flax.struct.dataclass(repr=False, kw_only=True)
 class Quantized(Weight):
-    """A frozen weight as codes, and as what its format needs beside them to decode them.
+    """A frozen weight as codes, and the arrays that its format needs to decode them.
 
     Stored as the matrix `[stack..., d_in, d_out]` that its layout makes of it; a scan over layers
     slices every leaf. Decoded in float32 and cast last.
@@ -73,7 +73,7 @@ class Quantized(Weight):
     @classmethod
     @abc.abstractmethod
     def encoded(cls, matrix: np.ndarray, *, block_size: int) -> dict[str, np.ndarray]:
-        """Its arrays by name, for `matrix [stack..., d_in, d_out]`; those of whole blocks need
+        """Its arrays by name, for `matrix [stack..., d_in, d_out]`; those of full blocks need
         nothing of the rest. Raises ValueError for NaN or infinity."""
 
     @classmethod
@@ -174,7 +174,7 @@ class Quantized(Weight):
         return self.doubled is not None and isinstance(getattr(self, self.doubled), DoubleQuantized)
 
     def singly(self) -> Self:
-        """The same weight with no array in 8 bits of its own: every array follows the matrix."""
+        """The same weight without double quantisation: every array is sharded as the matrix is."""
         if not self.is_doubly_quantized:
             return self
         name = cast(str, self.doubled)
@@ -210,7 +210,7 @@ class Quantized(Weight):
         return frozen.matmul_transposed(vary(x, like=self.codes), self)
 
     def matmul(self, x: jax.Array) -> jax.Array:
-        """`x @ W` of one matrix, for `linear`, which sees to the gradient."""
+        """`x @ W` of one matrix, for `linear`, which defines the gradient."""
         return jnp.matmul(x, self.decode(x.dtype))
 
     def matmul_transposed(self, x: jax.Array) -> jax.Array:
@@ -257,7 +257,7 @@ class Quantized(Weight):
     def as_matrix(self, layout: Layout) -> Self:
         if layout != self.layout:
             raise ValueError(
-                f"{type(self).__name__} was quantised as {self.layout}, and is asked for as "
+                f"{type(self).__name__} was quantised as {self.layout}, and cannot be read as "
                 f"{layout}. Quantise it with that layout: quantize(..., layouts={{path: layout}})."
             )
         return dataclasses.replace(
@@ -267,19 +267,19 @@ class Quantized(Weight):
             layout=Layout(),
         )
 
-    def partition(self, spec: PartitionSpec) -> Self:
+    def local_specs(self, spec: PartitionSpec) -> Self:
         if self.is_doubly_quantized and any(spec[-2:]):
             raise ValueError(
                 f"{type(self).__name__} with double quantisation cannot be split by {spec}: blocks "
                 f"of its {self.doubled} run through the whole matrix. Quantise with "
                 "double_quant=False, or split stacked layers alone."
             )
-        return cast(Self, super().partition(spec))
+        return cast(Self, super().local_specs(spec))
 
-    def placement(self, spec: PartitionSpec) -> Self:
+    def sharding_specs(self, spec: PartitionSpec) -> Self:
         """Stored as a matrix, which is sharded along the first axis of each side."""
         *stack, d_in, d_out = self.matrix_spec(spec)
-        return schema.specs(self, stack, (d_in,), (d_out,))
+        return schema.sharding_specs(self, stack, (d_in,), (d_out,))
 
     def matrix_spec(self, spec: PartitionSpec) -> PartitionSpec:
         """The sharding spec of the stored matrix where a plain array would have `spec`."""

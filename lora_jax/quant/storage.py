@@ -28,7 +28,7 @@ def stored_shapes(
 
 
 def store(matrix: np.ndarray, codebook: np.ndarray, *, block_size: int) -> dict[str, np.ndarray]:
-    """Codes and absmax of `matrix [stack..., d_in, d_out]`; those of whole blocks need nothing of
+    """Codes and absmax of `matrix [stack..., d_in, d_out]`; those of full blocks need nothing of
     the rest of the matrix.
 
     Raises:
@@ -48,7 +48,7 @@ def layer_by_layer(
     matrix: np.ndarray,
     shapes: dict[str, jax.ShapeDtypeStruct],
 ) -> dict[str, np.ndarray]:
-    """What `work` makes of each layer, stacked."""
+    """The arrays that `work` returns for each layer, stacked."""
     arrays = {name: np.empty(made.shape, made.dtype) for name, made in shapes.items()}
     for layer in np.ndindex(matrix.shape[:-2]):
         for array, part in zip(arrays.values(), work(matrix[layer]), strict=True):
@@ -57,7 +57,8 @@ def layer_by_layer(
 
 
 def store_doubly(absmax: np.ndarray) -> dict[str, np.ndarray]:
-    """The arrays of `DoubleQuantized`, for whole layers of `absmax [stack..., blocks, d_out]`."""
+    """The arrays of `DoubleQuantized`, for complete layers of `absmax [stack..., blocks,
+    d_out]`."""
     return layer_by_layer(double_quantize, absmax, doubly_shapes(absmax.shape))
 
 

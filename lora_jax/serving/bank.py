@@ -165,7 +165,7 @@ def shardings(mesh: Mesh, bank: Bank, specs: Mapping[str, PartitionSpec]) -> Ban
 
     def placed(path: str, target: Target) -> Target:
         stack, d_in, d_out = target.layout.split(tuple(specs[path]))
-        tree = schema.specs(target, stack, d_in[:1], d_out[:1])
+        tree = schema.sharding_specs(target, stack, d_in[:1], d_out[:1])
         return jax.tree.map(
             lambda spec: NamedSharding(mesh, spec),
             tree,

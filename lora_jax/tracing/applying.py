@@ -1,4 +1,4 @@
-"""How a weight is applied along the axes that a program's own product names."""
+"""Applies a weight along the axes that a program's own product names."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -26,10 +26,9 @@ class AsTraced(Weight):
 
     Attributes:
       matrix: `[d_in, d_out]`, or `[d_out, d_in]` where `flipped`.
-      operand_dtype: what the program's activation had; integers, which it had exactly, stay as
-        they come.
+      operand_dtype: of the program's activation; integers, which are exact, keep their dtype.
       precision: the program's.
-      result_dtype: what the program's product has.
+      result_dtype: of the program's product.
     """
 
     matrix: jax.Array | Weight
@@ -108,10 +107,10 @@ def over_stack(apply: Callable, weight: Weight, x: jax.Array, along: Sequence[bo
     return run(sliced, x)
 
 
-def arranged(x: jax.Array, labels: Sequence[Any], wanted: Sequence[Any]) -> jax.Array:
-    """`x`, whose axes are called `labels`, with its axes in the order `wanted`; the others, of
-    size 1, are dropped."""
-    order = [labels.index(label) for label in wanted]
-    rest = [i for i in range(x.ndim) if i not in order]
-    moved = jnp.transpose(x, [*order, *rest])
+def arranged(x: jax.Array, labels: Sequence[Any], order: Sequence[Any]) -> jax.Array:
+    """`x`, whose axes are called `labels`, with its axes in this order; the others, of size 1, are
+    dropped."""
+    places = [labels.index(label) for label in order]
+    rest = [i for i in range(x.ndim) if i not in places]
+    moved = jnp.transpose(x, [*places, *rest])
     return moved.reshape(moved.shape[: len(order)])

@@ -1,4 +1,4 @@
-"""Where the axes of a leaf have gone while a program transposed, reshaped and sliced it."""
+"""Where the axes of a leaf are after a program has transposed, reshaped and sliced it."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""Equations that hold jaxprs of their own: the walk goes on inside."""
+"""Rules of equations that hold jaxprs of their own, which are walked too."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ RETURNS = "returns it from a function with a gradient of its own"
 
 
 def _jit(eqn, operands, evaluate: Evaluate):
-    """Inlined; the shardings that it asks of plain values are kept."""
+    """Inlined; its sharding constraints on plain values are kept."""
 
     def constrained(value, sharding):
         if is_tracked(value) or not isinstance(sharding, jax.sharding.Sharding):
@@ -123,8 +123,8 @@ def _shard_map(eqn, operands, evaluate: Evaluate):
 
 def _custom_gradient(eqn, operands, evaluate: Evaluate):
     """A function with a gradient of the user's own: that rule is traced for plain weights, and the
-    trace evaluated with tracked ones. What it gives a weight, it gives the dense one, from where
-    it is pulled back to the delta.
+    trace evaluated with tracked ones. The gradient that it returns for a weight is that of
+    the dense one, from which it is pulled back to the delta.
     """
     leaves, treedef = jax.tree.flatten(operands)
     moves = [_is_float(leaf) for leaf in leaves]
@@ -193,7 +193,7 @@ def _untracked(values: list[Any], reason: str) -> list[Any]:
 
 
 def _carried(before: Sequence[Any], after: Sequence[Any]) -> list[Any]:
-    """What an iteration hands on. A weight that goes round must come back as it was."""
+    """What an iteration passes to the next. A weight that is carried must not change."""
     return [
         old.carried(new) if is_tracked(old) else _untracked([new], "carries it through a loop")[0]
         for old, new in zip(before, after, strict=True)

@@ -1,4 +1,4 @@
-"""The walk over a jaxpr's equations: those that see no tracked leaf run as they are."""
+"""The walk over a jaxpr's equations: those without a tracked operand run unchanged."""
 
 import os
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ def evaluate(jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
     """The results of a jaxpr, open or closed, for operands of which some are `Tracked`.
 
     Raises:
-      RefusedError: where a leaf is used in a way that it cannot stand for.
+      RefusedError: where a leaf is used in a way that no rule allows.
     """
     consts = getattr(jaxpr, "consts", ())
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
@@ -54,7 +54,7 @@ def _apply_rule(eqn: Any, operands: list[Any]) -> list[Any]:
     try:
         if name in inner_jaxprs.RULES:
             return inner_jaxprs.RULES[name](eqn, operands, evaluate)
-        return single_equations.RULES.get(name, plain.read_whole)(eqn, operands)
+        return single_equations.RULES.get(name, plain.read_dense)(eqn, operands)
     except RefusedError as error:
         error.primitive = error.primitive or name
         error.line = error.line or line_of(eqn)  # a cached inner trace does not know its caller

@@ -1,4 +1,4 @@
-"""A weight that is applied, and never built, wherever the program puts its axes."""
+"""A weight that is applied and never built dense, wherever the program moves its axes."""
 
 import contextlib
 import dataclasses
@@ -42,9 +42,10 @@ INFER = (
 
 @flax.struct.dataclass
 class Lazy(Tracked):
-    """A weight `[stack..., d_in, d_out]` and the form in which the program holds it now.
+    """A weight `[stack..., d_in, d_out]` and the axes in which the program has it now.
 
-    Every array in `weight` leads with the stack axes that `axes` still has, in the leaf's order.
+    The leading axes of every array in `weight` are the stack axes that `axes` still has, in the
+    order of the leaf.
     """
 
     weight: Any
@@ -107,7 +108,7 @@ class Lazy(Tracked):
 
     def scanned(self) -> tuple[Any, Callable]:
         inner = self.axes.without((0,))
-        if not self.axes.atoms[0]:  # an axis of size 1 that the program has put in front
+        if not self.axes.atoms[0]:  # an axis of size 1 that the program added in front
             return None, lambda _: dataclasses.replace(self, axes=inner)
         if not self._stacks(0):
             self._contradict("slices it along an axis that is not stacked")
@@ -128,7 +129,7 @@ class Lazy(Tracked):
         return bool(atoms) and set(atoms) <= set(self.stack())
 
     def _of_one_atom(self, axis: int) -> tuple["Lazy", Atom, int]:
-        """The same with the layers of an axis counted by one atom; that, and its place in the
+        """The same with one atom for the layers of an axis; that atom, and its place in the
         stack."""
         atoms, stack = self.axes.atoms[axis], self.stack()
         place = stack.index(min(atoms))
@@ -154,7 +155,7 @@ class Lazy(Tracked):
         split = sum(entry is not None for entry in spec)
         if split != sum(entry is not None for entry in (*stack, *matrix)):
             self._contradict("splits an axis that is not the first on its side of the matrix")
-        specs = self._explained(lambda: self.weight.partition(PartitionSpec(*stack, *matrix)))
+        specs = self._explained(lambda: self.weight.local_specs(PartitionSpec(*stack, *matrix)))
         axes = self.axes.resized(lambda axis, atom: atom.size // blocks(spec[axis]))
         return self.weight, specs, lambda block: dataclasses.replace(self, weight=block, axes=axes)
 
@@ -169,7 +170,7 @@ class Lazy(Tracked):
         if not forward:
             d_in, d_out = d_out, d_in
         if not _same(contracted, d_in) or not {a for a in batch if a.size > 1} <= set(stack):
-            self._contradict(f"contracts the axes {product.w_contracted} of its form {self.shape}")
+            self._contradict(f"contracts the axes {product.w_contracted} of its shape {self.shape}")
         meets = dict(zip(product.x_contracted, product.w_contracted, strict=True))
         meets |= dict(zip(product.x_batch, product.w_batch, strict=True))
         x_labels = [self.axes.atoms[meets[i]] if i in meets else (i,) for i in range(x.ndim)]
@@ -197,8 +198,8 @@ class Lazy(Tracked):
         labels = [*stack, *free, *d_out]
         ours = _in(labels, self.axes.without((*product.w_contracted, *product.w_batch)).all())
         batch = _in(labels, batch)
-        wanted = [*batch, *ours, *free] if product.w_first else [*batch, *free, *ours]
-        return arranged(y, labels, wanted).reshape(product.shape)
+        order = [*batch, *ours, *free] if product.w_first else [*batch, *free, *ours]
+        return arranged(y, labels, order).reshape(product.shape)
 
     def rows(self, ids: jax.Array, lookup: Lookup) -> jax.Array:
         if self._stacks(lookup.axis):
@@ -209,7 +210,7 @@ class Lazy(Tracked):
         if not forward:
             d_in, d_out = d_out, d_in
         if not _same(looked, d_in):
-            self._contradict(f"looks up entries along axis {lookup.axis} of its form {self.shape}")
+            self._contradict(f"looks up entries along axis {lookup.axis} of its shape {self.shape}")
         ids = _reordered(ids, looked, d_in)
 
         def apply(weight, ids):
@@ -227,7 +228,7 @@ class Lazy(Tracked):
     def carried(self, after: Any) -> Any:
         structures: Any = jax.tree.structure(after), jax.tree.structure(self)
         if structures[0] != structures[1]:
-            self._refuse("carries it through a loop, out of which it comes in another form")
+            self._refuse("carries it through a loop that returns it changed")
         return after
 
     def read(self, reason: str = "would build the dense weight") -> NoReturn:

@@ -1,4 +1,4 @@
-"""Equations that run as they are."""
+"""Runs equations unchanged."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from lora_jax.tracing.tracked import is_tracked
 
 
 def variables(eqn: Any) -> list[Any]:
-    """What the equation reads, but literals."""
+    """The variables that the equation reads."""
     return [atom for atom in eqn.invars if not isinstance(atom, core.Literal)]
 
 
@@ -30,21 +30,21 @@ def run(eqns: Sequence[Any], values: Mapping[Any, Any]) -> dict[Any, Any]:
 
 
 def run_one(eqn: Any, operands: Sequence[Any]) -> list[Any]:
-    """The results of one equation for other operands than its own."""
-    results = [core.Var(var.aval) for var in eqn.outvars]  # also those that nobody reads
+    """The results of one equation for the given operands."""
+    results = [core.Var(var.aval) for var in eqn.outvars]  # also those that are not read
     given = zip(eqn.invars, operands, strict=True)
     values = {atom: value for atom, value in given if not isinstance(atom, core.Literal)}
     made = run([eqn.replace(outvars=results)], values)
     return [made[var] for var in results]
 
 
-def read_whole(eqn: Any, operands: Sequence[Any]) -> list[Any]:
-    """An equation without a rule, which gets the plain array of each tracked operand."""
+def read_dense(eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    """Runs an equation that has no rule on the plain array of each tracked operand."""
     return run_one(eqn, [v.read() if is_tracked(v) else v for v in operands])
 
 
 def dense(value: Any) -> Any:
-    """The plain array that a value is or stands for."""
+    """The plain array of a value, tracked or not."""
     return value.dense() if is_tracked(value) else value
 
 

@@ -1,4 +1,4 @@
-"""A plain array that notes which of its leaf's axes a program contracts, stacks or gains."""
+"""A plain array that records which of its leaf's axes a program contracts, stacks or gains."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -33,7 +33,7 @@ class Use:
 
 @flax.struct.dataclass
 class Probe(Tracked):
-    """The array itself; `note(path, use)` is told of each use."""
+    """The array itself; calls `note(path, use)` at each use."""
 
     value: jax.Array
     path: str = flax.struct.field(pytree_node=False)

@@ -1,4 +1,4 @@
-"""What single equations do to a tracked leaf: move its axes, or apply it."""
+"""Rules of single equations on a tracked leaf: they move its axes, or apply it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.tracing import plain, slicing
-from lora_jax.tracing.plain import read_whole
+from lora_jax.tracing.plain import read_dense
 from lora_jax.tracing.tracked import Product, is_tracked
 
 
@@ -19,7 +19,7 @@ def _moving(axes_after: Callable[[Any, Any], Any]) -> Callable:
         value, *rest = operands
         axes = axes_after(value.axes, eqn)
         if axes is None or rest:
-            return read_whole(eqn, operands)
+            return read_dense(eqn, operands)
         return [value.moved(axes, lambda array: plain.run_one(eqn, [array])[0])]
 
     return rule
@@ -33,7 +33,7 @@ def _reshaped(axes, eqn):
 def _convert(eqn, operands):
     dtype = eqn.params["new_dtype"]
     if not jnp.issubdtype(dtype, jnp.floating):
-        return read_whole(eqn, operands)
+        return read_dense(eqn, operands)
     return [operands[0].cast(dtype)]
 
 
@@ -53,7 +53,7 @@ def _same(eqn, operands):
 def _dot_general(eqn, operands):
     left, right = operands
     if is_tracked(left) and is_tracked(right):
-        return read_whole(eqn, operands)
+        return read_dense(eqn, operands)
     first = is_tracked(left)
     contracted, batch = eqn.params["dimension_numbers"]
     ours, theirs = (0, 1) if first else (1, 0)

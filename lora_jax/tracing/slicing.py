@@ -1,4 +1,4 @@
-"""Equations that read a part of a tracked leaf: its layers, or rows of its matrix."""
+"""Rules of equations that read a part of a tracked leaf: its layers, or rows of its matrix."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.tracing.plain import read_whole
+from lora_jax.tracing.plain import read_dense
 from lora_jax.tracing.tracked import Lookup, is_tracked
 
 _Mode = jax.lax.GatherScatterMode
@@ -77,12 +77,12 @@ def _gather(eqn, operands):
     table, indices = operands
     dims, mode = eqn.params["dimension_numbers"], eqn.params["mode"]
     if dims.operand_batching_dims:
-        return read_whole(eqn, operands)
+        return read_dense(eqn, operands)
     if mode == _Mode.CLIP and indices.ndim == 1:
         return [_slice_of_gather(eqn, table, indices)]
     axis = _looked_up(eqn, table)
     if axis is None:
-        return read_whole(eqn, operands)
+        return read_dense(eqn, operands)
     ids = indices[..., dims.start_index_map.index(axis)]
     last = table.shape[axis] - 1
     # Where the slices keep the axis, they do so at size 1.
@@ -97,15 +97,16 @@ def _gather(eqn, operands):
 
 
 def _outside(eqn, rows: jax.Array) -> jax.Array:
-    """What a gather reads out of bounds, for `rows` read at the nearest place within."""
+    """What a gather reads out of bounds, for `rows` read at the nearest index within."""
     if eqn.params["mode"] == _Mode.PROMISE_IN_BOUNDS:
-        return jax.lax.stop_gradient(rows)  # as XLA does to who breaks the promise
+        return jax.lax.stop_gradient(rows)  # as XLA does where the promise is broken
     fill = eqn.params["fill_value"]
     return jnp.array(jnp.nan if fill is None else fill, rows.dtype)
 
 
 def _slice_of_gather(eqn, value, starts):
-    """A `dynamic_slice`, as a vmap over an axis that it leaves whole writes it."""
+    """A `dynamic_slice` in the gather that a vmap over an axis that it does not slice makes of
+    it."""
     dims = eqn.params["dimension_numbers"]
     given = dict(zip(dims.start_index_map, starts, strict=True))
     for axis, size in enumerate(eqn.params["slice_sizes"]):
@@ -114,8 +115,8 @@ def _slice_of_gather(eqn, value, starts):
 
 
 def _looked_up(eqn, table) -> int | None:
-    """The axis along which a gather picks single entries of a table, whole in its other axes; None
-    where it does something else."""
+    """The axis along which a gather picks single entries of a table, with all of its other axes;
+    None where it does something else."""
     dims, sizes, mode = (eqn.params[k] for k in ("dimension_numbers", "slice_sizes", "mode"))
     picked = [
         axis
@@ -124,7 +125,7 @@ def _looked_up(eqn, table) -> int | None:
     ]
     if len(picked) != 1 or picked[0] not in dims.start_index_map or sizes[picked[0]] != 1:
         return None
-    # The start of a whole axis is clamped to 0, whatever it says; but out of bounds it is filled.
+    # The start along an axis that is not sliced is clamped to 0; but out of bounds it is filled.
     clamps = mode in (_Mode.CLIP, _Mode.PROMISE_IN_BOUNDS)
     fills = mode == _Mode.FILL_OR_DROP and list(dims.start_index_map) == picked
     return picked[0] if clamps or fills else None

@@ -1,4 +1,4 @@
-"""What stands for a leaf of the user's tree while a jaxpr is evaluated."""
+"""The protocol of a value in the place of a leaf while a jaxpr is evaluated."""
 
 import abc
 import dataclasses
@@ -47,7 +47,7 @@ class Product:
 
 @dataclasses.dataclass(frozen=True)
 class Lookup:
-    """A `gather` of whole slices of a tracked value along one axis, by int32 `ids` within bounds.
+    """A `gather` of full slices of a tracked value along one axis, by int32 `ids` within bounds.
 
     Attributes:
       axis: the axis of the tracked value that the ids index.
@@ -59,7 +59,7 @@ class Lookup:
 
 
 class RefusedError(Exception):
-    """A leaf is used in a way that what stands for it does not allow.
+    """A leaf is used in a way that its tracked value does not allow.
 
     Attributes:
       path: of the leaf.
@@ -81,7 +81,7 @@ class RefusedError(Exception):
 
 
 class Tracked(abc.ABC):
-    """A leaf in its present form. Subclasses are `flax.struct.dataclass`es with static fields
+    """A leaf as the program has it now. Subclasses are `flax.struct.dataclass`es with static fields
     `path` (of the leaf), `axes` (where its axes are now) and `dtype` (what it was cast to)."""
 
     path: str
@@ -94,7 +94,7 @@ class Tracked(abc.ABC):
 
     @abc.abstractmethod
     def moved(self, axes: Axes, move: Callable[[jax.Array], jax.Array]) -> Self:
-        """The same entries in the form of `axes`, which `move` makes of a plain array."""
+        """The same entries arranged as `axes`, as `move` arranges a plain array."""
 
     @abc.abstractmethod
     def cast(self, dtype: Any) -> Self:
@@ -111,13 +111,14 @@ class Tracked(abc.ABC):
 
     @abc.abstractmethod
     def scanned(self) -> tuple[Any, Callable[[Any], "Self | jax.Array"]]:
-        """What a scan slices along its leading axis, and what makes one layer of a slice."""
+        """What a scan slices along its leading axis, and a function from a slice to one layer."""
 
     @abc.abstractmethod
     def sharded(
         self, spec: Sequence[Any], blocks: Callable[[Any], int]
     ) -> tuple[Any, Any, Callable[[Any], Self]]:
-        """What a shard_map takes for this, its partition specs, and what makes one device's block.
+        """The argument of a shard_map for this, its specs, and a function from the block of one
+        device to its tracked value.
 
         Args:
           spec: for each axis, the mesh axes that it is split over, or None.
@@ -134,17 +135,17 @@ class Tracked(abc.ABC):
 
     @abc.abstractmethod
     def carried(self, after: Any) -> Any:
-        """What a loop that carries this value carries on, when an iteration makes `after` of it.
-        Raises RefusedError where that has not this value's form."""
+        """What a loop carries to the next iteration, when one turns this value into `after`. Raises
+        RefusedError where the two differ in structure."""
 
     @abc.abstractmethod
     def read(self, reason: str = "would build the dense weight") -> jax.Array:
-        """The plain array, where the program does what no rule follows. Raises RefusedError, for
-        that reason, where it must not be built."""
+        """The plain array, where no rule covers what the program does. Raises RefusedError, with
+        this reason, where it must not be built."""
 
     @abc.abstractmethod
     def dense(self) -> jax.Array:
-        """The plain array in its present form; builds it."""
+        """The plain array as the program has it now; builds it."""
 
 
 def is_tracked(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Checkpoints of what trains, with a fingerprint of what does not."""
+"""Checkpoints of the trained state, with a fingerprint of the frozen base."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -19,14 +19,14 @@ LAYOUT = 2  # of what is saved; raised when it changes. Version 0.1.0 wrote none
 
 @contextlib.contextmanager
 def saving(folder: Path, *, identity: Mapping[str, Any]) -> Iterator[Save]:
-    """Yields `save(step, states, position)`, which writes behind the caller's back.
+    """Yields `save(step, states, position)`, which writes asynchronously.
 
     It returns once `states` are copied, so that they may be donated to the next step. A checkpoint
-    is there whole or not at all, and the newest two are kept. The next save waits for the last one,
-    and so does the end; either raises what went wrong with it.
+    is written completely or not at all, and the newest two are kept. The next save, and the end of
+    the context, wait for the last one and raise its error, if it has one.
 
     Args:
-      folder: where a run's checkpoints lie.
+      folder: of the run's checkpoints.
       identity: what a later run must agree with to restore it, such as the base's fingerprint.
 
     The arguments of `save`: the checkpoint's number, the pytree of arrays that trains, and whatever
@@ -60,13 +60,13 @@ def restore(
 ) -> tuple[int, PyTree, Any] | None:
     """The newest checkpoint as `(step, states, position)`, or None where there is none yet.
 
-    The arrays are placed as those of `like` are, whatever the number of devices and processes that
-    wrote them; each process reads its slices.
+    The arrays get the shardings of `like`, whatever the number of devices and processes that wrote
+    them; each process reads its slices.
 
     Raises:
       ValueError: if it was made over another base or other data, for other arms or another method,
-        or by version 0.1.0; or if its files cannot be read. Whatever else goes wrong, as for want
-        of memory, is raised as it is.
+        or by version 0.1.0; or if its files cannot be read. Any other error, such
+        as of memory, is raised unchanged.
     """
     with _checkpointer(folder) as checkpointer:
         latest = checkpointer.latest
@@ -115,13 +115,13 @@ def _require_same(
 
 
 def _raise_as_it_is_unless_damaged(folder: Path, step: int, like: PyTree, error: Exception) -> None:
-    """Raises the cause of an error of Orbax's, if that is no fault of the files: if it is one
-    of memory, rights or devices, or if the files can be read into the host's memory."""
+    """Raises the cause of an error of Orbax's, unless the files are at fault: if it is an
+    error of memory, rights or devices, or if the files can be read into host memory."""
     cause: BaseException = error
     while (deeper := cause.__cause__ or cause.__context__) is not None:
         cause = deeper
-    for_want = isinstance(cause, MemoryError | jax.errors.JaxRuntimeError | OSError)
-    if for_want and not isinstance(cause, FileNotFoundError):
+    of_machine = isinstance(cause, MemoryError | jax.errors.JaxRuntimeError | OSError)
+    if of_machine and not isinstance(cause, FileNotFoundError):
         raise cause
     if jax.process_count() == 1 and _readable(folder / str(step), like):
         raise cause
@@ -129,9 +129,9 @@ def _raise_as_it_is_unless_damaged(folder: Path, step: int, like: PyTree, error:
 
 def _readable(checkpoint: Path, like: PyTree) -> bool:
     host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host), like)
+    on_host = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host), like)
     try:
-        ocp.load(checkpoint, wanted)
+        ocp.load(checkpoint, on_host)
     except Exception:
         return False
     return True
@@ -151,7 +151,7 @@ def _leaves(tree: PyTree) -> dict[str, str]:
 
 
 def _own_bases(tree: PyTree) -> dict[str, str]:
-    """What the nodes of a delta say of a base that they alone belong to: see `loftq_start`."""
+    """The `own_base` of each node of a delta that has one: see `loftq_start`."""
     flat = paths.flatten(tree, is_leaf=lambda leaf: isinstance(leaf, DeltaNode))
     names = {path: getattr(node, "own_base", "") for path, node in flat.items()}
     return {f"{path}/own_base": name for path, name in names.items() if name}

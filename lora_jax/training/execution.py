@@ -1,4 +1,4 @@
-"""How a compiled step and what it takes lie on devices."""
+"""How a step is compiled, and its arguments placed on devices."""
 
 import contextlib
 from collections.abc import Callable
@@ -15,20 +15,20 @@ class Execution(NamedTuple):
     """One way to run the same pure step.
 
     Attributes:
-      base: puts the frozen tree where steps read it.
-      states: puts a train state, or arms stacked on a leading axis (its second argument says
-        which), into buffers of its own, which the first step may consume.
-      batch: puts a batch of host arrays on the devices.
+      base: places the frozen base on the devices.
+      states: places a train state, or arms stacked on a leading axis (its second argument says
+        which), in buffers of its own, which the first step may consume.
+      batch: places a batch of host arrays on the devices.
       step: compiles `(state, base, batch, *rest) -> (state, metrics)`; it consumes the state. Its
         second argument says whether the state is that of several arms: stacked, or a tuple.
       evaluate: compiles `(delta, base, batch) -> (sum, count)`.
       gradients: compiles `(state, base, batch) -> (gradients of the delta, loss, count)`.
       change: compiles `(state, *rest) -> (state, number)`, which reads neither base nor batch. Its
         keywords are `consumes`, whether the state is, and those of `jax.jit`.
-      spread: inside of a compiled function, divides a delta stacked over arms among devices.
+      shard_arms: inside a compiled function, shards a delta that is stacked over arms.
       context: in which compiled functions are traced and called.
-      axis_name: the axis over which the step sums gradients by itself, under `pmap`.
-      arms_axis: the axis of the mesh that stacked arms lie over.
+      axis_name: the axis over which the step itself sums gradients, under `pmap`.
+      arms_axis: the axis of the mesh over which stacked arms are sharded.
     """
 
     base: Callable[[PyTree], PyTree]
@@ -38,7 +38,7 @@ class Execution(NamedTuple):
     evaluate: Callable[[Callable], Callable]
     gradients: Callable[[Callable], Callable]
     change: Callable[..., Callable]
-    spread: Callable[[PyTree], PyTree]
+    shard_arms: Callable[[PyTree], PyTree]
     context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     axis_name: str | None = None
     arms_axis: str | None = None
@@ -54,12 +54,12 @@ def single() -> Execution:
         evaluate=jax.jit,
         gradients=jax.jit,
         change=change,
-        spread=_unchanged,
+        shard_arms=_unchanged,
     )
 
 
 def change(fn: Callable, *, consumes: bool, **options: Any) -> Callable:
-    """`Execution.change` where arrays stay on the devices that they are on."""
+    """`Execution.change` where arrays keep their devices."""
     return jax.jit(fn, donate_argnums=0 if consumes else (), **options)
 
 

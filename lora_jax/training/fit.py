@@ -1,4 +1,4 @@
-"""The loop: steps, validation, checkpoints, and what to do when an arm stops."""
+"""The loop: steps, validation, checkpoints, and arms that stop early or diverge."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ import numpy as np
 
 from lora_jax.training import checkpoints
 from lora_jax.training.losses.loss import Batch
-from lora_jax.training.resuming import digest, peek, require_same_start, with_hyperparams_of
+from lora_jax.training.resuming import digest, peek, require_same_init, with_hyperparams_of
 from lora_jax.training.step import TrainState
 from lora_jax.training.sweep import Sweep, arms_of, chosen, copied, deltas_of
 from lora_jax.weights import PyTree
@@ -26,7 +26,7 @@ class Diverged(ValueError):  # noqa: N818
 
 
 class Preempted(Exception):  # noqa: N818
-    """The run was asked to end before its last step; a checkpoint of where it stands is saved."""
+    """The run was stopped before its last step; a checkpoint of that step is saved."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class Schedule:
 
 @dataclasses.dataclass
 class ArmProgress:
-    """What is known of an arm beside its state; travels in the checkpoint as JSON.
+    """What is known of an arm beside its state; saved in the checkpoint as JSON.
 
     Attributes:
       recent: the losses of the last steps in which anything counted.
@@ -100,8 +100,8 @@ def fit(
 
     Args:
       sweep: how arms move, from `make_sweep`.
-      states: their first states, each in its own shapes. The memory of those that the caller does
-        not hold is freed. Of a run that goes on, hyperparameters of the optimizer, such as the
+      states: their initial states, each in its own shapes. The memory of those that the caller
+        does not hold is freed. In a resumed run, hyperparameters of the optimizer, such as the
         learning rate, are those given here; a seed or a frozen leaf, such as LoRA's scale, must be
         that of the checkpoint.
       base: the frozen tree.
@@ -109,14 +109,14 @@ def fit(
       batches: an endless iterator of batches with `get_state` and `set_state`.
       validation: the batches of a validation.
       schedule: when what happens.
-      folder: where checkpoints lie.
+      folder: of the checkpoints.
       identity: what a checkpoint must agree with, by name, such as the fingerprints of the base
         and the data. The arms, the first batch and those of the validation belong to it anyway.
-      log: is given a JSON-like record of every logged step and validation of every arm, and of
+      log: called with a JSON-like record of every logged step and validation of every arm, and of
         every event: `{"event": "resumed" | "stopped" | ...}`.
-      positions: how many positions of a batch are no padding, `loss.positions`: tokens a second
-        are told by it, and are not without it.
-      stop_requested: is asked after every step that waits for the device whether to end early.
+      positions: returns how many positions of a batch are not padding, `loss.positions`; without
+        it tokens a second are not logged.
+      stop_requested: called after every step that waits for the device; True ends the run early.
 
     Returns:
       Each arm's last state and its progress; with `schedule.patience`, the state's delta is that
@@ -125,7 +125,7 @@ def fit(
     Raises:
       ValueError: for a checkpoint of another run or a damaged one; see `checkpoints.restore`.
       Diverged: a ValueError, when the loss of every arm has stopped being a number: the step.
-      Preempted: when it was asked to end early, after saving a checkpoint.
+      Preempted: when `stop_requested` returned True, after saving a checkpoint.
     """
     packed, progress = sweep.pack(states), [ArmProgress() for _ in arms]
     del states  # whose copies train
@@ -141,7 +141,7 @@ def fit(
     restored = checkpoints.restore(folder, (packed, best), identity=identity)
     if restored is not None:
         step, (there, best), position = restored
-        require_same_start(folder, arms, sweep.unpack(packed), sweep.unpack(there))
+        require_same_init(folder, arms, sweep.unpack(packed), sweep.unpack(there))
         packed = with_hyperparams_of(packed, there)
         batches.set_state(position["data"])
         progress = [ArmProgress(**arm) for arm in position["arms"]]

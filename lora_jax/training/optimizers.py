@@ -1,5 +1,5 @@
-"""Optax's optimizers by name, with a learning rate that is part of their state, so that arms that
-differ in it share a step; and optimizers whose state lives in host memory."""
+"""Optax's optimizers by name, with a learning rate in their state, so that arms that differ in it
+share a step; and optimizers whose state is in host memory."""
 
 import functools
 from collections.abc import Callable
@@ -70,9 +70,9 @@ def optimizer(
       steps, warmup_steps, schedule: as above.
       clip_norm: of the gradient; None leaves it as it is.
       weight_decay: decoupled, whatever the optimizer.
-      learning_rate: the peak, for who does not call `init_state`. Not a number by default, so that
-        a rate that nobody set shows in the first update.
-      settings: what optax's function takes beside, such as `b1` of "adamw".
+      learning_rate: the peak, for callers who do not use `init_state`. NaN by default, so that a
+        rate that was never set shows in the first update.
+      settings: other arguments of optax's function, such as `b1` of "adamw".
 
     Raises:
       ValueError: for an unknown name or schedule, or a warm-up that leaves no step to train.
@@ -112,7 +112,8 @@ def with_learning_rate(state: Any, learning_rate: Any) -> Any:
 
 
 def paged(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """`tx` with its state in pinned host memory, whence each update streams it through the device.
+    """`tx` with its state in pinned host memory, from which each update streams it through the
+    device.
 
     The numbers are those of `tx`. Between updates the device holds none of the state but scalars:
     Adam's moments, twice the trained parameters in float32, stay on the host, as in QLoRA's paged

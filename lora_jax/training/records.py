@@ -1,4 +1,4 @@
-"""A run's folder: which run it belongs to, and its metrics, a JSON line each."""
+"""A run's folder: its config, and its metrics, a JSON line each."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def claim(workdir: Path, config: Mapping[str, Any]) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes readable JSON, whole or not at all."""
+    """Writes readable JSON, completely or not at all."""
     partial = path.with_suffix(path.suffix + ".partial")
     partial.write_text(json.dumps(value, indent=2, sort_keys=False) + "\n")
     os.replace(partial, path)
@@ -60,7 +60,7 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def rewind(path: Path, arms: list[str], step: int) -> None:
-    """Drops what these arms logged after `step`, where they go on from."""
+    """Drops what these arms logged after `step`, from which they resume."""
     kept = [r for r in read(path) if r.get("arm") not in arms or r["step"] <= step]
     partial = path.with_suffix(".partial")
     partial.write_text("".join(json.dumps(record) + "\n" for record in kept))

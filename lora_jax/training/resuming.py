@@ -1,4 +1,4 @@
-"""What a run that goes on must have in common with the one that it continues."""
+"""What a resumed run must have in common with the one that it continues."""
 
 import hashlib
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from lora_jax.training.step import TrainState
 from lora_jax.transform import Delta, delta_nodes
 from lora_jax.weights import PyTree
 
-ROUNDING = 1e-3  # by which frozen leaves may differ that other devices made
+ROUNDING = 1e-3  # by which frozen leaves may differ that another device type computed
 
 
 def digest(tree: PyTree) -> str:
@@ -44,11 +44,11 @@ def with_hyperparams_of(given: PyTree, restored: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(either, given, restored)
 
 
-def require_same_start(
+def require_same_init(
     folder: Path, arms: Sequence[str], given: Sequence[TrainState], restored: Sequence[TrainState]
 ) -> None:
-    """Checks that arms have the seeds and the frozen leaves that they were begun with: what the
-    caller says of them would be ignored otherwise.
+    """Checks that arms have the seeds and the frozen leaves that they were initialised with: the
+    caller's would be ignored otherwise.
 
     Raises:
       ValueError: naming the arm and the first of what differs.

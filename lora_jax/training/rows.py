@@ -1,4 +1,4 @@
-"""The axis along which a step cuts its batch."""
+"""The rows of a batch: the axis along which a step cuts it."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ def rows_of(batch: Any) -> int:
     """How many rows every array of a batch, a pytree, has on its first axis.
 
     Raises:
-      ValueError: naming the array that has none, or others than those before it.
+      ValueError: naming the array that has none, or another number than those before it.
     """
     first = None
     for path, leaf in jax.tree_util.tree_leaves_with_path(batch):

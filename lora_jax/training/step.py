@@ -42,8 +42,8 @@ class StepMetrics:
 
     Attributes:
       loss: the mean over counted units, such as nats a token; 0 where none counted.
-      grad_norm: of the gradient of that.
-      count: the units; None of a step that does not say.
+      grad_norm: of its gradient.
+      count: the units; None for a step that does not report them.
     """
 
     loss: jax.Array
@@ -67,8 +67,8 @@ def init_state(
       seed: of dropout.
 
     Raises:
-      ValueError: for a rate, where the optimizer keeps none in its state, or a seed that is no
-        integer of 32 bits.
+      ValueError: for a rate, where the optimizer keeps none in its state, or a seed that is not
+        an integer of 32 bits.
     """
     opt_state = mask_optimizer(tx, delta).init(delta)
     if learning_rate is not None:
@@ -77,8 +77,8 @@ def init_state(
 
 
 def _seed(seed: Any) -> jax.Array:
-    whole = jnp.issubdtype(jnp.result_type(seed), jnp.integer) and jnp.ndim(seed) == 0
-    if not whole or (is_known(seed) and not 0 <= int(seed) < 2**32):
+    is_integer = jnp.issubdtype(jnp.result_type(seed), jnp.integer) and jnp.ndim(seed) == 0
+    if not is_integer or (is_known(seed) and not 0 <= int(seed) < 2**32):
         raise ValueError(
             f"seed={described(seed)}: expected an integer from 0 to 2**32 - 1, not a key: each "
             "step makes its own, jax.random.key(seed) and the step folded in."
@@ -88,7 +88,7 @@ def _seed(seed: Any) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class TrainStep:
-    """A pure function `(state, base, batch) -> (state, metrics)` and the two that it is made of.
+    """A pure function `(state, base, batch) -> (state, metrics)`, and the two that compose it.
 
     Attributes:
       gradients: `(state, base, batch) -> (gradients, loss, count)`; reads no optimizer state.
@@ -122,19 +122,20 @@ def train_step(
     of zero; a part of it (a micro-batch, a device's rows) in which none counts adds nothing,
     whatever `loss_sum` and its gradient are there.
 
-    What methods declare beside their gradients (`DeltaNode.penalty`, `after_update`), as AdaLoRA
-    does, is part of it; a penalty is not in the metrics.
+    It includes what methods declare beside their gradients (`DeltaNode.penalty`, `after_update`),
+    as AdaLoRA does; a penalty is not in the metrics.
 
     Args:
       loss_sum: gives a batch's summed loss and its count: a `Loss`, such as
         `next_token_loss(config)`, or any function `(delta, base, batch, dropout_key)`.
       tx: the optimizer.
       accumulate: into how many micro-batches the batch is cut. Their losses are summed before
-        they are divided, so that the result is the whole batch's, however tokens fall.
-      correct: a transformation without state that reads frozen leaves too, and so stands in front
-        of the mask: LoRA-FA's `project_b()`.
+        they are divided, so that the result is that of the full batch, however its tokens
+        are distributed.
+      correct: a transformation without state that reads frozen leaves too, and so comes before
+        the mask: LoRA-FA's `project_b()`.
       axis_name: of a `pmap` or `shard_map` whose devices hold parts of the batch; sums go over it
-        before they are divided. Each device draws dropout of its own.
+        before they are divided. Each device has its own dropout.
     """
 
     def gradients(state: TrainState, base: PyTree, batch: Batch):

@@ -1,8 +1,8 @@
 """Many arms through one compiled step, over one copy of the base.
 
 Arms that differ in rank, alpha, targets, learning rate and seed have deltas of one shape once they
-are padded (see `stack`), so that one executable gives the gradients of them all: of each in turn,
-or of all at once by `vmap`. Their optimizers move each arm in its own shapes, since for some
+are padded (see `stack`), so that one executable computes the gradients of all: of each in turn, or
+of all at once by `vmap`. Their optimizers move each arm in its own shapes, since for some
 (Adafactor, Muon) padding is not neutral; where all arms have the same shapes, that is one program.
 """
 
@@ -26,7 +26,7 @@ Evaluate = Callable[[Delta, PyTree, Batch], tuple[jax.Array, jax.Array]]
 
 
 class Sweep(NamedTuple):
-    """How a list of arms is held and moved; both ways give every arm its solo run's numbers.
+    """How a list of arms is stored and moved; both modes give every arm the numbers of a solo run.
 
     Attributes:
       pack: a list of states, each in its own shapes, to what `step` carries.
@@ -54,8 +54,8 @@ def alike(states: Sequence[PyTree]) -> bool:
 
 
 def resolve_mode(mode: Mode) -> Literal["batched", "in_turn"]:
-    """What "auto" means here: on a CPU arms go in turn, since its cores are busy with one and
-    batched products gain nothing; elsewhere they go in one batch, which fills the machine.
+    """What "auto" means here: on a CPU arms run in turn, since one arm keeps its cores busy and
+    batched products gain nothing; elsewhere they run in one batch, which fills the device.
 
     Raises:
       ValueError: for an unknown mode.
@@ -74,8 +74,8 @@ def make_sweep(
     says: on one device unless it is given."""
     execution = execution or single()
     chosen = resolve_mode(mode)
-    held = _in_turn if chosen == "in_turn" else _batched
-    return held(step, evaluate, execution)
+    make = _in_turn if chosen == "in_turn" else _batched
+    return make(step, evaluate, execution)
 
 
 def batched_step(step: TrainStep, execution: Execution) -> Callable:
@@ -93,7 +93,7 @@ def batched_step(step: TrainStep, execution: Execution) -> Callable:
     def step_apart(states, base, batch, running):
         deltas = [state.delta for state in states]
         together = TrainState(
-            delta=execution.spread(stack(deltas)),
+            delta=execution.shard_arms(stack(deltas)),
             opt_state=(),
             step=jnp.stack([state.step for state in states]),
             seed=jnp.stack([state.seed for state in states]),
@@ -109,8 +109,8 @@ def batched_step(step: TrainStep, execution: Execution) -> Callable:
         return tuple(kept), StepMetrics(losses, jnp.stack(norms), counts)
 
     def step_all(states, base, batch, running):
-        form = step_apart if isinstance(states, tuple) else step_alike
-        return form(states, base, batch, running)
+        step_arms = step_apart if isinstance(states, tuple) else step_alike
+        return step_arms(states, base, batch, running)
 
     return execution.step(step_all, True)
 
@@ -121,7 +121,7 @@ def _batched(step: TrainStep, evaluate: Evaluate, execution: Execution) -> Sweep
 
     def evaluate_deltas(deltas, base, batch):
         if isinstance(deltas, list):
-            deltas = execution.spread(stack(deltas))
+            deltas = execution.shard_arms(stack(deltas))
         return each_arm(evaluate, in_axes=(0, None, None))(deltas, base, batch)
 
     evaluate_all = execution.evaluate(evaluate_deltas)
@@ -206,7 +206,7 @@ class _Apart:
 
 
 def deltas_of(packed: PyTree) -> PyTree:
-    """The deltas of what a sweep carries: a list of them, or one with a leading axis of arms."""
+    """The deltas of a sweep's packed states: a list, or one delta with a leading axis of arms."""
     if isinstance(packed, list | tuple):
         return [state.delta for state in packed]
     return packed.delta
@@ -220,13 +220,13 @@ def arms_of(tree: PyTree, count: int) -> list[Any]:
 
 
 def copied(deltas: PyTree) -> PyTree:
-    """The same in memory of their own, which no step consumes."""
+    """The same in buffers of their own, which no step consumes."""
     return jax.tree.map(jnp.copy, deltas)
 
 
 def chosen(better: Sequence[bool], new: PyTree, old: PyTree) -> PyTree:
     """Each arm's delta copied from `new` where it is better, else that of `old`; both are what
-    `deltas_of` gives."""
+    `deltas_of` returns."""
     if isinstance(new, list):
         pairs = zip(better, new, old, strict=True)
         return [copied(ours) if wins else theirs for wins, ours, theirs in pairs]
@@ -247,7 +247,7 @@ def _cut(grads: Delta, like: Delta) -> Delta:
 
 
 def _chosen(running: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
-    """`new` if `running`, else `old`, chosen on the device and left in the memory of both."""
+    """`new` if `running`, else `old`, chosen on the device and kept in the memory space of both."""
     space = jax.typeof(old).memory_space
     if space == jax.memory.Space.Device:
         return jnp.where(running, new, old)

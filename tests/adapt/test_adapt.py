@@ -195,7 +195,7 @@ def test_weights_that_come_back_are_those_that_went_in():
     out, same = lora.adapt(lambda params, x: (layers(params, x), params))(weights, X)
     assert jax.tree.structure(same) == jax.tree.structure(weights) and out.shape == (3, 4)
     assert same["out"] is weights["out"]
-    with pytest.raises(ValueError, match="out: the function returns this weight in another form"):
+    with pytest.raises(ValueError, match="out: the function returns this weight transposed"):
         lora.adapt(lambda params: params["out"].T)(weights)
 
 

@@ -44,7 +44,7 @@ def check(program, kind):
         try:
             jax.eval_shape(functools.partial(adapted, program, base), delta, program.args.arrays)
         except ValueError as refusal:  # what were layers are a side of the matrix then
-            returned = "w: the function returns this weight in another form"  # at no line
+            returned = "w: the function returns this weight transposed"  # at no line
             assert re.match(error(".*"), str(refusal)) or str(refusal).startswith(returned)
             return
         compare(program, base, delta)

@@ -190,7 +190,7 @@ def test_what_cannot_be_written(plain, model, tmp_path):
     save(r"k_proj is NF4.*blocks of 16.*has blocks of 32", quantized("nf4", block_size=16))
     save(r"embed is NF4.* quantises no embedding", quantized("nf4", targets="embed", block_size=16))
     one, other = quantized("nf4", targets="attention"), quantized("fp4", targets="mlp")
-    save(r"2 kinds of 4-bit weights", lambda p, leaf: (one if "attn" in p else other)(p, leaf))
+    save(r"2 formats of 4-bit weights", lambda p, leaf: (one if "attn" in p else other)(p, leaf))
     with pytest.raises(ValueError, match=r"dequantise first.* dequantize\(params\)"):
         save_gguf(tmp_path / "m.gguf", model)
     assert not list(tmp_path.iterdir())

@@ -130,7 +130,7 @@ def test_fusion_of_adapters_of_different_bases():
     bad([here, fewer], "down_proj: adapter 1 of the Fusion has nothing here.*one base")
     bad([here, made(lora.LoRA(rank=2))[1]], "down_proj: adapter 1 of the Fusion has LoRANode")
     bad([here, other], r"down_proj: an adapter .* shape \(6, 4\), the base has \(6, 5\)")
-    bad([here, made(lora.Bottleneck(size=2, parallel=True))[1]], "differ in activation, placement")
+    bad([here, made(lora.Bottleneck(size=2, parallel=True))[1]], "differ in activation, `parallel`")
     with pytest.raises(ValueError, match="Fusion of 1 adapters: expected two or more"):
         lora.Fusion(adapters=[here])
 

@@ -128,7 +128,7 @@ def test_placing_gives_each_device_its_slice():
     placed = hosts.place(tree, shardings)
     for name, sharding in shardings.items():
         assert placed[name].sharding == sharding
-    jax.tree.map(np.testing.assert_array_equal, hosts.whole(placed), tree)
+    jax.tree.map(np.testing.assert_array_equal, hosts.gathered(placed), tree)
 
 
 def test_what_the_host_reads_is_whole_on_every_device():

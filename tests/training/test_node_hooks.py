@@ -14,7 +14,7 @@ import lora_jax as lora
 from lora_jax import training
 from lora_jax.methods import LoRANode
 from lora_jax.training.node_hooks import after_update, penalty
-from lora_jax.training.resuming import require_same_start
+from lora_jax.training.resuming import require_same_init
 
 
 @flax.struct.dataclass
@@ -105,6 +105,6 @@ def test_a_run_goes_on_with_statistics_that_moved_but_not_with_another_scale(tmp
 
     moved = jax.tree.map(lambda x: x + 1, node.sensitivity)
     given = (tmp_path, ["one"], [state()])
-    require_same_start(*given, [state(mask=0 * node.mask, sensitivity=moved, uncertainty=moved)])
+    require_same_init(*given, [state(mask=0 * node.mask, sensitivity=moved, uncertainty=moved)])
     with pytest.raises(ValueError, match="q/scale shows"):
-        require_same_start(*given, [state(scale=2 * node.scale)])
+        require_same_init(*given, [state(scale=2 * node.scale)])

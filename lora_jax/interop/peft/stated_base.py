@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jax
 
-from lora_jax.fingerprint import fingerprint, form
+from lora_jax.fingerprint import fingerprint, shape_fingerprint
 from lora_jax.weights import PyTree
 
 FORM, _FINGERPRINT = "lora_jax.base_form", "lora_jax.base_fingerprint"
@@ -16,7 +16,7 @@ def metadata_of(params: PyTree, known: str | None = None) -> dict[str, str]:
     shapes_alone = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params))
     if shapes_alone and known is None:
         return {}
-    return {FORM: form(params), _FINGERPRINT: known or fingerprint(params)}
+    return {FORM: shape_fingerprint(params), _FINGERPRINT: known or fingerprint(params)}
 
 
 def check(folder: Path, params: PyTree, metadata: Mapping[str, str]) -> None:

@@ -23,7 +23,7 @@ def update_norms(base: PyTree, delta: Delta) -> dict[str, tuple[np.ndarray, np.n
     """
     pairs = _pairs(base, delta)
     with jax.default_matmul_precision("highest"):
-        norms = hosts.whole(_measured(pairs))
+        norms = hosts.gathered(_measured(pairs))
     return {path: tuple(np.sqrt(np.asarray(square))) for path, square in norms.items()}
 
 

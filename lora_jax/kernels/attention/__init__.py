@@ -1,6 +1,6 @@
 """Causal grouped-query attention within segments, by the platform's best kernel.
 
-`reference.py` says what is right; the kernels are JAX's own: splash attention on a TPU, cuDNN's on
+`reference.py` is the definition; the kernels are JAX's own: splash attention on a TPU, cuDNN's on
 a GPU.
 """
 
@@ -20,7 +20,7 @@ from lora_jax.kernels.attention.reference import masked_attention as masked_atte
 
 Implementation = Literal["xla", "splash", "cudnn"]
 PLATFORM: dict[Implementation, str] = {"splash": "tpu", "cudnn": "cuda"}
-# The name, for rematerialisation policies, of what attention gives and its backward pass reads.
+# The name, for rematerialisation policies, of attention's output, which its backward pass reads.
 ATTENDED = "attended"
 
 
@@ -53,17 +53,18 @@ def attend(
       window: int32 scalar, how many keys a query sees at most, its own included.
       implementation: None takes the kernel of the platform where it takes the arguments, and XLA
         elsewhere: on a CPU, for a length that is no multiple of 128 (TPU), for float32 (GPU),
-        behind a prompt or a prefix, with a scale, a cap or a window. A name takes that one or
+        after a prompt or a prefix, with a scale, a cap or a window. A name takes that one or
         raises. The device is that of `jax.sharding.use_abstract_mesh`, for a program compiled ahead
         of time, or the default one.
         "xla" stores a score for every head and pair of positions. "splash" (TPU) stores none; with
-        several devices it wants their mesh in context (`jax.set_mesh`), and lies over the axes
-        `fsdp` (rows), `tensor` (heads) and `sequence` (query positions). "cudnn" (GPU, 16-bit
+        several devices it needs their mesh in context (`jax.set_mesh`), and is sharded over its
+        axes `fsdp` (rows), `tensor` (heads) and `sequence` (query positions). "cudnn" (GPU, 16-bit
         types) stores none either, but takes segments as a bias of 2 bytes for every row and pair
         of positions, which all heads share.
 
     Raises:
-      ValueError: for an implementation asked for by name that the platform or an argument lacks.
+      ValueError: for an implementation given by name that the platform or the arguments do not
+        allow.
     """
     given = (q_BTNH, k_BSKH, prompt, prefix)
     options = {"scale": scale, "cap": cap, "window": window}
@@ -86,8 +87,8 @@ def attend(
     }
     if not kernels:
         return runs["xla"](*arguments)
-    # The same trace may still be lowered for another platform, a host's CPU for one. There nothing
-    # but the arguments is kept for the backward pass, so that the kernel has to keep no more.
+    # The same trace may still be lowered for another platform, a host's CPU for one. There only
+    # the arguments are kept for the backward pass, so that the kernel need not keep more.
     return jax.lax.platform_dependent(*arguments, default=jax.checkpoint(runs["xla"]), **kernels)
 
 
@@ -109,13 +110,13 @@ def _lack(implementation, q, k, prompt, prefix, **options) -> str | None:
     if implementation == "xla":
         return None
     device = context_mesh.device()
-    wanted = {"splash": "tpu", "cudnn": "gpu"}[implementation]
-    if device.platform != wanted:
-        return f"needs a {wanted.upper()}, and this program is for a {device.device_kind}"
+    needed = {"splash": "tpu", "cudnn": "gpu"}[implementation]
+    if device.platform != needed:
+        return f"needs a {needed.upper()}, and this program is for a {device.device_kind}"
     if prompt or prefix:
         return f"takes neither a prompt nor a prefix, and there are {prompt} and {prefix} positions"
-    if asked := [name for name, value in options.items() if value is not None]:
-        return f"takes no {' and no '.join(asked)}"
+    if given := [name for name, value in options.items() if value is not None]:
+        return f"takes no {' and no '.join(given)}"
     (B, T, _, H), K = q.shape, k.shape[2]
     if implementation == "cudnn":
         if q.dtype not in (jnp.bfloat16, jnp.float16):
@@ -131,7 +132,7 @@ def _lack(implementation, q, k, prompt, prefix, **options) -> str | None:
 
 
 def _partitioned(implementation: Implementation) -> bool:
-    """Whether a kernel sees its blocks of the arrays: cuDNN's is partitioned by XLA, Pallas' are
-    where a mesh is in context."""
+    """Whether a kernel gets its blocks of sharded arrays: XLA partitions cuDNN's, and Pallas' are
+    partitioned where a mesh is in context."""
     mesh = jax.sharding.get_abstract_mesh()
     return implementation == "cudnn" or not mesh.empty or jax.device_count() == 1

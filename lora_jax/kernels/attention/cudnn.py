@@ -1,7 +1,7 @@
 """cuDNN's attention, through `jax.nn.dot_product_attention`, on a GPU.
 
-Segments go in as a mask, which JAX turns into a bias of 2 bytes for each row and pair of positions,
-and which all heads share. JAX has no other public way to packed rows there.
+Segments are passed as a mask, which JAX turns into a bias of 2 bytes for each row and pair of
+positions, shared by all heads. JAX has no other public way to pass packed rows there.
 
 Dimensions: B batch, T positions, N query heads, K key/value heads, H head.
 """
@@ -50,7 +50,7 @@ def _gradients(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, dy_BTNH):
 
 def over_rows(f: Callable) -> Callable:
     """`f` of arrays `[B, ...]`, with those of a vmap as more rows: JAX's own rule for the kernel
-    wants a bias for each head there."""
+    needs a bias for each head there."""
     rows = jax.custom_batching.custom_vmap(f)
 
     @rows.def_vmap

@@ -1,4 +1,4 @@
-"""What attention is: a mask and a softmax, with a score for every query and key.
+"""The definition of attention: a mask and a softmax, with a score for every query and key.
 
 Dimensions: B batch, T query positions, S key positions, N query heads, K key/value heads, H head.
 """
@@ -15,10 +15,10 @@ def causal_mask(
     prefix: int = 0,
     window: jax.Array | int | None = None,
 ) -> jax.Array:
-    """`[B or 1, 1, P + T, S]`, True where a query may look: not ahead, nor into another segment,
-    nor at what lies `window` keys or more behind it.
+    """`[B or 1, 1, P + T, S]`, True where a query may see a key: not ahead, nor in another segment,
+    nor `window` keys or more behind it.
 
-    The keys are `prefix` ones that no query stands for, the P rows of a `prompt`, and T = `length`
+    The keys are `prefix` ones without a query, the P rows of a `prompt`, and T = `length`
     positions, so that S = prefix + P + T. All segments see the first two.
     """
     mask = jnp.tril(jnp.ones((prompt + length, prompt + length), bool))[None, None]
@@ -43,8 +43,8 @@ def cached_attention(
     cap: float | None = None,
     window: jax.Array | int | None = None,
 ) -> jax.Array:
-    """Attention of queries at `positions` over a cache of S keys, of any float dtype; what lies
-    ahead of a query's position is not filled yet."""
+    """Attention of queries at `positions` over a cache of S keys, of any float dtype; slots
+    ahead of a query's position are not filled yet."""
     slots = jnp.arange(k_BSKH.shape[1])
     mask = slots[None, None, :] <= positions_BT[:, :, None]
     if window is not None:

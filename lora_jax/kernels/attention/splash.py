@@ -1,7 +1,7 @@
 """Splash attention, the TPU kernel that comes with JAX, on one chip or over a mesh.
 
-It takes segment ids where others take a mask, leaves out blocks of scores that lie ahead, and reads
-each key head once for its group of query heads. A score stands in vector memory alone.
+It takes segment ids where others take a mask, skips blocks of scores that are all ahead, and reads
+each key head once for its group of query heads. Scores are in vector memory only.
 
 Dimensions: B batch, T positions, N query heads, K key/value heads, H head.
 """
@@ -14,7 +14,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 from lora_jax.context_mesh import FSDP, SEQUENCE, TENSOR, size
 
-AXES = (FSDP, TENSOR, SEQUENCE)  # what rows, heads and query positions lie over
+AXES = (FSDP, TENSOR, SEQUENCE)  # over which rows, heads and query positions are sharded
 BLOCKS = (512, 256, 128)
 
 
@@ -36,7 +36,7 @@ def attend(
       q_BTNH, k_BTKH, v_BTKH: bfloat16 or float32.
       segment_ids_BT: int32; attention stays inside.
       name: that of output and log-sum-exp for rematerialisation policies.
-      interpret: runs the kernel's Python on any platform.
+      interpret: interprets the kernel, on any platform.
     """
     mesh = jax.sharding.get_abstract_mesh()
     rows, heads, positions = (axis if axis in mesh.auto_axes else None for axis in AXES)
@@ -68,7 +68,7 @@ def attend(
 
 
 def fits(B: int, T: int, K: int) -> bool:
-    """Whether the mesh in context cuts rows, positions and heads into whole blocks."""
+    """Whether the mesh in context divides rows, positions and heads into full blocks."""
     rows, heads, positions = map(size, AXES)
     return not (B % rows or K % heads or T % (positions * BLOCKS[-1]))
 

@@ -1,6 +1,7 @@
 """`y += (x @ a) @ b` with other pages of ranks for every segment of tokens, in both directions.
 
-`reference.py` says what is right, `gathering.py` is XLA's way, `mosaic_tpu.py` the TPU's kernel.
+`reference.py` is the definition, `gathering.py` the implementation in XLA, `mosaic_tpu.py` the
+kernel for TPUs.
 """
 
 import importlib
@@ -40,7 +41,7 @@ def grouped_lora(
       pages: integers `[S, w]`, the pages of each segment in any order; -1 is none. Indices of P and
         above are not checked: what such a segment gets is undefined.
       sizes: integers `[S]`, how many tokens each segment has; the rest of x, if any, gets zeros.
-        None: N / S each, which spares XLA all padding.
+        None: N / S each, which needs no padding in XLA.
       implementation: None takes the TPU kernel where it has tiles, and XLA elsewhere: a block of
         one token where segments are short (decoding), longer ones for more. A name takes that one
         or raises. Kernels are not partitioned automatically: None takes them on a single device and
@@ -51,8 +52,8 @@ def grouped_lora(
       as a and b.
 
     Raises:
-      ValueError: for shapes or dtypes that do not fit, and for an implementation asked for by name
-        that the platform or the shape lacks.
+      ValueError: for shapes or dtypes that do not fit, and for an implementation given by name that
+        the platform or the shape does not allow.
 
     Source: Punica (Chen et al. 2023, arXiv:2310.18547) and S-LoRA (Sheng et al. 2023,
     arXiv:2311.03285, section 5), whose pages hold single ranks.
@@ -106,12 +107,12 @@ def _on_tpu(x, a, b, pages, sizes):
 
 
 def in_turn(kernel):
-    """The kernel, whose scalars have no batch: a vmap runs it for one member after another."""
+    """The kernel, whose scalars have no batch axis: under a vmap it runs for one after another."""
     return jax.custom_batching.sequential_vmap(kernel)
 
 
 def _backend(implementation: Implementation) -> ModuleType:
-    """The module of a kernel, imported where it is wanted: its compiler takes half a second."""
+    """The module of a kernel, imported where it is needed: its compiler takes half a second."""
     return importlib.import_module(f"{__name__}.{implementation}")
 
 
@@ -135,7 +136,7 @@ def _lack(implementation, x, b, pages) -> str | None:
 
 
 def _on_one_device() -> bool:
-    """Whether a kernel surely sees whole arrays: none can be partitioned automatically."""
+    """Whether arrays are surely not sharded: a kernel cannot be partitioned automatically."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return jax.device_count() == 1

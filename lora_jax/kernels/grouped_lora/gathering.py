@@ -1,6 +1,6 @@
 """Grouped LoRA in plain XLA: blocks of tokens of one segment, each beside a copy of its pages.
 
-FLOPs and bytes follow the tokens and the pages that segments name, however many the bank holds.
+FLOPs and bytes grow with the tokens and the pages that segments name, not with those of the bank.
 Blocks are as long as segments are on average, and end where a segment ends: what is padded is at
 most one block a segment. Where every token is a segment, a block is one token and nothing is
 padded; segments of one known length are one block each.
@@ -66,8 +66,8 @@ def gathered(factor_PrD: jax.Array, pages_GW: jax.Array) -> jax.Array:
 def where_it_is(bank: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The same two, so that XLA for a CPU gathers from the bank and not from a copy.
 
-    It (jax 0.10.2) gathers bfloat16 as float32, and moves the conversion of the whole bank out of
-    the loop over layers, unless the bank comes with what the loop changes.
+    XLA (jax 0.10.2) gathers bfloat16 as float32, and moves the conversion of the full bank out of
+    the loop over layers, unless the bank depends on what the loop changes.
     """
     return (
         jax.lax.optimization_barrier((bank, index)) if bank.dtype != jnp.float32 else (bank, index)
@@ -82,7 +82,7 @@ def _summed(parts_GRD: jax.Array, like_PrD: jax.Array, pages_GW: jax.Array) -> j
 
 
 def _beyond(pages: jax.Array, count: int) -> jax.Array:
-    """An index of -1 would be the last page's."""
+    """Pages with -1 as an index beyond the last: as it is, it would be the last page's."""
     return jnp.where(pages < 0, count, pages)
 
 

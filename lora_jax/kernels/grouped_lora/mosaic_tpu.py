@@ -143,7 +143,7 @@ def _body(block_ref, low_ref, high_ref, known_ref, page_ref, x_ref, *refs, W, r,
 
     @pl.when(sum(known_ref[i * W + j] for j in range(W)) > 0)
     def _():
-        def side_by_side(refs):  # what is left of another's page may be no number
+        def side_by_side(refs):  # what another page left there may be NaN
             parts = [jnp.where(k, ref[0], 0) for k, ref in zip(known, refs, strict=True)]
             return jnp.concatenate(parts).astype(x_ref.dtype)
 

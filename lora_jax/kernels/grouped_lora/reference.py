@@ -1,4 +1,4 @@
-"""The definition of right: every token multiplies its own pages.
+"""The definition: every token multiplies its own pages.
 
 Dimension key: N tokens, D = d_in, O = d_out, P pages, W pages of a segment, R ranks of a page,
 S segments.

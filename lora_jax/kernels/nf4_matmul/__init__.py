@@ -1,6 +1,6 @@
 """`x @ W` for a frozen NF4 weight, from its packed bytes, in both directions.
 
-`reference.py` says what is right; `mosaic_gpu.py` (Hopper) and `mosaic_tpu.py` are the kernels.
+`reference.py` is the definition; `mosaic_gpu.py` (Hopper) and `mosaic_tpu.py` are the kernels.
 """
 
 import importlib
@@ -44,7 +44,7 @@ def nf4_matmul(
         that of row `2 i + 1` in its low half.
       absmax: float32 `[d_in / block, d_out]`.
       implementation: None takes the TPU kernel where it takes the shapes, and XLA elsewhere; the
-        Hopper kernel is taken by name alone, until it was measured. A name takes that one or
+        Hopper kernel is taken by name alone, until it has been measured. A name takes that one or
         raises. The device is that of `jax.sharding.use_abstract_mesh`, for a program compiled ahead
         of time, or the default one.
         Kernels are not partitioned automatically: None takes them on a single device and inside
@@ -54,8 +54,8 @@ def nf4_matmul(
       `[..., d_out]` in the dtype of `x`.
 
     Raises:
-      ValueError: for shapes or dtypes that do not fit, and for an implementation asked for by name
-        that the platform, the shape or the dtype lacks.
+      ValueError: for shapes or dtypes that do not fit, and for an implementation given by name that
+        the platform, the shape or the dtype does not allow.
     """
     _check(x, codes, absmax)
     if implementation is not None and (lack := _lack(implementation, x, codes, absmax)):
@@ -109,7 +109,7 @@ def _run(implementation, transpose, x, codes, absmax):
 
 
 def _backend(implementation: Implementation) -> ModuleType:
-    """The module of a kernel, imported where it is wanted: its compiler takes half a second."""
+    """The module of a kernel, imported where it is needed: its compiler takes half a second."""
     return importlib.import_module(f"{__name__}.{implementation}")
 
 
@@ -161,7 +161,7 @@ def _lack(implementation, x, codes, absmax) -> str | None:
 
 
 def _on_one_device() -> bool:
-    """Whether a kernel surely sees whole arrays: none can be partitioned automatically."""
+    """Whether arrays are surely not sharded: a kernel cannot be partitioned automatically."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return jax.device_count() == 1

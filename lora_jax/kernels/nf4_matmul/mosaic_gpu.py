@@ -201,7 +201,7 @@ def _forward_step(_, x, words, absmax, carry, *, half, part, decode, multiply):
 
 
 def _backward_step(_, dy, words, absmax, carry, *, half, part, decode, multiply):
-    """Adds one step of `W @ dy.T`: rows are rows of `W`, as they lie."""
+    """Adds one step of `W @ dy.T`: rows are rows of `W`, as stored."""
     *accs, table = carry
     start = lax.axis_index("warpgroup") * WGMMA_ROWS
     for offset in range(0, DEPTH, part):
@@ -217,12 +217,12 @@ def _backward_step(_, dy, words, absmax, carry, *, half, part, decode, multiply)
 def _over_blocks(scale, first, at, half):
     """Each of `WGMMA_ROWS` rows gets the row of `scale` of its block, the first of them `first`."""
     shape = (WGMMA_ROWS, at.size)
-    whole = lax.broadcast_in_dim(scale[first, at], shape, (1,))
+    found = lax.broadcast_in_dim(scale[first, at], shape, (1,))
     for start in range(half, WGMMA_ROWS, half):
         row = plgpu.broadcasted_iota(jnp.int32, shape, 0)
         here = lax.broadcast_in_dim(scale[first + start // half, at], shape, (1,))
-        whole = jnp.where(row >= start, here, whole)
-    return whole
+        found = jnp.where(row >= start, here, found)
+    return found
 
 
 def _decode(table, word, row, column, *, interpret):

@@ -1,7 +1,7 @@
 """NF4 matmul on a TPU: bytes are decoded in VMEM while the MXU multiplies what is decoded.
 
 Two rows of `W` share a byte just as two rows of a bfloat16 register share its 32-bit words: packing
-the decode of both halves into one word puts the rows in order for nothing. The codebook, repeated
+the decode of both halves into one word puts the rows in order at no cost. The codebook, repeated
 along the 128 lanes of a register, is read by a gather along lanes; the compiler's schedule for it
 is two thirds as long as for a tree of selects.
 
@@ -26,7 +26,7 @@ VMEM_LIMIT = 24 * 2**20
 
 # The most rows and columns of an output tile, by generation. Decoding a tile takes the vector unit
 # 4 to 5 cycles for 1,024 weights, multiplying it by m rows takes a v5's MXUs m / 64 and a v6's
-# m / 128: these hide the first behind the second, and keep HBM below the MXUs' appetite.
+# m / 128: these hide the first behind the second, and need less of HBM than it delivers.
 TILES = {"TPU v6": (1024, 1024), "TPU7": (1024, 1024)}
 DEFAULT_TILE = (512, 512)
 
@@ -133,7 +133,7 @@ def _transposed(dy_ref, codes_ref, absmax_ref, table_ref, dx_ref, acc_ref, *, h,
         for j in range(n // STRIP):
             cols = pl.ds(j * STRIP, STRIP)
             dy, absmax = dy_ref[:, cols], absmax_ref[c, :, cols]
-            if N % n:  # what lies beyond the last column is not zero
+            if N % n:  # values beyond the last column are not zero
                 valid = pl.program_id(2) * n + j * STRIP + _iota(1, (1, STRIP)) < N
                 dy, absmax = jnp.where(valid, dy, 0), jnp.where(valid, absmax, 0.0)
             w = _decode(codes_ref[pl.ds(c * h, h), cols], absmax, table_ref, dy.dtype)

@@ -1,4 +1,4 @@
-"""NF4 matmul in plain XLA: the definition of right, and the implementation wherever no kernel is.
+"""NF4 matmul in plain XLA: the definition, and the implementation where there is no kernel.
 
 Dimension key: M rows, K = d_in, N = d_out, H = K / 2 bytes, B = blocks along K.
 """

@@ -1,4 +1,4 @@
-"""Positions of a batch cut into chunks, those that count first, and what a chunk loses."""
+"""Positions of a batch cut into chunks, those that count first, and the losses of a chunk."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ ReadOut = Callable[[jax.Array, Any], jax.Array]  # (rows [..., D], head) to logi
 
 class CountedFirst(NamedTuple):
     """A batch's positions in G x S groups, one for each device's rows and positions, padded to a
-    multiple of a chunk; in each group those that count stand first.
+    multiple of a chunk; in each group those that count come first.
 
     Attributes:
       length: of a chunk.

@@ -1,4 +1,4 @@
-"""The arrays of a batch as a loss declares them: axes by name, and a kind of numbers.
+"""The arrays of a batch as a loss declares them: axes by name, and a dtype.
 
 From the declaration follow the check of a batch, abstract batches, and (in `parallel`) shardings.
 """
@@ -71,8 +71,8 @@ def check_batch(owner: str, fields: Fields, batch: Any) -> None:
     hold more.
 
     Raises:
-      ValueError: naming the owner and the field, for one that is missing, of other axes or another
-        kind of dtype, or of other rows or positions than those before it.
+      ValueError: naming the owner and the field, for one that is missing, has other axes or another
+        kind of dtype, or other numbers of rows or positions than those before it.
     """
     if not isinstance(batch, Mapping):
         raise ValueError(

@@ -16,7 +16,7 @@ LossSum = Callable[[Delta, PyTree, Batch, jax.Array | None], tuple[jax.Array, ja
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Loss:
-    """`loss(delta, base, batch, dropout_key) -> (total, count)`, and what it says of its batch.
+    """`loss(delta, base, batch, dropout_key) -> (total, count)`, and its declaration of its batch.
 
     Called, it checks the batch, by shapes alone: under `jit` when it is traced.
 
@@ -26,7 +26,7 @@ class Loss:
       sums: `(delta, base, batch, dropout_key)` to the loss summed over the batch's units that
         count, and their number, both float32 scalars. `dropout_key` None turns dropout off.
       unit: what counts: "token", "pair".
-      positions: how many positions of a batch are no padding, of which throughput is told.
+      positions: returns how many positions of a batch are not padding, for throughput.
 
     A call raises ValueError for a batch that is not of these fields; see `check_batch`.
     """

@@ -1,8 +1,9 @@
 """The log-probability of every counted target, for losses that weigh rows against each other.
 
 As in `token_losses`, logits live for a chunk of positions at a time, and chunks in which none
-counts are skipped. What a position weighs is known only when all are, so that the backward pass
-computes a chunk's logits again: one product with the vocabulary more than `token_losses`.
+counts are skipped. The weight of a position is known only after all are computed, so that the
+backward pass computes a chunk's logits again: one product with the vocabulary more than
+`token_losses`.
 """
 
 import jax

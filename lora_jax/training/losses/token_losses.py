@@ -1,8 +1,8 @@
 """Cross-entropy over the positions that count, in chunks of them.
 
-Logits of a whole batch never stand in memory: 8 x 4096 positions of Llama 3 would be 17 GB in
-float32. A chunk's logits live for one step of a scan, which takes their gradient along at once, so
-that the backward pass has no product with the vocabulary left to do. Chunks in which no position
+Logits of a full batch are never in memory: 8 x 4096 positions of Llama 3 would be 17 GB in
+float32. A chunk's logits live for one step of a scan, which computes their gradient at once, so
+that the backward pass has no product with the vocabulary left. Chunks in which no position
 counts are skipped.
 """
 
@@ -72,7 +72,7 @@ def _summed(length: int, read_out: ReadOut, treedef, rows, targets, counted, lea
 
 
 def _summed_forward(length: int, read_out: ReadOut, treedef, rows, targets, counted, leaves):
-    """The sum, and beside it the gradients of just what is being differentiated."""
+    """The sum, and the gradients of those arguments that are differentiated."""
     trained = [leaf.perturbed for leaf in leaves]
     leaves = [leaf.value for leaf in leaves]
     rows, targets, counted = rows.value, targets.value, counted.value

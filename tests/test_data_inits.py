@@ -156,7 +156,7 @@ def test_the_sharding_of_what_it_started_from():
     delta = made("pissa")[1]
     spec = jax.sharding.PartitionSpec(None, "x", "y")
     one = delta["layers"]["q_proj"]
-    for node in (one.placement(spec), one.partition(spec)):
+    for node in (one.sharding_specs(spec), one.local_specs(spec)):
         assert (node.a0, node.b0) == (node.a, node.b) == (
             jax.sharding.PartitionSpec(None, "x", None), jax.sharding.PartitionSpec(None, None, "y")
         )  # fmt: skip
@@ -301,7 +301,7 @@ def test_two_starts_are_one_too_many(name):
         STARTED_TWICE[name](PARAMS, QUANTISED, delta)
 
 
-def test_wrong_arguments_of_the_starts():
+def test_wrong_arguments():
     _, delta = made("kaiming", QUANTISED)
     with pytest.raises(ValueError, match="iterations=0"):
         lora.loftq_start(PARAMS, QUANTISED, delta, iterations=0)

@@ -1,4 +1,4 @@
-"""Where a delta starts, beyond what a method draws: EVA, LoftQ, and the plain form of PiSSA."""
+"""Initialisation from data: EVA and LoftQ; and PiSSA and OLoRA as plain LoRA."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,11 +15,12 @@ from lora_jax.weights import PyTree, Weight, as_matrix, is_weight
 
 
 def eva_start(delta: Delta, covariances: Mapping[str, jax.Array]) -> Delta:
-    """The fresh delta with every `a` set to the principal directions of its inputs: EVA (Paischer
-    et al. 2024, arXiv:2410.07170). The largest come first; a layer takes as many as its own rank
-    says, and what it has beyond that stays zero.
+    """The initial delta with every `a` set to the principal directions of its inputs: EVA (Paischer
+    et al. 2024, arXiv:2410.07170). The largest come first. A layer takes as many as its own rank;
+    its other columns stay zero.
 
-    With `allocate_ranks(input_importance(covariances, rank=...), budget=...)` for the ranks.
+    The paper takes the ranks from
+    `allocate_ranks(input_importance(covariances, rank=...), budget=...)`.
 
     Args:
       delta: of LoRA; nodes of other methods are returned as they are.
@@ -33,7 +34,7 @@ def eva_start(delta: Delta, covariances: Mapping[str, jax.Array]) -> Delta:
     for path, node in nodes.items():
         if not isinstance(node, LoRANode):
             continue
-        _require_zero_start(path, node, "eva_start")
+        _require_no_weight_init(path, node, "eva_start")
         if path not in covariances:
             raise ValueError(
                 f"{path}: no covariance of its inputs is given: name it among the targets of "
@@ -62,14 +63,15 @@ def loftq_start(
     In turn, `q = quantise(w - scale * a @ b)` in the format that the base has, and `scale * a @ b`
     the best approximation of `w - q` of the delta's rank. With one iteration q is the base.
 
-    The delta makes up for the error of this very base, and shifts any other: its nodes say so
-    (`own_base`), and `interop.peft.save_adapter` does not write them as an adapter of the original.
+    The delta corrects the error of this base alone and must not be bound to another: its nodes
+    record that (`own_base`), and `interop.peft.save_adapter` does not write them as an adapter of
+    the original.
 
     Args:
       params: the original weights, not quantised.
       base: the same tree, quantised where it is to be.
-      delta: a fresh LoRA delta; of ranks by layer, each layer keeps its own. Paths whose base is an
-        array, or whose node is another method's, are left as they are.
+      delta: an initial LoRA delta; each layer keeps its own rank. Paths whose base is an array, or
+        whose node is another method's, are left as they are.
       iterations: how many times both steps are taken, at least 1.
 
     Returns:
@@ -88,7 +90,7 @@ def loftq_start(
         weight = flat.get(path)
         if not isinstance(node, LoRANode) or not isinstance(weight, Weight):
             continue
-        _require_zero_start(path, node, "loftq_start")
+        _require_no_weight_init(path, node, "loftq_start")
         if path not in original or original[path].shape != weight.shape:
             found = f"as {original[path].shape}" if path in original else "not at all"
             raise ValueError(
@@ -127,14 +129,15 @@ def as_plain_lora(delta: Delta) -> Delta:
 
 
 def _in_use(node: LoRANode) -> jax.Array:
-    """`[stack..., r]`: which columns of a fresh `a` a layer's own rank counts, by its draws."""
+    """`[stack..., r]`: which columns of an initial `a` are within a layer's own rank, as those that
+    are not zero."""
     return jnp.any(node.as_matrix().a != 0, axis=-2)
 
 
-def _require_zero_start(path: str, node: LoRANode, name: str) -> None:
+def _require_no_weight_init(path: str, node: LoRANode, name: str) -> None:
     if node.a0 is not None:
         raise ValueError(
-            f"{path}: {name} chooses factors of its own, and this node began with a part of the "
+            f"{path}: {name} chooses factors of its own, and this node was initialised from the "
             "weight. Make the delta with LoRA(init='kaiming')."
         )
 
