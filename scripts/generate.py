@@ -33,9 +33,7 @@ from lora_jax.quant import FORMATS
 from lora_jax.serving.text_stream import TextStream
 from lora_jax.transform import Delta, delta_nodes
 
-_ADAPTER = flags.DEFINE_multi_string(
-    "adapter", [], "Folders, or base; several by commas."
-)
+_ADAPTER = flags.DEFINE_multi_string("adapter", [], "Folders, or base; several by commas.")
 _BASE = flags.DEFINE_string("base", None, "The model: a folder, a .gguf file, or a name.")
 _CHAT = flags.DEFINE_bool("chat", False, "Talk, line by line.")
 _RAW = flags.DEFINE_bool("raw", False, "Without the model's chat template.")

@@ -20,6 +20,7 @@ HELD = 0.99  # the share of examples that a row must be able to hold
 CHATS_A_STEP, STEPS_AN_EPOCH = 8, 10
 # Up to how many examples: epochs and dropout. Small data are seen again, and held against.
 BY_SIZE = ((1_000, 3.0, 0.1), (10_000, 2.0, 0.05), (math.inf, 1.0, 0.0))
+RATES = ((1e9, 1e-3), (20e9, 2e-4), (math.inf, 1e-4))  # below so many parameters
 VALIDATIONS, LONGEST_GAP = 8, 200
 WARM_UP, LONGEST_WARM_UP = 0.05, 100
 
