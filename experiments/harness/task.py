@@ -14,6 +14,7 @@ from experiments.harness.arms import Arm
 from experiments.harness.run import Examples
 from lora_jax import data
 from lora_jax.interop import Pretrained
+from lora_jax.weights import is_weight
 
 TILE = 128  # positions by which attention kernels work
 HELD = 0.99  # the share of examples that a row must be able to hold
@@ -145,6 +146,9 @@ def _fill_schedule(config: ConfigDict, train: data.EncodedSource, model: Pretrai
     if settings.steps is None:
         settings.epochs = epochs if settings.epochs is None else settings.epochs
         settings.steps = _batches(config, train, model, settings.epochs)
+    if settings.learning_rate is None:
+        size = sum(math.prod(x.shape) for x in jax.tree.leaves(model.params, is_leaf=is_weight))
+        settings.learning_rate = next(rate for below, rate in RATES if size < below)
     if config.lora.method.dropout is None:
         config.lora.method.dropout = dropout
     gap = math.ceil(settings.steps / VALIDATIONS)

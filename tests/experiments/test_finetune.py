@@ -138,7 +138,7 @@ def test_what_follows_from_the_data_and_what_is_given(tmp_path, monkeypatch):
     settings = found.config
     assert settings.model.dtype == "float32" and found.epochs == settings.train.epochs == 3
     assert settings.data.seq_len == 128 and settings.lora.method.dropout == 0.1
-    assert settings.train.warmup_steps >= 1 and settings.train.eval_every >= 1
+    assert settings.train.learning_rate == 1e-3 and settings.train.warmup_steps >= 1
     assert settings.train.steps > settings.train.warmup_steps
     given = {"data.seq_len": 100, "data.batch_size": 3, "lora.method.dropout": 0.0,
              "train.steps": 7, "train.warmup_steps": 2, "train.eval_every": 5}  # fmt: skip
@@ -159,6 +159,14 @@ def test_what_follows_from_the_data_and_what_is_given(tmp_path, monkeypatch):
         task._fill_schedule(config, few, found.model)
         assert (config.train.epochs, config.lora.method.dropout) == (epochs, dropout)
         assert config.train.steps == epochs * count
+
+
+@pytest.mark.parametrize(("hidden", "rate"), [(576, 1e-3), (4096, 2e-4), (8192, 1e-4)])
+def test_the_rate_follows_from_the_size(hidden, rate):
+    """SmolLM2-135M, Llama-3-8B and 70B, as shapes."""
+    name = {576: "smollm2-135m", 4096: "llama-3-8b", 8192: "llama-3-70b"}[hidden]
+    config = configured(**{"model.shape": name})
+    assert task.settled(config).config.train.learning_rate == rate
 
 
 def test_skipped_examples_are_told_with_a_way_out(tmp_path):
