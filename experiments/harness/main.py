@@ -63,6 +63,7 @@ def main(
     `conduct`'s."""
 
     def work(config: ConfigDict, workdir: Path) -> None:
+        setup.require_filled(config)
         arms = arms_of(config)
         if _PLAN.value:
             console.print(plan.plan(config, arms), markup=False)
@@ -184,6 +185,7 @@ def _join() -> None:
 
 def prepare(experiment: str, config: ConfigDict, workdir: Path) -> None:
     """Keeps compiled programs for the next run, and claims the folder for this one."""
+    setup.require_filled(config)
     settings = {"experiment": experiment, **config.to_dict()}
     hosts.require_agreement({**records.flat(settings), "--workdir": str(workdir)})
     jax.config.update("jax_compilation_cache_dir", str(default_cache_dir() / "xla"))

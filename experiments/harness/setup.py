@@ -15,8 +15,23 @@ from lora_jax import data, models, paths
 from lora_jax.interop import Place, Pretrained, load, shapes_alone
 from lora_jax.models import SHAPES, DecoderConfig
 from lora_jax.quant import quantize
+from lora_jax.training.records import flat
 from lora_jax.training.resuming import digest
 from lora_jax.weights import is_weight
+
+_OPTIONAL = ("base.block_size", "base.double_quant", "data.validation_share", "train.epochs")
+
+
+def require_filled(config: ConfigDict) -> None:
+    """Raises ValueError for a setting that is to follow from the data, as in configs/finetune.py,
+    where nothing makes it do so."""
+    settings = flat(config.to_dict())
+    for name in sorted(settings.keys() - {*_OPTIONAL}):
+        if settings[name] is None:
+            raise ValueError(
+                f"config.{name} is None: experiments/finetune.py alone finds it from the data. "
+                "Give it here, or take another --config."
+            )
 
 
 def shape_of(config: ConfigDict) -> DecoderConfig:

@@ -177,7 +177,8 @@ def _batches(
 
 def _arm(config: ConfigDict) -> Arm:
     """Named as the file is: the name by which the adapter is served."""
-    name = Path(config.data.path).stem or config.data.source
+    path = config.data.path
+    name = Path(path).expanduser().resolve().stem if path else config.data.source
     return Arm(
         name=name,
         rank=config.lora.rank,

@@ -96,7 +96,7 @@ def _training(task: Task) -> str:
     settings = task.config.train
     return (
         f"{task.epochs:.3g} epochs are {settings.steps:,} steps; learning rate "
-        f"{settings.learning_rate:g}, {settings.schedule}, {settings.warmup_steps} steps of warm-up"
+        f"{settings.learning_rate:g}, {settings.schedule} after {settings.warmup_steps} of warm-up"
     )
 
 

@@ -1,5 +1,6 @@
 """From a file of chats to an adapter, and what is said before and after."""
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -16,10 +17,14 @@ import pytest
 from configs import finetune as recipe
 from configs import tiny
 from experiments import finetune
-from experiments.harness import samples, setup, task, told
+from experiments.harness import main, samples, setup, task, told
 from lora_jax import data
 from lora_jax.interop import load, peft, save_huggingface, shapes_alone
 from lora_jax.interop.placing import StoredLeaf
+from lora_jax.parallel import hosts
+from lora_jax.training.fit import Preempted
+
+COMPILED = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
 
 
 def chat(i):
@@ -47,14 +52,26 @@ def quickly(tmp_path, monkeypatch):
     jax.config.update("jax_disable_most_optimizations", True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LORA_JAX_CACHE", str(tmp_path / "cache"))
+    # What a run compiles, all tests share.
+    xla, seconds = (jax.config.values[name] for name in COMPILED)
+    monkeypatch.setattr(main, "default_cache_dir", lambda: Path(xla).parent)
     write(tmp_path / "chats.jsonl")
+    yield
+    jax.config.update(COMPILED[0], xla)
+    jax.config.update(COMPILED[1], seconds)
 
 
-def test_from_chats_to_an_adapter_and_again(tmp_path, capsys):
-    """The task first, then the run; the same command continues, and ends where it ended."""
+def test_from_chats_to_an_adapter_and_again(tmp_path, capsys, monkeypatch):
+    """The task first, then the run, which the same command continues, and ends where it ended."""
     config = configured(**{"train.steps": 3, "train.learning_rate": 0.02})
+    with monkeypatch.context() as stopped, pytest.raises(Preempted, match="after step 1 of 3"):
+        asked = contextlib.nullcontext(lambda: True)
+        stopped.setattr(hosts, "preemption", lambda: asked)
+        finetune.finetune(config, Path("run"))
+    capsys.readouterr()
     finetune.finetune(config, Path("run"))
     said = capsys.readouterr().out
+    assert "continuing after step 1 of 3" in said
     told_first, ran = said.split("Fine-tuning with tiny: 1 arm, records in run")
     assert "chats.jsonl: 16 examples to train on, 4 to validate on" in told_first
     assert "LoRA r 16, alpha 32, dropout 0.1 on all-linear" in told_first
@@ -68,7 +85,8 @@ def test_from_chats_to_an_adapter_and_again(tmp_path, capsys):
     assert report["ok"] and report["digest"] == "agrees"
     stated = json.loads(Path("run/adapters/chats/adapter_config.json").read_text())
     assert (stated["r"], stated["lora_alpha"], stated["lora_dropout"]) == (16, 32, 0.1)
-    assert "base_model: tiny" in Path("run/adapters/chats/README.md").read_text()
+    card = Path("run/adapters/chats/README.md").read_text()
+    assert "base_model: tiny" in card and "data: chats.jsonl" in card
     losses = [r for r in command.metrics(Path("run")) if "val_loss" in r]
     assert len(losses) == 3 and arm["val_loss"] == min(r["val_loss"] for r in losses)
     finetune.finetune(config, Path("run"))
@@ -131,6 +149,9 @@ def test_a_model_without_a_template_and_a_config_without_a_recipe_are_refused(mo
         task.settled(configured())
     with pytest.raises(ValueError, match=r"expected a file that starts from configs/finetune\.py"):
         task.settled(tiny.get_config())
+    with pytest.raises(ValueError, match="config.data.batch_size is None: experiments/finetune.py"):
+        setup.require_filled(configured())
+    setup.require_filled(tiny.get_config())
 
 
 def test_what_follows_from_the_data_and_what_is_given(tmp_path, monkeypatch):
