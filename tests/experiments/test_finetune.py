@@ -62,7 +62,7 @@ def quickly(tmp_path, monkeypatch):
 
 
 def test_from_chats_to_an_adapter_and_again(tmp_path, capsys, monkeypatch):
-    """The task first, then the run, which the same command continues, and ends where it ended."""
+    """The task first, then the run, which was stopped, and which the same command continues."""
     config = configured(**{"train.steps": 3, "train.learning_rate": 0.02})
     with monkeypatch.context() as stopped, pytest.raises(Preempted, match="after step 1 of 3"):
         asked = contextlib.nullcontext(lambda: True)
@@ -89,10 +89,6 @@ def test_from_chats_to_an_adapter_and_again(tmp_path, capsys, monkeypatch):
     assert "base_model: tiny" in card and "data: chats.jsonl" in card
     losses = [r for r in command.metrics(Path("run")) if "val_loss" in r]
     assert len(losses) == 3 and arm["val_loss"] == min(r["val_loss"] for r in losses)
-    finetune.finetune(config, Path("run"))
-    assert "continuing after step 3 of 3" in capsys.readouterr().out
-    again = json.loads(Path("run/results.json").read_text())
-    assert again["arms"] == results["arms"]
     with pytest.raises(ValueError, match="holds another run, which differs in lora.rank"):
         finetune.finetune(configured(**{"train.steps": 3, "lora.rank": 8}), Path("run"))
 

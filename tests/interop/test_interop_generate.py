@@ -57,11 +57,15 @@ def answer(folder, name, prompt, **how):
     names = peft.model_names(model.config)
     delta = {} if name is None else peft.load_adapter(folder / name, model.params, names)
     tokens = model.tokenizer.encode(prompt)
-    found = generate(
-        lora.bind(model.params, delta), jnp.array([tokens]), jnp.array([len(tokens)]),
-        model.config, max_new_tokens=NEW, eos_id=model.tokenizer.eos_id, **how
-    )  # fmt: skip
-    return model.tokenizer.decode(found[0].tolist(), skip_special_tokens=True)
+
+    @jax.jit
+    def found(weights, prompts, lengths):
+        settings = {"max_new_tokens": NEW, "eos_id": model.tokenizer.eos_id, **how}
+        return generate(weights, prompts, lengths, model.config, **settings)
+
+    weights = lora.bind(model.params, delta)
+    made = found(weights, jnp.array([tokens]), jnp.array([len(tokens)]))
+    return model.tokenizer.decode(made[0].tolist(), skip_special_tokens=True)
 
 
 def test_adapters_side_by_side_say_what_each_says_alone(say, folder):
