@@ -5,6 +5,9 @@ is given, here or on the command line, stays. A model's own file may start from 
 
 Command:  python experiments/finetune.py --config.data.path=chats.jsonl
           --config.model.source=FOLDER takes another model than SmolLM2-135M-Instruct
+Hardware: 2 cores of an AMD EPYC, busy with other work, no accelerator
+Time:     189 s for 40 chats (jax 0.10.2)
+Result:   validation loss 4.940 untuned, 1.734 tuned: experiments/README.md
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -42,7 +45,7 @@ def get_config() -> ConfigDict:
     config.train.epochs = config_dict.placeholder(float)
     # None: 2e-4 as QLoRA up to 13B parameters and 1e-4 above, about ten times what full fine-tuning
     # takes; below 1B 1e-3: of SmolLM2-135M and 40 chats, 54 steps at 2e-4 left a validation loss of
-    # 2.174, at 1e-3 one of 1.734.
+    # 2.174, at 1e-3 one of 1.734 (one seed).
     config.train.learning_rate = config_dict.placeholder(float)
     config.train.schedule = "cosine"  # ends at 0, so that the last steps settle
     # None: a twentieth of the steps, at most 100: Adam's second moments are too small at first.

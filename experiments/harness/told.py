@@ -93,11 +93,11 @@ def _step(task: Task) -> str:
 
 
 def _training(task: Task) -> str:
-    settings = task.config.train
-    return (
-        f"{task.epochs:.3g} epochs are {settings.steps:,} steps; learning rate "
-        f"{settings.learning_rate:g}, {settings.schedule} after {settings.warmup_steps} of warm-up"
-    )
+    settings, warm_up = task.config.train, task.config.train.warmup_steps
+    rate = f"learning rate {settings.learning_rate:g}, "
+    if warm_up:
+        rate += f"{warm_up} step{'s' if warm_up > 1 else ''} of warm-up, then "
+    return f"{task.epochs:.3g} epochs are {settings.steps:,} steps; {rate}{settings.schedule}"
 
 
 def _validation(task: Task) -> str:
