@@ -46,6 +46,11 @@ def get_config() -> ConfigDict:
             "pack": True,  # several examples a row
             "seed": 0,  # of the order, which all arms share
             "validation_examples": 32,
+            # Of a JSONL source without validation examples of its own: another file of them, or
+            # the share that is held out by the seed, at most validation_examples; None: its last
+            # 5 %.
+            "validation_path": "",
+            "validation_share": config_dict.placeholder(float),
         }
     )
     config.lora = ConfigDict(

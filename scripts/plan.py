@@ -20,7 +20,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # devices that are there have no part in it
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments.harness import budget
+from experiments.harness import budget, setup
 from experiments.harness.main import launch
 
 TOPOLOGY = flags.DEFINE_list(
@@ -33,6 +33,7 @@ SEARCH = flags.DEFINE_enum(
 
 def work(config: ConfigDict, workdir: Path) -> None:
     del workdir
+    setup.require_filled(config)
     budget.conduct(config, TOPOLOGY.value, SEARCH.value)
 
 

@@ -43,7 +43,7 @@ def save(
             model.params,
             delta,
             base_name=model.name,
-            data=config.data.source,
+            data=config.data.path or config.data.source,
             command=shlex.join(["python", *sys.argv]),
             validation_loss=outcome.progress.val_loss,
         )

@@ -78,13 +78,7 @@ def execution(
 
 
 def _require_rows(config: ConfigDict, mesh: Mesh | None, devices: Devices) -> None:
-    if config.parallel.mode == "pmap":
-        axis, count = AXIS, len(jax.devices() if devices is None else devices)
-    else:
-        axis, count = FSDP, 1 if mesh is None else mesh.shape[FSDP]
-    if config.train.accumulate < 1:
-        raise ValueError(f"config.train.accumulate={config.train.accumulate}: expected 1 or more.")
-    splits = {"config.train.accumulate": config.train.accumulate, axis: count}
+    splits = _splits(config, mesh, devices)
     unit, rows = math.prod(splits.values()), config.data.batch_size
     if rows % unit:
         over = " and ".join(f"{name}={parts}" for name, parts in splits.items() if parts > 1)
@@ -92,6 +86,22 @@ def _require_rows(config: ConfigDict, mesh: Mesh | None, devices: Devices) -> No
             f"config.data.batch_size: {rows} rows cannot be split over {over}. Choose a multiple "
             f"of {unit}, or split them less."
         )
+
+
+def rows_unit(config: ConfigDict) -> int:
+    """What `config.data.batch_size` must be a multiple of."""
+    return math.prod(_splits(config, mesh_of(config), None).values())
+
+
+def _splits(config: ConfigDict, mesh: Mesh | None, devices: Devices) -> dict[str, int]:
+    """Into how many parts the rows of a step are split, by what splits them."""
+    if config.parallel.mode == "pmap":
+        axis, count = AXIS, len(jax.devices() if devices is None else devices)
+    else:
+        axis, count = FSDP, 1 if mesh is None else mesh.shape[FSDP]
+    if config.train.accumulate < 1:
+        raise ValueError(f"config.train.accumulate={config.train.accumulate}: expected 1 or more.")
+    return {"config.train.accumulate": config.train.accumulate, axis: count}
 
 
 def require_even_arms(config: ConfigDict, arms: Sequence[Arm], mode: Mode | None = None) -> None:

@@ -17,8 +17,8 @@ from ml_collections import ConfigDict, config_flags
 from experiments.harness import plan, report, setup
 from experiments.harness.arms import Arm
 from experiments.harness.outcome import Outcome
-from experiments.harness.progress import console, reporting
-from experiments.harness.run import no_more, run
+from experiments.harness.progress import console, counted, reporting
+from experiments.harness.run import Examples, no_more, run
 from lora_jax.data import default_cache_dir
 from lora_jax.parallel import ending, hosts
 from lora_jax.training import records
@@ -26,9 +26,6 @@ from lora_jax.training.fit import Preempted
 
 Results = dict[str, Any]
 ROOT = Path(__file__).parents[2]
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", str(ROOT / "configs" / "smollm2_135m.py"), "The model's configuration file."
-)
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where records go; by default runs/EXPERIMENT-CONFIG-HASH."
 )
@@ -66,6 +63,7 @@ def main(
     `conduct`'s."""
 
     def work(config: ConfigDict, workdir: Path) -> None:
+        setup.require_filled(config)
         arms = arms_of(config)
         if _PLAN.value:
             console.print(plan.plan(config, arms), markup=False)
@@ -76,21 +74,30 @@ def main(
 
 
 def launch(
-    experiment: str, work: Callable[[ConfigDict, Path], None], *, plans: bool = False
+    experiment: str,
+    work: Callable[[ConfigDict, Path], None],
+    *,
+    plans: bool = False,
+    config_file: str = "smollm2_135m",
 ) -> None:
     """Runs `work(config, workdir)` as the command line says; an error is one line for a person.
-    `plans` says whether it heeds --plan."""
+    `plans` says whether it heeds --plan; `config_file` is the default one of configs/.
+    """
+    given = config_flags.DEFINE_config_file(
+        "config", str(ROOT / "configs" / f"{config_file}.py"), "The model's configuration file."
+    )
 
     def start(argv: Sequence[str]) -> None:
         if len(argv) > 1:
             sys.exit(f"{experiment}: unexpected argument {argv[1]!r}; flags start with --.")
         if _PLAN.value and not plans:
             sys.exit(
-                f"{experiment}: no --plan here; rank_sweep, target_ablation and methods have it."
+                f"{experiment}: no --plan here; rank_sweep, target_ablation, methods "
+                "and finetune have it."
             )
         setup.quiet_logs()
-        config = _CONFIG.value
-        name = f"{experiment}-{config.name}-{_short_hash(config)}"
+        config = given.value
+        name = "-".join(filter(None, (experiment, config.name, _short_hash(config))))
         try:
             _join()
             with ending.together():
@@ -124,21 +131,24 @@ def conduct(
     sized: bool = False,
     more: Callable[[ConfigDict, Sequence[Outcome]], Sequence[Arm]] | None = None,
     summarised: Callable[[ConfigDict, Results, Sequence[Arm]], Results] | None = None,
-) -> None:
-    """Runs all arms, and leaves records, results, a table and a picture in `workdir`.
+    examples: Examples | None = None,
+) -> Results:
+    """Runs all arms, leaves records, results, a table and a picture in `workdir`, and returns the
+    results.
 
     Args:
       sized: whether arms took their sizes from `config.model.shape`, which then has to be true.
       more: further arms by what became of those before; see `run`.
       summarised: adds to the results; its `summary` then takes the place of the table of arms.
+      examples: see `run`.
     """
     prepare(experiment, config, workdir)
     console.print(
-        f"[bold]{title}[/bold] with {config.name}: {len(arms)} arms, records in {workdir}"
+        f"[bold]{title}[/bold] with {config.name}: {counted(len(arms))}, records in {workdir}"
     )
     with reporting(workdir / "metrics.jsonl") as log:
         following = functools.partial(more, config) if more else no_more
-        results = run(config, arms, workdir, log, sized=sized, more=following)
+        results = run(config, arms, workdir, log, sized=sized, more=following, examples=examples)
     results = summarised(config, results, arms) if summarised else results
 
     def record() -> None:
@@ -149,6 +159,7 @@ def conduct(
         )
 
     hosts.on_first(record)
+    return results
 
 
 def _join() -> None:
@@ -174,6 +185,7 @@ def _join() -> None:
 
 def prepare(experiment: str, config: ConfigDict, workdir: Path) -> None:
     """Keeps compiled programs for the next run, and claims the folder for this one."""
+    setup.require_filled(config)
     settings = {"experiment": experiment, **config.to_dict()}
     hosts.require_agreement({**records.flat(settings), "--workdir": str(workdir)})
     jax.config.update("jax_compilation_cache_dir", str(default_cache_dir() / "xla"))

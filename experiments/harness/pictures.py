@@ -54,6 +54,21 @@ def loss_by_rank(path: Path, results: dict[str, Any]) -> None:
         plt.close(figure)
 
 
+def loss_by_step(path: Path, results: dict[str, Any]) -> None:
+    """Training loss by step, validation loss where it was taken, and the untuned base's."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+        metrics = path.parent / "metrics.jsonl"
+        _curves(axes, metrics, results)
+        points = [(r["step"], r["val_loss"]) for r in records.read(metrics) if "val_loss" in r]
+        axes.plot(*zip(*points, strict=True), color="C1", marker="o", label="validation")
+        _base_line(axes, results)
+        axes.set(ylabel="loss (nats a token)")
+        _legend(axes)
+        figure.savefig(path, dpi=150)
+        plt.close(figure)
+
+
 def loss_by_targets(path: Path, results: dict[str, Any]) -> None:
     """Validation loss by target set, at equal rank and at equal parameters."""
     with plt.rc_context(STYLE):

@@ -71,7 +71,7 @@ def _sentence(record: dict[str, Any]) -> str:
     event, arm = record["event"], record.get("arm", "")
     sentences = {
         "loading": f"loading {record.get('what')}",
-        "compiling": f"compiling one step for {len(record.get('arms', ()))} arms",
+        "compiling": f"compiling one step for {counted(len(record.get('arms', ())))}",
         "base": f"the untuned base: validation loss {record.get('val_loss', 0):.4f}",
         "diverged": f"[red]{arm} diverged at step {record.get('step')}: its loss is not a number. "
         "It stops here; lower its learning rate, or warm up for longer.[/red]",
@@ -82,6 +82,11 @@ def _sentence(record: dict[str, Any]) -> str:
         "sampling": f"sampling from the base and from {arm}",
     }
     return sentences[event]
+
+
+def counted(count: int) -> str:
+    """So many arms, in words."""
+    return "1 arm" if count == 1 else f"{count} arms"
 
 
 def _verified(record: dict[str, Any]) -> str:

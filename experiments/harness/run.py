@@ -50,6 +50,14 @@ class _Shared:
         return checkpoints.fingerprint(self.model.params)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Examples:
+    """Both splits as tokens, for the rows of the config."""
+
+    train: data.EncodedSource
+    validation: data.EncodedSource
+
+
 More = Callable[[Sequence[Outcome]], Sequence[Arm]]
 
 
@@ -66,6 +74,7 @@ def run(
     *,
     sized: bool = False,
     more: More = no_more,
+    examples: Examples | None = None,
 ) -> dict[str, Any]:
     """Trains all arms, on from where an earlier call ended; returns what `results.json` holds.
 
@@ -77,12 +86,13 @@ def run(
       sized: see `conduct`.
       more: asked for further arms whenever all that share a step have ended, until it has none;
         told what became of those.
+      examples: what the config names as data, where that is encoded already.
     """
     started = time.time()
     devices.require_even_arms(config, arms)
     require_batches(config)  # these two are refused before the model is loaded
     optimizer(config, arms[0])
-    shared = _prepared(config, workdir, log)
+    shared = _prepared(config, workdir, log, examples)
     if sized:
         setup.require_shape(config, shared.model)
     outcomes: list[Outcome] = []
@@ -110,16 +120,17 @@ def run(
     }
 
 
-def _prepared(config: ConfigDict, workdir: Path, log: Log) -> _Shared:
+def _prepared(config: ConfigDict, workdir: Path, log: Log, given: Examples | None) -> _Shared:
     """The model and the data loaded and placed, and the untuned model's loss taken."""
     log({"event": "loading", "what": f"model {config.model.source}"})
     model = setup.load_model(config)
     loss = loss_of(config, model.config, model.params)
     execution = devices.execution(config, model.params, loss.fields)
     model = dataclasses.replace(model, params=execution.base(model.params))
-    log({"event": "loading", "what": f"data {config.data.source}"})
-    examples = setup.training_examples(config, model)
-    validation = setup.validation_batches(config, model)
+    if given is None:
+        log({"event": "loading", "what": f"data {config.data.source}"})
+    examples = given.train if given else setup.training_examples(config, model)
+    validation = setup.validation_batches(config, model, given.validation if given else None)
     base_loss = _untuned_loss(loss, model.params, execution, validation)
     log({"event": "base", "val_loss": base_loss})
     return _Shared(

@@ -1,6 +1,6 @@
 """What the model says before and after."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -27,24 +27,42 @@ def sample(
     if best is None or not count:
         return []
     log({"event": "sampling", "arm": best.arm.name})
-    held_out = setup.records(config, "validation")
-    conversations = [held_out[i]["messages"] for i in range(min(count, len(held_out)))]
-    prompts = [
-        data.render_messages(messages[:-1], model.tokenizer, add_generation_prompt=True)
-        for messages in conversations
-    ]
-    answers = _answering(config, model, prompts)
-    before, after = answers(model.params), answers(lora.bind(model.params, best.delta))
+    room = model.config.context_length - config.samples.max_new_tokens
+    asked = _asked(setup.records(config, "validation"), model, count, room)
+    if not asked:
+        return []
+    weights = lora.bind(model.params, best.delta)
+    answers = _answering(config, model, [rendered for _, rendered in asked])
+    before, after = answers(model.params), answers(weights)
     return [
         {
-            "prompt": messages[-2]["content"],
+            "prompt": messages[-2]["content"] if len(messages) > 1 else "",
             "reference": messages[-1]["content"],
             "base": plain,
             "adapted": adapted,
             "arm": best.arm.name,
         }
-        for messages, plain, adapted in zip(conversations, before, after, strict=True)
+        for (messages, _), plain, adapted in zip(asked, before, after, strict=True)
     ]
+
+
+def _asked(
+    held_out: Sequence[data.Record], model: Pretrained, count: int, room: int
+) -> list[tuple[list[dict[str, Any]], str]]:
+    """The first conversations up to their last answer, with the text before it, where that leaves
+    room for an answer."""
+    found = []
+    for record in held_out:
+        messages = record["messages"]
+        last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+        rendered = data.render_messages(
+            messages[:last], model.tokenizer, add_generation_prompt=True
+        )
+        if len(model.tokenizer.encode(rendered)) <= room:
+            found.append((messages[: last + 1], rendered))
+        if len(found) == count:
+            break
+    return found
 
 
 def _answering(

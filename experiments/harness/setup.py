@@ -1,5 +1,6 @@
 """Model and data as a config names them."""
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -11,11 +12,26 @@ from ml_collections import ConfigDict
 
 from experiments.harness import devices
 from lora_jax import data, models, paths
-from lora_jax.interop import Pretrained, load
+from lora_jax.interop import Place, Pretrained, load, shapes_alone
 from lora_jax.models import SHAPES, DecoderConfig
 from lora_jax.quant import quantize
+from lora_jax.training.records import flat
 from lora_jax.training.resuming import digest
 from lora_jax.weights import is_weight
+
+_OPTIONAL = ("base.block_size", "base.double_quant", "data.validation_share", "train.epochs")
+
+
+def require_filled(config: ConfigDict) -> None:
+    """Raises ValueError for a setting that is to follow from the data, as in configs/finetune.py,
+    where nothing makes it do so."""
+    settings = flat(config.to_dict())
+    for name in sorted(settings.keys() - {*_OPTIONAL}):
+        if settings[name] is None:
+            raise ValueError(
+                f"config.{name} is None: experiments/finetune.py alone finds it from the data. "
+                "Give it here, or take another --config."
+            )
 
 
 def shape_of(config: ConfigDict) -> DecoderConfig:
@@ -44,18 +60,39 @@ def require_shape(config: ConfigDict, model: Pretrained) -> None:
 def load_model(config: ConfigDict) -> Pretrained:
     """The pretrained model, or random weights of the named shape with a byte tokenizer; quantised
     where the config says so."""
-    dtype = jnp.dtype(config.model.dtype)
     if config.model.source != "random":
         format = None if config.base.quantize == "none" else _format(config)
-        try:
-            with devices.while_loading(config):
-                return load(config.model.source, dtype=dtype, place=devices.placed(config, format))
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{error} The option is --config.model.source=PATH.") from None
-    shape = shape_of(config)
+        with devices.while_loading(config):
+            return _loaded(config, devices.placed(config, format))
+    return _random(config, _random_params(config))
+
+
+def model_without_weights(config: ConfigDict) -> Pretrained:
+    """What `load_model` returns, its params the shapes of theirs; only packed weights are read."""
+    if config.model.source == "random":
+        return _random(config, jax.eval_shape(lambda: _random_params(config)))
+    model = _loaded(config, shapes_alone)
+    params = jax.eval_shape(lambda params: as_configured(config, params), model.params)
+    return dataclasses.replace(model, params=params)
+
+
+def _loaded(config: ConfigDict, place: Place) -> Pretrained:
+    try:
+        return load(config.model.source, dtype=jnp.dtype(config.model.dtype), place=place)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error} The option is --config.model.source=PATH.") from None
+
+
+def _random_params(config: ConfigDict) -> models.Params:
+    dtype = jnp.dtype(config.model.dtype)
+    params = models.init(shape_of(config), key=jax.random.key(0), dtype=dtype)
+    return as_configured(config, params)
+
+
+def _random(config: ConfigDict, params: models.Params) -> Pretrained:
     return Pretrained(
-        params=as_configured(config, models.init(shape, key=jax.random.key(0), dtype=dtype)),
-        config=shape,
+        params=params,
+        config=shape_of(config),
         tokenizer=data.byte_tokenizer(),
         name=config.model.shape,
         source="random weights",
@@ -85,18 +122,34 @@ def records(config: ConfigDict, split: str) -> Sequence[data.Record]:
         path=settings.path or None,
         prompt_field=settings.prompt_field or None,
         response_field=settings.response_field or None,
+        validation_path=settings.validation_path or None,
+        held_out=_held_out(config),
+    )
+
+
+def _held_out(config: ConfigDict) -> data.HeldOut | None:
+    settings = config.data
+    if settings.validation_share is None or settings.source != "jsonl":
+        return None
+    return data.HeldOut(
+        share=settings.validation_share, most=settings.validation_examples, seed=settings.seed
     )
 
 
 def training_examples(config: ConfigDict, model: Pretrained) -> data.EncodedSource:
     """The training split as tokens."""
     settings = config.data
-    if settings.seq_len > model.config.context_length:
+    require_context(config, model)
+    return data.encode_source(records(config, "train"), model.tokenizer, seq_len=settings.seq_len)
+
+
+def require_context(config: ConfigDict, model: Pretrained) -> None:
+    """Raises ValueError for rows that exceed what the model takes."""
+    if config.data.seq_len > model.config.context_length:
         raise ValueError(
-            f"config.data.seq_len={settings.seq_len} exceeds the model's context of "
+            f"config.data.seq_len={config.data.seq_len} exceeds the model's context of "
             f"{model.config.context_length} tokens."
         )
-    return data.encode_source(records(config, "train"), model.tokenizer, seq_len=settings.seq_len)
 
 
 def data_identity(
@@ -132,11 +185,13 @@ def training_batches(
     )
 
 
-def validation_batches(config: ConfigDict, model: Pretrained) -> list[data.Batch]:
-    """The first `validation_examples` of the validation split."""
+def validation_batches(
+    config: ConfigDict, model: Pretrained, examples: data.EncodedSource | None = None
+) -> list[data.Batch]:
+    """The first `validation_examples` of the validation split, or of it as `examples`."""
     settings = config.data
     return data.eval_batches(
-        records(config, "validation"),
+        records(config, "validation") if examples is None else examples,
         model.tokenizer,
         batch_size=settings.batch_size,
         seq_len=settings.seq_len,

@@ -7,6 +7,7 @@ number a row's examples from 1 with 0 for padding, and `positions` restart in ea
 
 import itertools
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,31 +40,51 @@ def encode_source(source: Iterable[Record], tokenizer: Tokenizer, *, seq_len: in
     Raises:
       ValueError: a record cannot be encoded, or none fits.
     """
+    examples = encode_records(source, tokenizer)
+    encoded = fitting(examples, seq_len)
+    if encoded.skipped:
+        _logger.warning(
+            "Skipped %d of %d examples, longer than the context of %d tokens (the longest: %d).",
+            encoded.skipped,
+            len(examples),
+            seq_len,
+            max(len(example["tokens"]) for example in examples),
+        )
+    return encoded
+
+
+def encode_records(source: Iterable[Record], tokenizer: Tokenizer) -> list[Example]:
+    """Encodes every record, of any length.
+
+    Raises:
+      ValueError: one cannot be encoded, or there is none.
+    """
     examples = []
     for index, record in enumerate(source):
         try:
             examples.append(next_token_example(encode(record["messages"], tokenizer)))
         except ValueError as error:
-            raise ValueError(f"Example {index}: {error}") from error
-    lengths = [len(example["tokens"]) for example in examples]
-    if not lengths:
+            start = str(record["messages"][0].get("content"))[:40] if record["messages"] else ""
+            raise ValueError(f"Example {index}, which begins {start!r}: {error}") from error
+    if not examples:
         raise ValueError("The source holds no examples.")
+    return examples
+
+
+def fitting(examples: Sequence[Example], seq_len: int) -> EncodedSource:
+    """Those of at most `seq_len` inputs; the others are counted.
+
+    Raises:
+      ValueError: none fits.
+    """
+    lengths = [len(example["tokens"]) for example in examples]
     if min(lengths) > seq_len:
         raise ValueError(
             f"None of the {len(lengths)} examples fits a context of {seq_len} tokens; the shortest "
             f"takes {min(lengths)}, the longest {max(lengths)}: raise seq_len."
         )
-    fitting = [example for example in examples if len(example["tokens"]) <= seq_len]
-    skipped = len(examples) - len(fitting)
-    if skipped:
-        _logger.warning(
-            "Skipped %d of %d examples, longer than the context of %d tokens (the longest: %d).",
-            skipped,
-            len(examples),
-            seq_len,
-            max(lengths),
-        )
-    return EncodedSource(examples=fitting, skipped=skipped)
+    kept = [example for example in examples if len(example["tokens"]) <= seq_len]
+    return EncodedSource(examples=kept, skipped=len(examples) - len(kept))
 
 
 def train_batches(
@@ -113,8 +134,33 @@ def train_batches(
     return iter(ahead)
 
 
+def count_batches(
+    source: EncodedSource,
+    tokenizer: Tokenizer,
+    *,
+    epochs: float,
+    batch_size: int,
+    seq_len: int,
+    seed: int,
+    pack: bool = True,
+) -> int:
+    """How many batches of `train_batches`, made with the same arguments, go `epochs` times through
+    the examples. With `pack`, that depends on which lengths meet in a row: the rows are counted."""
+    wanted = math.ceil(epochs * len(source.examples))
+    if not pack:
+        return math.ceil(wanted / batch_size)
+    batches = train_batches(
+        source, tokenizer, batch_size=batch_size, seq_len=seq_len, seed=seed, pack=pack
+    )
+    count = seen = 0
+    while seen < wanted:
+        seen += int(next(batches)["segment_ids"].max(axis=1).sum())
+        count += 1
+    return count
+
+
 def eval_batches(
-    source: Iterable[Record],
+    source: Iterable[Record] | EncodedSource,
     tokenizer: Tokenizer,
     *,
     batch_size: int,
@@ -122,12 +168,14 @@ def eval_batches(
     limit: int | None = None,
     pack: bool = True,
 ) -> list[Batch]:
-    """The first `limit` records (all by default) in their order, as batches of one shape.
+    """The first `limit` records (all by default) in their order, as batches of one shape. Encoded
+    ones must be so for this `seq_len`.
 
     The last batch is filled up with rows of padding. Raises `ValueError` as `encode_source`.
     """
-    taken = itertools.islice(source, limit)
-    examples = encode_source(taken, tokenizer, seq_len=seq_len).examples
+    if not isinstance(source, EncodedSource):
+        source = encode_source(itertools.islice(source, limit), tokenizer, seq_len=seq_len)
+    examples = source.examples[:limit]
     dataset = grain.MapDataset.source(examples).to_iter_dataset(_IN_MEMORY)
     rows = pack_rows(dataset, rows=batch_size, seq_len=seq_len, pack=pack)
     batches = list(rows.batch(batch_size))

@@ -4,9 +4,11 @@ A line is `{"prompt": ..., "response": ...}` (`completion` is read as `response`
 `{"messages": [{"role": ..., "content": ...}, ...]}` with at least one assistant message.
 """
 
-import itertools
+import hashlib
 import json
+import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,11 +30,56 @@ FILES = {
 }
 
 
-def corpus(path: Path) -> Corpus:
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """Which lines of a file are its validation split: a share of them, at random by a seed.
+
+    Attributes:
+      share: of the lines, above 0 and below 1.
+      most: lines at most; `LEAST` are held out at least.
+      seed: chooses them.
+    """
+
+    share: float
+    most: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise ValueError(f"a validation share of {self.share}: expected one between 0 and 1.")
+        if self.most < LEAST:
+            raise ValueError(
+                f"at most {self.most} validation examples: expected {LEAST} or more, fewer say "
+                "nothing."
+            )
+
+    def lines(self, total: int, path: Path) -> frozenset[int]:
+        """The places of the lines, from 0.
+
+        Raises:
+          ValueError: for a file of which these would be more than half.
+        """
+        count = min(max(LEAST, round(self.share * total)), self.most)
+        if 2 * count > total:
+            raise ValueError(
+                f"{path} has {total} examples, too few to hold {count} of them out for validation: "
+                f"expected {2 * LEAST} or more. Add examples, or give validation examples in a "
+                "file of their own."
+            )
+        return frozenset(random.Random(self.seed).sample(range(total), count))
+
+
+LEAST = 4  # validation examples: the mean of fewer is mostly that of their lengths
+
+
+def corpus(
+    path: Path, *, validation_path: Path | None = None, held_out: HeldOut | None = None
+) -> Corpus:
     """One file, or a folder's `train.jsonl`, `validation.jsonl` or `valid.jsonl`, `test.jsonl`.
 
-    The last 5 % of the training file, at least one line, are the validation split where no file of
-    its own says otherwise. Raises `ValueError` if there is no training file.
+    The validation split is `validation_path` where given, else the folder's own file, else what
+    `held_out` says, else the last 5 % of the training file, at least one line. Raises `ValueError`
+    if a file is missing.
     """
     if path.is_dir():
         found = {s: [path / n for n in names if (path / n).exists()] for s, names in FILES.items()}
@@ -43,24 +90,33 @@ def corpus(path: Path) -> Corpus:
         raise ValueError(
             f"No JSONL data at {path}: expected a .jsonl file, or a folder that holds train.jsonl."
         )
+    if validation_path is not None:
+        if not validation_path.is_file():
+            raise ValueError(f"No JSONL validation data at {validation_path}: expected a file.")
+        files[VALIDATION] = validation_path
     splits = {split: partial(_read, file) for split, file in files.items()}
+    fingerprint = file_fingerprint(__file__, *files.values())
     if VALIDATION not in files:
         for split in (TRAIN, VALIDATION):
-            splits[split] = partial(_read_part, files[TRAIN], split)
-    fingerprint = file_fingerprint(__file__, *files.values())
+            splits[split] = partial(_read_part, files[TRAIN], split, held_out)
+        fingerprint = hashlib.sha256(f"{fingerprint} {held_out}".encode()).hexdigest()
     return Corpus(name="jsonl", fingerprint=fingerprint, splits=splits)
 
 
-def _read_part(path: Path, split: str) -> Iterator[Record]:
+def _read_part(path: Path, split: str, held_out: HeldOut | None) -> Iterator[Record]:
     total = sum(1 for _ in numbered_lines(path))
-    if total < 2:
+    if held_out is not None:
+        validation = held_out.lines(total, path)
+    elif total < 2:
         raise ValueError(
             f"{path} has a single example, but one must be held out for validation: add examples, "
             "or put train.jsonl and validation.jsonl into a folder and give its path."
         )
-    held_out = total - max(1, total // 20)
-    bounds = (0, held_out) if split == TRAIN else (held_out, None)
-    return itertools.islice(_read(path), *bounds)
+    else:
+        validation = frozenset(range(total - max(1, total // 20), total))
+    for place, record in enumerate(_read(path)):
+        if (place in validation) == (split == VALIDATION):
+            yield record
 
 
 def _read(path: Path) -> Iterator[Record]:
@@ -103,4 +159,10 @@ def _messages(messages: Any) -> list[dict[str, Any]]:
             )
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError("no message has the role `assistant`: there is nothing to learn from.")
+    for index, message in enumerate(messages):
+        silent = not message["content"].strip() and not message.get("tool_calls")
+        if message["role"] == "assistant" and silent:
+            raise ValueError(
+                f"messages[{index}], the assistant's, is empty: there is nothing to learn from it."
+            )
     return messages

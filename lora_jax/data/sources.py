@@ -22,6 +22,8 @@ def load_source(
     cache_dir: str | os.PathLike[str] | None = None,
     prompt_field: str | None = None,
     response_field: str | None = None,
+    validation_path: str | os.PathLike[str] | None = None,
+    held_out: jsonl.HeldOut | None = None,
 ) -> Sequence[Record]:
     """The records of one split.
 
@@ -31,10 +33,18 @@ def load_source(
       split: "train", "validation" or "test"; of a TFDS dataset also "train[:10%]" and the like.
       cache_dir: where prepared data is kept; `$LORA_JAX_CACHE`, else `~/.cache/lora_jax`.
       prompt_field, response_field: the two fields of a TFDS dataset to use.
+      validation_path: of "jsonl", a file of validation examples.
+      held_out: of "jsonl" without one, which examples are the validation split.
 
     Raises:
-      ValueError: an unknown name or split, data that is missing, malformed or empty.
+      ValueError: an unknown name or split, data that is missing, malformed or empty; validation
+        examples for a source that has its own.
     """
+    if validation_path is not None and name != "jsonl":
+        raise ValueError(
+            f"validation_path={str(validation_path)!r}: source {name!r} has validation examples of "
+            "its own."
+        )
     cache = Path(cache_dir or default_cache_dir()).expanduser()
     # TFDS costs half a second to import, and only data that is really read needs it.
     if name.startswith(TFDS_PREFIX):
@@ -52,7 +62,8 @@ def load_source(
     elif name == "e2e":
         corpus = e2e.corpus(_given(path, name))
     elif name == "jsonl":
-        corpus = jsonl.corpus(_given(path, name))
+        own = None if validation_path is None else Path(validation_path).expanduser()
+        corpus = jsonl.corpus(_given(path, name), validation_path=own, held_out=held_out)
     else:
         raise ValueError(f"Unknown source {name!r}: expected restaurants, e2e, jsonl or tfds:NAME.")
     if split not in corpus.splits:

@@ -15,6 +15,7 @@ from lora_jax.interop.placing import Place as Place
 from lora_jax.interop.placing import StoredLeaf as StoredLeaf
 from lora_jax.interop.placing import on_device as on_device
 from lora_jax.interop.placing import quantized as quantized
+from lora_jax.interop.placing import shapes_alone as shapes_alone
 from lora_jax.interop.placing import sharded as sharded
 from lora_jax.interop.pretrained import load as load
 from lora_jax.interop.stored import read_digest as read_digest

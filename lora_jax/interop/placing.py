@@ -61,6 +61,11 @@ def on_device(path: str, leaf: StoredLeaf) -> jax.Array:
     return jnp.asarray(leaf.read())
 
 
+def shapes_alone(path: str, leaf: StoredLeaf) -> jax.ShapeDtypeStruct:
+    """The leaf's shape and dtype; nothing of it is read."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+
 def quantized(format: str, **options: Any) -> Place:
     """Places each leaf as `quantize(params, format, **options)` returns it."""
     finish = quantizer(format, **options)

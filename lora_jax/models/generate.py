@@ -1,7 +1,9 @@
 """Greedy and sampled generation with a KV cache."""
 
 import dataclasses
+import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -54,31 +56,15 @@ def generate(
         out of range, an invalid temperature or top_p, or sampling without a key.
     """
     check_sampling(temperature, top_p)
-    batch, width = _checked_shape(prompts, lengths, max_new_tokens)
-    before = sum(leading(params, config))
-    if before + width + max_new_tokens > config.context_length:
-        taken = f", of which a prefix or soft prompt takes {before}" if before else ""
-        raise ValueError(
-            f"a prompt of {width} tokens and {max_new_tokens} new ones exceed the model's context "
-            f"of {config.context_length}{taken}."
-        )
-    if temperature > 0 and key is None:
-        raise ValueError(f"temperature={temperature} samples, which needs a key.")
-    keys = jax.random.split(jax.random.key(0) if key is None else one_key(key), max_new_tokens)
-    prompts, possible_B = _counted(prompts, lengths, config.vocab_size)
-    head = output_head(params)
+    keys, prompts, possible_B = _checked(
+        params, prompts, lengths, config, max_new_tokens, key, temperature
+    )
+    batch, width = prompts.shape
 
     def pick(hidden_BD: jax.Array, key: jax.Array) -> jax.Array:
-        logits_BV = config.family.read_out(hidden_BD, head, config)
-        return choose(logits_BV, key, temperature=temperature, top_p=top_p)
+        return _pick(params, hidden_BD, key, config, temperature, top_p)
 
-    cache = start_cache(params, config, batch, width + max_new_tokens)
-    last_B, lengths = lengths - 1, cache.lengths + lengths
-    hidden_BTD, cache = extend(params, prompts, cache, config)
-    last_BD = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0]
-    # Padding wrote after a row's end: ahead of its positions, where it is overwritten before it is
-    # read.
-    cache = dataclasses.replace(cache, lengths=lengths)
+    last_BD, cache = _read_prompts(params, prompts, lengths, config, width + max_new_tokens)
 
     def step(carry: Any, key: jax.Array):
         cache, hidden_BD, done_B, token_B = carry
@@ -90,6 +76,67 @@ def generate(
     start = (cache, last_BD, ~possible_B, jnp.full(batch, NONE, jnp.int32))
     _, tokens = jax.lax.scan(step, start, keys)
     return tokens.T
+
+
+def stream(
+    params: Params,
+    prompts: jax.Array,
+    lengths: jax.Array,
+    config: DecoderConfig,
+    *,
+    max_new_tokens: int,
+    eos_id: int,
+    key: jax.Array | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+) -> Iterator[np.ndarray]:
+    """What `generate` returns, column by column as it is made: `[B]` for each new token, until
+    every row has ended. Compiles by itself; arguments and errors are those of `generate`."""
+    check_sampling(temperature, top_p)
+    keys, prompts, possible_B = _checked(
+        params, prompts, lengths, config, max_new_tokens, key, temperature
+    )
+    room = prompts.shape[1] + max_new_tokens
+    how = {"config": config, "temperature": temperature, "top_p": top_p}
+    token_B, cache = _first_token(params, prompts, jnp.asarray(lengths), keys[0], room=room, **how)
+    token = np.where(possible_B, token_B, NONE)
+    for i in range(max_new_tokens):
+        yield token
+        done = (token == eos_id) | (token == NONE)
+        if done.all() or i + 1 == max_new_tokens:
+            return
+        token_B, cache = _next_token(params, jnp.asarray(token), cache, keys[i + 1], **how)
+        token = np.where(done, token, token_B)
+
+
+_STATIC = ("config", "room", "temperature", "top_p")
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def _first_token(params, prompts, lengths, key, *, config, room, temperature, top_p):
+    last_BD, cache = _read_prompts(params, prompts, lengths, config, room)
+    return _pick(params, last_BD, key, config, temperature, top_p), cache
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC[:1] + _STATIC[2:], donate_argnames="cache")
+def _next_token(params, token_B, cache, key, *, config, temperature, top_p):
+    hidden_BTD, cache = extend(params, token_B[:, None], cache, config)
+    return _pick(params, hidden_BTD[:, 0], key, config, temperature, top_p), cache
+
+
+def _pick(params, hidden_BD, key, config, temperature, top_p) -> jax.Array:
+    logits_BV = config.family.read_out(hidden_BD, output_head(params), config)
+    return choose(logits_BV, key, temperature=temperature, top_p=top_p)
+
+
+def _read_prompts(params, prompts, lengths, config, room):
+    """What the head reads behind each row's last token, and a cache with room for `room`."""
+    cache = start_cache(params, config, prompts.shape[0], room)
+    last_B, lengths = lengths - 1, cache.lengths + lengths
+    hidden_BTD, cache = extend(params, prompts, cache, config)
+    last_BD = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0]
+    # What padding wrote behind a row's end lies ahead of its positions until it is overwritten.
+    return last_BD, dataclasses.replace(cache, lengths=lengths)
 
 
 def choose(
@@ -140,6 +187,30 @@ def check_sampling(temperature: float, top_p: float) -> None:
             f"top_p={top_p}: expected a probability from 0, the most likely token alone, to 1, all "
             "of them."
         )
+
+
+def _checked(
+    params: Params,
+    prompts: Any,
+    lengths: Any,
+    config: DecoderConfig,
+    max_new_tokens: int,
+    key: Any,
+    temperature: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A key for each new token, and what `_counted` returns. Raises ValueError as `generate`."""
+    _, width = _checked_shape(prompts, lengths, max_new_tokens)
+    before = sum(leading(params, config))
+    if before + width + max_new_tokens > config.context_length:
+        taken = f", of which a prefix or soft prompt takes {before}" if before else ""
+        raise ValueError(
+            f"a prompt of {width} tokens and {max_new_tokens} new ones exceed the model's context "
+            f"of {config.context_length}{taken}."
+        )
+    if temperature > 0 and key is None:
+        raise ValueError(f"temperature={temperature} samples, which needs a key.")
+    keys = jax.random.split(jax.random.key(0) if key is None else one_key(key), max_new_tokens)
+    return keys, *_counted(prompts, lengths, config.vocab_size)
 
 
 def _checked_shape(prompts: Any, lengths: Any, max_new_tokens: int) -> tuple[int, int]:

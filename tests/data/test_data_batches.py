@@ -206,7 +206,7 @@ def test_bad_sources():
         train_batches(make_two, TOKENIZER, batch_size=1, seq_len=9, seed=0)
     with pytest.raises(ValueError, match="The source holds no examples"):
         eval_batches([], TOKENIZER, batch_size=1, seq_len=9)
-    with pytest.raises(ValueError, match="Example 1: Nothing to learn"):
+    with pytest.raises(ValueError, match="Example 1, which begins .*: Nothing to learn"):
         only_user = {"messages": [{"role": "user", "content": "x"}]}
         encode_source([*source_of([1]), only_user], TOKENIZER, seq_len=99)
     with pytest.raises(ValueError, match="2 examples cannot feed 3 processes"):

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from lora_jax.data import load_source
+from lora_jax.data import HeldOut, load_source
 from lora_jax.data.records import Corpus, conversation
 from lora_jax.data.sources import default_cache_dir
 
@@ -45,7 +45,7 @@ def test_restaurants_are_a_sequence_read_back_in_order(load):
 
 def test_imports_are_lazy_nothing_is_printed_and_tensorflow_stays_away(tmp_path):
     script = (
-        "import sys; from lora_jax.data import load_source;"
+        "import sys; from lora_jax.data import HeldOut, load_source;"
         "assert 'tensorflow_datasets' not in sys.modules;"
         f"load_source('restaurants', split='test', cache_dir={str(tmp_path)!r});"
         "assert not {'tensorflow', 'torch'} & set(sys.modules)"
@@ -130,6 +130,38 @@ def test_one_jsonl_file_holds_out_its_end(load, tmp_path, total, held_out):
     assert prompts == [str(i) for i in range(total)]
     with pytest.raises(ValueError, match="jsonl has no split 'test'; it has train, validation"):
         load("jsonl", file, "test")
+
+
+def lines(file, total):
+    rows = [json.dumps({"prompt": str(i), "response": "r"}) for i in range(total)]
+    file.write_text("\n".join(rows) + "\n")
+    return file
+
+
+@pytest.mark.parametrize(("total", "held_out"), [(8, 4), (40, 4), (100, 10), (900, 32)])
+def test_a_seeded_share_is_held_out(tmp_path, total, held_out):
+    """A tenth, at least 4 and at most 32; every line is in one split, in the file's order."""
+    file = lines(tmp_path / "all.jsonl", total)
+
+    def split(name, seed):
+        how = HeldOut(share=0.1, most=32, seed=seed)
+        found = load_source(
+            "jsonl", split=name, path=file, cache_dir=tmp_path / "cache", held_out=how
+        )
+        return [int(record["messages"][0]["content"]) for record in found]
+
+    train, validation = split("train", 0), split("validation", 0)
+    assert len(validation) == held_out and sorted(train + validation) == list(range(total))
+    assert train == sorted(train) and validation == sorted(validation)
+    assert split("validation", 1) != validation == split("validation", 0)
+
+
+def test_validation_of_a_file_of_its_own(tmp_path):
+    file, other = lines(tmp_path / "a.jsonl", 3), lines(tmp_path / "b.jsonl", 2)
+    how = {"path": file, "cache_dir": tmp_path / "cache", "validation_path": other}
+    how["held_out"] = HeldOut(share=0.1, most=32, seed=0)  # there is no need of it
+    found = [len(load_source("jsonl", split=s, **how)) for s in ("train", "validation")]
+    assert found == [3, 2]
 
 
 OK = '{"prompt": "p", "response": "r"}\n'

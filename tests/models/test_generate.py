@@ -9,7 +9,7 @@ import pytest
 
 import lora_jax as lora
 from lora_jax.models import llama
-from lora_jax.models.generate import choose, generate, nucleus
+from lora_jax.models.generate import choose, generate, nucleus, stream
 from lora_jax.models.llama import LlamaConfig
 
 CONFIG = LlamaConfig(
@@ -54,6 +54,25 @@ def test_a_row_ends_at_eos():
     tokens = generate(weights, PROMPTS, LENGTHS, CONFIG, max_new_tokens=6, eos_id=eos)
     first = free[0].tolist().index(eos)
     assert tokens[0].tolist() == free[0, :first].tolist() + [eos] * (6 - first)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_a_stream_is_generate_column_by_column(temperature):
+    """To the token, also of a row that has ended, and no further than the last one."""
+    weights = adapted()
+    how = {"key": jax.random.key(3), "temperature": temperature, "top_p": 0.9}
+    free = generate(weights, PROMPTS, LENGTHS, CONFIG, max_new_tokens=6, eos_id=NEVER, **how)
+    for eos in (NEVER, int(free[0, 1])):
+        how |= {"max_new_tokens": 6, "eos_id": eos}
+        columns = np.stack(list(stream(weights, PROMPTS, LENGTHS, CONFIG, **how)), axis=1)
+        tokens = np.asarray(generate(weights, PROMPTS, LENGTHS, CONFIG, **how))
+        count = columns.shape[1]
+        np.testing.assert_array_equal(columns, tokens[:, :count])
+        assert (tokens[:, count:] == eos).all()
+    alone = list(stream(weights, PROMPTS[:1], LENGTHS[:1], CONFIG, **how))
+    assert [int(column[0]) for column in alone].count(eos) == 1
+    with pytest.raises(ValueError, match="exceed the model's context of 32"):
+        next(stream(weights, PROMPTS, LENGTHS, CONFIG, max_new_tokens=30, eos_id=NEVER))
 
 
 def test_sampling_follows_the_distribution():
