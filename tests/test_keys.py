@@ -14,7 +14,7 @@ import pytest
 
 import lora_jax as lora
 from lora_jax.models import llama
-from lora_jax.models.generate import choose, generate
+from lora_jax.models.generate import choose, generate, stream
 from lora_jax.models.rotation import random_rotation
 from lora_jax.training import init_state
 
@@ -38,6 +38,11 @@ def written(key):
     return generate(PARAMS, TOKENS, LENGTHS, CONFIG, **sampled)
 
 
+def streamed(key):
+    sampled = {"max_new_tokens": 2, "eos_id": 0, "temperature": 1.0, "key": key}
+    return jnp.stack(list(stream(PARAMS, TOKENS, LENGTHS, CONFIG, **sampled)))
+
+
 def combined(key):
     return lora.combine([DELTA], [1.0], how="dare", density=0.5, key=key)
 
@@ -53,6 +58,7 @@ TAKES_A_KEY = {
     ("lora_jax.models.decoder", "init"): lambda key: llama.init(CONFIG, key=key),
     ("lora_jax.models.rotation", "random_rotation"): lambda key: random_rotation(4, key=key),
     ("lora_jax.models.generate", "generate"): written,
+    ("lora_jax.models.generate", "stream"): streamed,
     ("lora_jax.models.generate", "choose"): lambda key: choose(LOGITS, key, temperature=1.0),
 }
 CASES = TAKES_A_KEY | {
