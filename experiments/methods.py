@@ -20,11 +20,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a checkout, inst
 
 import lora_jax as lora
 from experiments.harness import comparison, pictures
-from experiments.harness.comparison import Contender
+from experiments.harness.comparison import MethodArms
 from experiments.harness.main import main
 
 
-def contenders(config: ConfigDict) -> dict[str, Contender]:
+def method_arms(config: ConfigDict) -> dict[str, MethodArms]:
     """Every method with the learning rate about which it is swept."""
     steps = config.train.steps
     houlsby = "o_proj", "down_proj"
@@ -37,22 +37,24 @@ def contenders(config: ConfigDict) -> dict[str, Contender]:
         )
 
     return {
-        "LoRA": Contender(lambda r: lora.LoRA(rank=r), rate=3e-3),
-        "rsLoRA": Contender(lambda r: lora.LoRA(rank=r, scaling="rslora"), rate=2e-3),
-        "LoRA+": Contender(lambda r: lora.LoRA(rank=r), rate=1e-3, b_ratio=16.0),
-        "LoRA-FA": Contender(lambda r: lora.LoRA(rank=r, train_a=False), rate=3e-3, project_b=True),
-        "PiSSA": Contender(lambda r: lora.LoRA(rank=r, init="pissa_niter_4"), rate=1e-3),
-        "OLoRA": Contender(lambda r: lora.LoRA(rank=r, init="olora"), rate=1e-3),
-        "DoRA": Contender(lambda r: lora.DoRA(rank=r), rate=3e-3),
-        "AdaLoRA": Contender(adalora, rate=2e-2),
-        "Bottleneck": Contender(
+        "LoRA": MethodArms(lambda r: lora.LoRA(rank=r), rate=3e-3),
+        "rsLoRA": MethodArms(lambda r: lora.LoRA(rank=r, scaling="rslora"), rate=2e-3),
+        "LoRA+": MethodArms(lambda r: lora.LoRA(rank=r), rate=1e-3, b_ratio=16.0),
+        "LoRA-FA": MethodArms(
+            lambda r: lora.LoRA(rank=r, train_a=False), rate=3e-3, project_b=True
+        ),
+        "PiSSA": MethodArms(lambda r: lora.LoRA(rank=r, init="pissa_niter_4"), rate=1e-3),
+        "OLoRA": MethodArms(lambda r: lora.LoRA(rank=r, init="olora"), rate=1e-3),
+        "DoRA": MethodArms(lambda r: lora.DoRA(rank=r), rate=3e-3),
+        "AdaLoRA": MethodArms(adalora, rate=2e-2),
+        "Bottleneck": MethodArms(
             lambda m: lora.Bottleneck(size=m), rate=3e-3, targets=houlsby, in_peft=False
         ),
-        "VeRA": Contender(lora.VeRA(), rate=1e-1),
-        "IA3": Contender(ia3, rate=4e-2),
-        "Prompt": Contender(lora.Prompt(), rate=5e-2, targets="embed"),
-        "Prefix": Contender(lora.Prefix(), rate=5e-2, targets="k_proj"),
-        "Full": Contender(lora.Full(), rate=2e-4, targets=".*", in_peft=False),
+        "VeRA": MethodArms(lora.VeRA(), rate=1e-1),
+        "IA3": MethodArms(ia3, rate=4e-2),
+        "Prompt": MethodArms(lora.Prompt(), rate=5e-2, targets="embed"),
+        "Prefix": MethodArms(lora.Prefix(), rate=5e-2, targets="k_proj"),
+        "Full": MethodArms(lora.Full(), rate=2e-4, targets=".*", in_peft=False),
     }
 
 
@@ -60,7 +62,7 @@ if __name__ == "__main__":
     main(
         "methods",
         "Methods",
-        lambda config: comparison.first_arms(config, contenders(config)),
+        lambda config: comparison.first_arms(config, method_arms(config)),
         pictures.loss_by_method,
         sized=True,
         more=comparison.more_seeds,

@@ -36,25 +36,24 @@ def abstract_base(config: DecoderConfig, quantized: bool) -> PyTree:
 
 
 def random_base(config: DecoderConfig, quantized: bool) -> PyTree:
-    """Such a base, drawn on the device leaf by leaf and layer by layer: nothing larger ever stands
-    there. Codes are random bytes and everything else is normal, which is as quick as real weights.
-    """
+    """A random base, made on the device leaf by leaf and layer by layer: nothing larger is ever
+    there. Codes are random bytes and all else is normal, which is as quick as real weights."""
     base = abstract_base(config, quantized)
     seeds = itertools.count()
-    return jax.tree.map(lambda leaf: _drawn(leaf.shape, leaf.dtype, next(seeds)), base)
+    return jax.tree.map(lambda leaf: _random(leaf.shape, leaf.dtype, next(seeds)), base)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _drawn(shape: tuple[int, ...], dtype: Any, seed: int) -> jax.Array:
-    def draw(key, shape):
+def _random(shape: tuple[int, ...], dtype: Any, seed: int) -> jax.Array:
+    def one(key, shape):
         if dtype == jnp.uint8:
             return jax.random.bits(key, shape, dtype)
         return jax.random.normal(key, shape, dtype) * jnp.asarray(0.02, dtype)
 
     key = jax.random.key(seed)
     if len(shape) < 3:
-        return draw(key, shape)
-    return jax.lax.map(partial(draw, shape=shape[1:]), jax.random.split(key, shape[0]))
+        return one(key, shape)
+    return jax.lax.map(partial(one, shape=shape[1:]), jax.random.split(key, shape[0]))
 
 
 def states_of(base: PyTree, arms: int) -> list[training.TrainState]:

@@ -7,7 +7,7 @@ bfloat16 matmul, XLA's dequantise + dot, and bitsandbytes (in a process of its o
 finds the GPU. Every answer is checked against float64 first. Then blocks of calls alternate between
 the sides, so that a slower clock slows all of them, and the median block counts. One call follows
 the other on the device, each with another copy of the weight, and the copies together are 4 times
-the last-level cache. Beside each time stands the fraction of a limit: the time that memory or
+the last-level cache. Beside each time is the fraction of a limit: the time that memory or
 arithmetic need at the least, whichever is longer, over the time that it took.
 
 `--limits=H100` prints those least times, which are derived and not measured, and ends.
@@ -125,7 +125,7 @@ def prepare(side: str, f: Callable, rows: int, K: int, N: int, backward: bool, c
 
 
 def check(side: str, y: np.ndarray, x: np.ndarray, w: np.ndarray) -> None:
-    """bfloat16 answers lie within a rounding of weights, sums in float32, and a last rounding."""
+    """Checks that bfloat16 answers are within a rounding of weights and a last rounding."""
     bound = 2.0**-7 * np.sqrt(np.square(x) @ np.square(w)) + 2.0**-7 * np.abs(x @ w)
     worst = (np.abs(y - x @ w) / bound).max()
     if not worst <= 1:
@@ -243,7 +243,7 @@ def table(result: dict) -> str:
 
 
 def least_times(kind: str) -> str:
-    """What a product in bfloat16 or NF4 must take on a device, and how much NF4 can gain."""
+    """The least time of a product in bfloat16 and in NF4 on a device, and their ratio."""
     lines = ["| d_in x d_out | rows | bfloat16, us | NF4, us | ratio |", "|---|---|---|---|---|"]
     for K, N in LLAMA3_8B["matrices"]:
         for rows in LLAMA3_8B["rows"]:

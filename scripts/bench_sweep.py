@@ -89,7 +89,7 @@ def counted(config: DecoderConfig, quantized: bool, arms: int, tokens: int, chip
 
 
 def costs(config, quantized, arms: int | None, tokens, mesh, platform) -> dict[str, float]:
-    """What the compiler says of one step of one arm, or of `arms` in a batch."""
+    """The compiler's costs of one step of one arm, or of `arms` in a batch."""
 
     loss = training.next_token_loss(config, unroll=config.num_layers, chunk=tokens)
     base = at_size.abstract_base(config, quantized)
@@ -109,7 +109,7 @@ def costs(config, quantized, arms: int | None, tokens, mesh, platform) -> dict[s
 
 
 def target(chip: str) -> tuple[jax.sharding.Mesh, str]:
-    """One device of a machine that need not be there, and its platform."""
+    """One device of a machine that need not be present, and its platform."""
     if chip == "cpu":
         return jax.sharding.Mesh(jax.devices("cpu")[:1], ("device",)), "cpu"
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")

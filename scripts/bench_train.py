@@ -5,12 +5,12 @@
     python scripts/bench_train.py --shape=llama-3-8b
 
 Both sides train LoRA (r = 16, all-linear) on SmolLM2-135M's shape with random float32 weights, on
-8 rows of 64 tokens whose every next token counts, with AdamW. Each lives in a process of its own
-and moves only when told to; blocks of steps alternate, so that a slower machine slows both.
+8 rows of 64 tokens whose every next token counts, with AdamW. Each has a process of its own,
+and runs only on request; blocks of steps alternate, so that a slower machine slows both.
 `--ours=/path/to/python` runs our side on another interpreter, and so on another jax.
 
 With `--shape`, our step alone, over random weights of that shape on one device: LoRA on a base in
-bfloat16, QLoRA at the same batch, and QLoRA as sparing as it can be. Tokens a second, the fraction
+bfloat16, QLoRA at the same batch, and QLoRA with the least memory. Tokens a second, the fraction
 of the device's peak in bfloat16 that the model's FLOPs are, and the peak of device memory. Each
 setting has a process of its own, whose peak is its alone. `--shape=tiny` runs on any machine, to
 try the script; its times mean nothing and are not written.

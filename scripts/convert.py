@@ -1,4 +1,4 @@
-"""Models and adapters between the formats of their worlds.
+"""Converts models and adapters between formats.
 
     python scripts/convert.py --from=smollm2-135m --to=FOLDER             # a Hugging Face folder
     python scripts/convert.py --from=FOLDER --to=model.gguf --kind=Q8_0   # a GGUF file
@@ -10,8 +10,8 @@
 `--from` is what `lora_jax.interop.load` takes: a folder, a .gguf file, a name. `--adapter` is a
 folder that PEFT's save_pretrained, or this project, wrote. `--quantize` does so leaf by leaf while
 the model is loaded; with `--merge`, after it. A base in 4 bits is merged into, or becomes a GGUF
-file, only where `--quantize` says what of: its 4 bits again, others, or floats. What exists is
-never overwritten, and an option that would do nothing is an error.
+file, only where `--quantize` states the format of the result: the same 4 bits, others, or floats.
+Nothing is overwritten, and an option without an effect is an error.
 """
 
 import contextlib
@@ -62,7 +62,7 @@ _FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json", ".whl", ".zip
 
 
 def convert() -> dict[str, str]:
-    """What was done, for the table."""
+    """Converts, and returns the lines of the table."""
     check_options()
     target = Path(_TO.value).expanduser()
     check_target(target)
@@ -142,7 +142,7 @@ def check_target(target: Path) -> None:
 
 
 def check_adapter(folder: Path) -> None:
-    """Raises ValueError or FileNotFoundError where `folder` holds no adapter that serves."""
+    """Raises ValueError or FileNotFoundError where `folder` holds no adapter that can be used."""
     if not (folder / "adapter_config.json").is_file():
         raise FileNotFoundError(
             f"--adapter={folder} is no adapter: expected a folder with adapter_config.json and "
@@ -221,8 +221,8 @@ def write_model(model: Pretrained, target: Path, digest: Digest | None = None) -
         return {"written": f"{target}, {_KIND.value}, {target.stat().st_size / 1e6:,.1f} MB"}
     save_huggingface(target, model, dtype=_DTYPE.value, digest=digest)
     size = sum(file.stat().st_size for file in target.iterdir())
-    kind = "".join(f", {format} of bitsandbytes" for format in sorted(formats(model)))
-    return {"written": f"{target}, a Hugging Face folder{kind}, {size / 1e6:,.1f} MB"}
+    packed = "".join(f", {format} of bitsandbytes" for format in sorted(formats(model)))
+    return {"written": f"{target}, a Hugging Face folder{packed}, {size / 1e6:,.1f} MB"}
 
 
 def parameters(model: Pretrained) -> int:

@@ -1,9 +1,9 @@
 """Records what bitsandbytes' CPU build computes, for tests that run without it.
 
-    python scripts/record_golden_bitsandbytes.py      # wants requirements-parity.txt; some seconds
+    python scripts/record_golden_bitsandbytes.py      # needs requirements-parity.txt; some seconds
 
 Writes tests/golden/bitsandbytes.npz: for each case of tests/parity/bitsandbytes_cases.py the packed
-codes, absmax, its second quantisation and the dequantised values. The version stands in the file.
+codes, absmax, its second quantisation and the dequantised values. The version is in the file.
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Records what transformers computes, for tests that run without it.
 
-    python scripts/record_golden_llama.py      # wants requirements-parity.txt; about 90 seconds
+    python scripts/record_golden_llama.py      # needs requirements-parity.txt; about 90 seconds
 
 Writes into tests/golden/:
   llama_logits.npz      float32 logits of the small random Llamas of tests/interop/small_llamas.py,
@@ -9,7 +9,7 @@ Writes into tests/golden/:
                         fifty tokens that greedy decoding adds to a prompt
   smollm2_tokens.json   token ids of many strings by the default model's tokenizer
 
-The version of transformers stands in each file.
+The version of transformers is in each file.
 """
 
 import json

@@ -1,11 +1,11 @@
 """Records what PEFT computes, for tests that run without it.
 
-    python scripts/record_golden_peft.py      # wants requirements-parity.txt; some seconds
+    python scripts/record_golden_peft.py      # needs requirements-parity.txt; some seconds
 
 Writes tests/golden/peft_NAME.npz for each case of tests/parity/peft_cases.py: logits, loss, the
 gradients of A and B, and A and B after three steps of AdamW. For the cases of family_cases.py, the
 same of what each trains, every seventh entry, in tests/golden/peft_family.npz. The version of PEFT
-stands in each.
+is in each.
 """
 
 import sys

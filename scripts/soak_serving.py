@@ -1,4 +1,4 @@
-"""Many requests of every sort to a server that runs, and whether it stays right and flat.
+"""Sends many requests of every sort to a running server, and checks its answers and its memory.
 
     python scripts/serve.py --adapters=DIR --port=8000
     python scripts/soak_serving.py --url=http://127.0.0.1:8000 --requests=2000

@@ -1,11 +1,11 @@
-"""Whether an adapter does what it should, and does so in every form.
+"""Checks that an adapter reaches its targets, changes the model, and computes the same everywhere.
 
     python scripts/verify.py ADAPTER --base=smollm2-135m
     python scripts/verify.py ADAPTER --base=FOLDER --probe="Name a pub by the river."
     python scripts/verify.py ADAPTER --base=FOLDER --against=MERGED,SERVED,logits.json
-    python scripts/verify.py MERGED          # a merged model that carries a digest
+    python scripts/verify.py MERGED          # a merged model with a digest
 
-`--base` is what `lora_jax.interop.load` takes. `--against` names what holds the adapter elsewhere:
+`--base` is what `lora_jax.interop.load` takes. `--against` names other copies of the adapter:
 a merged model, another folder of the adapter (such as the one that a server reads), or a digest as
 JSON. Where PEFT is installed, it loads the adapter as well. Ends with 1 where there is an error.
 """
@@ -73,7 +73,7 @@ def check(adapter: Path) -> tuple[str, bool]:
 
 
 def check_merged(folder: Path) -> tuple[str, bool]:
-    """A merged model, held to the digest that it carries."""
+    """Checks a merged model against its digest."""
     if not (folder / "config.json").is_file() and folder.suffix != ".gguf":
         raise ValueError(f"{folder} is no merged model's folder; an adapter needs its --base.")
     digest = read_digest(folder)
@@ -86,7 +86,7 @@ def check_merged(folder: Path) -> tuple[str, bool]:
 
 
 def elsewhere(name: str, forward: ModelForward, digest: Digest | None) -> Digest:
-    """What runs elsewhere, as a digest."""
+    """The digest of another copy of the adapter."""
     path = Path(name)
     if path.suffix == ".json":
         return Digest.from_json(path.read_text(encoding="utf-8"), name)
@@ -107,7 +107,7 @@ def elsewhere(name: str, forward: ModelForward, digest: Digest | None) -> Digest
 
 
 def peers(adapter: Path, model: Pretrained) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
-    """PEFT, where it is installed and wanted."""
+    """PEFT, where it is installed and not switched off."""
     installed = all(map(importlib.util.find_spec, ("torch", "transformers", "peft")))
     if not (_PEFT.value and installed):
         return {}
@@ -115,7 +115,7 @@ def peers(adapter: Path, model: Pretrained) -> dict[str, Callable[[np.ndarray], 
 
 
 def peft_logits(adapter: Path, model: Pretrained, tokens: np.ndarray) -> np.ndarray:
-    """What PEFT makes of the adapter on this base, in float32."""
+    """PEFT's logits of the adapter on this base, in float32."""
     import peft as theirs
     import torch
     import transformers

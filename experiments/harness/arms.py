@@ -24,12 +24,12 @@ class Arm:
       method: what trains; also a mapping `{target: method}`.
       learning_rate: the peak.
       seed: of the initialisation and of dropout.
-      data_seed: added to the data's seed: arms see the same batches where it is the same.
+      data_seed: added to the data's seed; arms of one data_seed get the same batches.
       label: the method's name, where an experiment compares methods.
-      group: by what arms of one label or target are told apart in a picture.
+      group: distinguishes arms of one label or target in a picture.
       b_ratio: LoRA+'s ratio of learning rates.
       project_b: whether the gradient of B is LoRA-FA's.
-      in_peft: whether PEFT has a form for the adapter.
+      in_peft: whether PEFT's format has the adapter.
     """
 
     name: str
@@ -52,12 +52,12 @@ class Arm:
 
     @property
     def step(self) -> Hashable:
-        """What arms share that train through one compiled step."""
+        """The same for arms that train through one compiled step."""
         return type(self.method), self.label
 
 
 def rank_arms(config: ConfigDict) -> list[Arm]:
-    """Every rank at every learning rate and seed; full fine-tuning too where asked for.
+    """Every rank at every learning rate and seed; full fine-tuning too where configured.
 
     Raises:
       ValueError: for no ranks, or one below 1.
@@ -105,10 +105,10 @@ def same_kind(arms: Sequence[Arm]) -> list[Sequence[Arm]]:
     return _grouped(arms, lambda arm: (arm.step, arm.data_seed))
 
 
-def _grouped(arms: Sequence[Arm], kind: Callable[[Arm], Hashable]) -> list[Sequence[Arm]]:
+def _grouped(arms: Sequence[Arm], key: Callable[[Arm], Hashable]) -> list[Sequence[Arm]]:
     groups: dict[Hashable, list[Arm]] = {}
     for arm in arms:
-        groups.setdefault(kind(arm), []).append(arm)
+        groups.setdefault(key(arm), []).append(arm)
     return list(groups.values())
 
 
@@ -132,7 +132,7 @@ def _lora_arm(
 
 
 def _suffix(config: ConfigDict, rate: float, seed: int) -> str:
-    """What tells arms of one rank apart, where there are several."""
+    """The part of a name that distinguishes arms of one rank, where there are several."""
     rate_part = f" lr {rate:g}" if len(config.sweep.learning_rates) > 1 else ""
     seed_part = f" seed {seed}" if len(config.sweep.seeds) > 1 else ""
     return rate_part + seed_part

@@ -17,7 +17,7 @@ UNITS = {"GB": GB, "MB": 1e6, "kB": 1e3, "B": 1}
 
 
 def conduct(config: ConfigDict, topologies: Sequence[str], search: str | None) -> None:
-    """Prints a plan, or what a search finds and its plan.
+    """Prints a plan, or the result of a search and its plan.
 
     Raises:
       ValueError: for what cannot be compiled, and for a step that does not fit: by how much, and

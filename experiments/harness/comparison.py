@@ -1,4 +1,4 @@
-"""Methods side by side: their arms, and what is to be said of them."""
+"""A comparison of methods: their arms, and the summary and findings of their results."""
 
 import dataclasses
 import statistics
@@ -16,13 +16,13 @@ from lora_jax.weights import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
-class Contender:
-    """A method as it enters the comparison.
+class MethodArms:
+    """A method of the comparison, and the arms that are made of it.
 
     Attributes:
-      method: of the size that it is called with, which then follows from the budget; or one whose
-        size is its own.
-      rate: the learning rate about which it is swept.
+      method: a function of the size, which then follows from the budget; or a method of a size of
+        its own.
+      rate: the learning rate around which it is swept.
       targets: for a single method.
       b_ratio, project_b, in_peft: as in `Arm`.
     """
@@ -35,18 +35,18 @@ class Contender:
     in_peft: bool = True
 
 
-def first_arms(config: ConfigDict, contenders: Mapping[str, Contender]) -> list[Arm]:
-    """Every contender at every learning rate, with the first seed.
+def first_arms(config: ConfigDict, method_arms: Mapping[str, MethodArms]) -> list[Arm]:
+    """Every method at every learning rate, with the first seed.
 
     Raises:
-      ValueError: for a name that is no contender's, no rates, no seeds, or arms that
+      ValueError: for a name that is no method's, no rates, no seeds, or arms that
         `config.parallel.arms` does not divide, those of further seeds included.
     """
     settings = config.methods
-    unknown = [name for name in settings.names if name not in contenders]
+    unknown = [name for name in settings.names if name not in method_arms]
     if unknown:
         raise ValueError(
-            f"config.methods.names has {unknown[0]!r}: expected some of {', '.join(contenders)}."
+            f"config.methods.names has {unknown[0]!r}: expected some of {', '.join(method_arms)}."
         )
     if not settings.rate_factors or not settings.seeds:
         raise ValueError("config.methods needs at least one of rate_factors and one of seeds.")
@@ -55,8 +55,8 @@ def first_arms(config: ConfigDict, contenders: Mapping[str, Contender]) -> list[
     budget = plan.describe_arm(params, reference, "all-linear").trainable_params
     arms = [
         arm
-        for name in tuple(settings.names) or contenders
-        for arm in _arms(config, name, contenders[name], params, budget)
+        for name in tuple(settings.names) or method_arms
+        for arm in _arms(config, name, method_arms[name], params, budget)
     ]
     further = [_with_seed(arms[0], seed) for seed in settings.seeds[1:]]  # one of each method
     devices.require_even_arms(config, [*arms, *further])
@@ -71,8 +71,8 @@ def more_seeds(config: ConfigDict, outcomes: Sequence[Outcome]) -> list[Arm]:
         if outcome.arm.seed == first:
             best.setdefault(outcome.arm.label, outcome.arm)
     trained = {outcome.arm.name for outcome in outcomes}
-    wanted = [_with_seed(best[label], seed) for label in _labels(outcomes) for seed in others]
-    return [arm for arm in wanted if arm.name not in trained]
+    arms = [_with_seed(best[label], seed) for label in _labels(outcomes) for seed in others]
+    return [arm for arm in arms if arm.name not in trained]
 
 
 def summarised(config: ConfigDict, results: dict[str, Any], arms: Sequence[Arm]) -> dict[str, Any]:
@@ -87,8 +87,8 @@ def summarised(config: ConfigDict, results: dict[str, Any], arms: Sequence[Arm])
 
 
 def findings(summary: Sequence[Mapping[str, Any]]) -> str:
-    """Which differences the spread over seeds allows to be read: two methods are told apart where
-    the ranges of their losses over seeds do not meet."""
+    """The differences that are larger than the spread over seeds: two methods differ where the
+    ranges of their losses over seeds do not overlap."""
     finished = [row for row in summary if row["val_losses"]]
     seeds = min((len(row["val_losses"]) for row in finished), default=0)
     if seeds < 2:
@@ -107,25 +107,25 @@ def findings(summary: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _arms(
-    config: ConfigDict, name: str, contender: Contender, params: PyTree, budget: int
+    config: ConfigDict, name: str, entry: MethodArms, params: PyTree, budget: int
 ) -> list[Arm]:
-    method, size = contender.method, None
+    method, size = entry.method, None
     if callable(method):
-        size = _size(params, method, contender.targets, budget)
+        size = _size(params, method, entry.targets, budget)
         method = method(size)
     arm = Arm(
         name=name,
         rank=size,
-        targets=contender.targets,
+        targets=entry.targets,
         method=method,
-        learning_rate=contender.rate,
+        learning_rate=entry.rate,
         seed=0,
         label=name,
-        b_ratio=contender.b_ratio,
-        project_b=contender.project_b,
-        in_peft=contender.in_peft,
+        b_ratio=entry.b_ratio,
+        project_b=entry.project_b,
+        in_peft=entry.in_peft,
     )
-    rates = [contender.rate * factor for factor in config.methods.rate_factors]
+    rates = [entry.rate * factor for factor in config.methods.rate_factors]
     return [
         _with_seed(dataclasses.replace(arm, learning_rate=rate), config.methods.seeds[0])
         for rate in rates
@@ -148,7 +148,7 @@ def _labels(outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def _trained(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What training made of one method: the losses of all seeds at the rate of the lowest."""
+    """The results of one method: the losses of all seeds at the rate of the lowest."""
     by_rate: dict[float, list[float]] = {}
     for row in rows:
         if row["val_loss"] is not None:

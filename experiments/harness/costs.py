@@ -1,4 +1,4 @@
-"""What one step of training costs, as the compiler has it."""
+"""The cost of one training step, as the compiler reports it."""
 
 import dataclasses
 import sys
@@ -25,8 +25,8 @@ def step_costs(config: ConfigDict, arm: Arm, model: DecoderConfig) -> dict[str, 
       they are those of one layer and of two, laid out, and the difference for each further layer.
       `temp_bytes`: what the compiled step allocates beside its arguments.
       `peak_bytes`: that, and the base, the state and the batch.
-      The last two are None where the compiler refuses the step, as for want of memory: it is that
-      of one device, which training spread over several need not fit.
+      The last two are None where the compiler refuses the step, for example for lack of memory: it
+      is compiled for one device, which a sharded step need not fit.
     """
     one, two = (
         _lowered(config, arm, dataclasses.replace(model, num_layers=n), unroll=n, chunk=sys.maxsize)

@@ -1,4 +1,4 @@
-"""What a format of the frozen base costs: bits, error, and the model's loss."""
+"""The cost of a format of the frozen base: bits, error, and the model's loss."""
 
 import math
 import time
@@ -72,7 +72,7 @@ def bits(weight: Any) -> float:
 
 
 def relative_error(tree: Any, exact: Any) -> float:
-    """The root mean square of what the quantised weights miss, over that of the exact ones."""
+    """The root mean square of the quantised weights' errors, over that of the exact ones."""
     missed = total = 0.0
     for w, x in zip(jax.tree.leaves(tree, is_leaf=is_weight), jax.tree.leaves(exact), strict=True):
         if is_weight(w):

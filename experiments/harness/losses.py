@@ -14,7 +14,7 @@ BATCHES = ("next-token",)  # that `lora_jax.data` makes
 
 
 def require_batches(config: ConfigDict) -> None:
-    """Raises ValueError for a loss that is none, or whose batches the data pipeline cannot make."""
+    """Raises ValueError for an unknown loss, or one whose batches the data pipeline cannot make."""
     batches = _entry(config).batches
     if batches not in BATCHES:
         ours = ", ".join(name for name, entry in LOSSES.items() if entry.batches in BATCHES)
@@ -29,7 +29,7 @@ def make_loss(config: ConfigDict, shape: DecoderConfig, **options: Any) -> Loss:
     """The loss of a model of this shape on one device; `options` are its maker's.
 
     Raises:
-      ValueError: for a loss that is none.
+      ValueError: for an unknown loss.
     """
     attention = None if config.model.attention == "auto" else config.model.attention
     make = _entry(config).make

@@ -1,4 +1,4 @@
-"""What became of an arm."""
+"""The outcome of an arm."""
 
 import dataclasses
 import math
@@ -37,7 +37,7 @@ class Outcome:
 
 
 def row(outcome: Outcome) -> dict[str, Any]:
-    """What `results.json` says of an arm."""
+    """The record of an arm in `results.json`."""
     arm, progress, counts = outcome.arm, outcome.progress, outcome.counts
     loss = outcome.val_loss
     return {

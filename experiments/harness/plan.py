@@ -1,4 +1,4 @@
-"""What a sweep will cost, from shapes alone."""
+"""The parameters and memory of a sweep, from shapes alone."""
 
 import math
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ def describe_arm(params: PyTree, method: AnyMethod, targets: Targets) -> lora.De
 
 
 def params_per_rank(config: ConfigDict) -> dict[str, int]:
-    """What each target preset of the ablation trains at rank 1."""
+    """The trainable parameters of each target preset of the ablation at rank 1."""
     params = abstract_params(config)
     return {
         targets: describe_arm(params, lora.LoRA(rank=1), targets).trainable_params
@@ -50,8 +50,8 @@ def params_per_rank(config: ConfigDict) -> dict[str, int]:
 def plan(config: ConfigDict, arms: Sequence[Arm]) -> str:
     """A table of parameters and memory, an arm a line.
 
-    Memory is what stands for the whole run: the base, and float32 deltas with their gradient and
-    two moments of Adam. Activations come on top.
+    Memory is that of arrays that live for all of the run: the base, and float32 deltas with their
+    gradient and two moments of Adam. Activations are not counted.
     """
     params = abstract_params(config)
     base = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
@@ -72,10 +72,10 @@ def plan(config: ConfigDict, arms: Sequence[Arm]) -> str:
         )
     total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params, is_leaf=is_weight))
     format = config.base.quantize
-    kind = config.model.dtype if format == "none" else f"{config.model.dtype} and {format}"
+    stored = config.model.dtype if format == "none" else f"{config.model.dtype} and {format}"
     head = (
         f"{config.name} ({config.model.shape}): {total:,} parameters, {base / GB:.2f} GB in "
-        f"{kind}; full fine-tuning in float32 with Adam would take "
+        f"{stored}; full fine-tuning in float32 with Adam would take "
         f"{total * 16 / GB:.0f} GB. Activations come on top."
     )
     return f"{head}\n\n{aligned(rows)}"

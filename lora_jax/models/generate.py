@@ -16,7 +16,7 @@ from lora_jax.models.family import Params
 from lora_jax.models.leading import leading
 from lora_jax.paths import is_known, one_key
 
-NONE = -1  # in the place of a token where there is none to choose
+NONE = -1  # stands where a token should, and there is none
 
 
 def generate(
@@ -33,7 +33,7 @@ def generate(
 ) -> jax.Array:
     """Continues each prompt until `eos_id` or `max_new_tokens`. Jit it with the static arguments.
 
-    Each row is continued as if it were alone, whatever its padding holds.
+    Each row is continued as if it were alone, whatever stands in its padding.
 
     Args:
       params: the model's weights, of any type.
@@ -53,7 +53,7 @@ def generate(
 
     Raises:
       ValueError: if prompt and answer exceed the model's context; for a length or a token that is
-        out of range, an invalid temperature or top_p, or sampling without a key.
+        out of range, a temperature or top_p that is none, or sampling without a key.
     """
     check_sampling(temperature, top_p)
     keys, prompts, possible_B = _checked(
@@ -146,21 +146,20 @@ def choose(
     has none, and gets -1, where a logit is NaN, or all are -inf; sampled, also where one is inf.
 
     Raises:
-      ValueError: for a temperature below 0, a `top_p` outside [0, 1], or a `key` that is not one
-        key.
+      ValueError: for a temperature below 0, a `top_p` outside [0, 1], or a key that is none.
     """
     check_sampling(temperature, top_p)
     logits = logits.astype(jnp.float32)
     largest = jnp.max(logits, axis=-1)
     if temperature == 0 or top_p == 0:
         return jnp.where(largest > -jnp.inf, jnp.argmax(logits, axis=-1), NONE).astype(jnp.int32)
-    # The largest becomes 0 first, so that no temperature, however small, makes it infinite.
+    # The largest becomes 0 first, which no temperature, however small, takes to infinity.
     smallest = float(jnp.finfo(jnp.float32).tiny)
     logits = (logits - largest[..., None]) / max(temperature, smallest)
     if top_p < 1:
         logits = nucleus(logits, top_p)
-    sampled = jax.random.categorical(one_key(key), logits, axis=-1)
-    return jnp.where(jnp.isfinite(largest), sampled, NONE).astype(jnp.int32)
+    drawn = jax.random.categorical(one_key(key), logits, axis=-1)
+    return jnp.where(jnp.isfinite(largest), drawn, NONE).astype(jnp.int32)
 
 
 def nucleus(logits: jax.Array, top_p: float) -> jax.Array:
@@ -176,7 +175,7 @@ def nucleus(logits: jax.Array, top_p: float) -> jax.Array:
 
 
 def check_sampling(temperature: float, top_p: float) -> None:
-    """Raises ValueError for an invalid temperature or `top_p`."""
+    """Raises ValueError for what cannot be sampled with."""
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(
             f"temperature={temperature}: expected a finite number of at least 0, which takes the "
@@ -225,10 +224,10 @@ def _checked_shape(prompts: Any, lengths: Any, max_new_tokens: int) -> tuple[int
 
 
 def _counted(prompts: Any, lengths: Any, vocab: int) -> tuple[jax.Array, jax.Array]:
-    """The prompts with zeros in their padding, and which rows have a valid length and valid tokens.
+    """The prompts with tokens of no meaning in their padding, and which rows are possible.
 
     Raises:
-      ValueError: for a row that has not, where the numbers are known.
+      ValueError: for a row that is not, where the numbers are known.
     """
     width = prompts.shape[1]
     numbers: Any = np if is_known(prompts) and is_known(lengths) else jnp

@@ -1,5 +1,5 @@
-"""Many adapters over one base: a bank on the device, an engine that answers many requests at once,
-and a server of OpenAI's API."""
+"""Many adapters over one base: a bank on the device, an engine for many requests at once, and a
+server of OpenAI's API."""
 
 from lora_jax.serving.adapters import BankFull as BankFull
 from lora_jax.serving.adapters import Lease as Lease

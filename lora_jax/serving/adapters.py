@@ -1,4 +1,4 @@
-"""What an engine needs of a pool of adapters."""
+"""The protocol of a pool of adapters, as an engine uses it."""
 
 import dataclasses
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ class UnavailableError(ValueError):
 
 
 class BankFull(ValueError):  # noqa: N818 - not an error of the caller's
-    """Every place that an adapter could take is in use."""
+    """Every place in the bank is in use."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -24,8 +24,8 @@ class Lease:
     Attributes:
       name: the adapter's.
       place: where the bank holds it; it stays there until the last release.
-      version: changes when the name stands for other values: what was read with one version is
-        not shared with another.
+      version: changes when another adapter gets the name: keys and values that were computed with
+        one version are not shared with another.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Adapters(Protocol):
     """Adapters by name over one base.
 
     Attributes:
-      bank: arrays on the device, an argument of every step, of the same shapes for ever.
+      bank: arrays on the device, an argument of every step, whose shapes do not change.
       widths: the numbers of pages a row, ascending, that steps are compiled for.
     """
 
@@ -53,11 +53,11 @@ class Adapters(Protocol):
     def __contains__(self, name: str) -> bool: ...
 
     def acquire(self, name: str) -> Lease:
-        """Puts the adapter in the bank, to stay as it is until the lease is released.
+        """Puts the adapter in the bank, where it does not change until the lease is released.
 
         Raises:
-          UnavailableError: for one that is not there.
-          BankFull: while those in use leave no room.
+          UnavailableError: for one that is not in the pool.
+          BankFull: where those in use leave no room.
         """
         ...
 

@@ -1,8 +1,8 @@
 """A bank of adapters on the device, in pages of ranks: a pytree, and pure updates of it.
 
 At each target a page holds p ranks of one adapter, and an adapter of rank r takes ceil(r / p)
-pages, the same ones at all of its targets: zeros where it does not adapt one. What scales inputs or
-outputs has one entry a slot. Which pages and slots are free is the host's to know: see `pool`.
+pages, the same ones at all of its targets: zeros where it does not adapt one. Vectors that scale
+inputs or outputs have one entry a slot. The host knows which pages and slots are free: see `pool`.
 
 Dimension key: P pages, p ranks of a page, S slots, B rows of a batch, w pages of a row.
 """
@@ -28,7 +28,7 @@ from lora_jax.weights import PyTree, is_weight
 
 @flax.struct.dataclass
 class Target:
-    """The bank's part at one weight, as its matrix.
+    """The bank's arrays at one weight, as its matrix.
 
     Attributes:
       a, b: `[stack..., P, p, d_in]` and `[stack..., P, p, d_out]`.
@@ -77,7 +77,7 @@ class Place(NamedTuple):
 
 @flax.struct.dataclass
 class Rows:
-    """What each row of a batch uses: `pages [B, w]` and `slots [B]`, int32; -1 is none."""
+    """The adapter of each row of a batch: `pages [B, w]` and `slots [B]`, int32; -1 is none."""
 
     pages: jax.Array
     slots: jax.Array
@@ -142,10 +142,10 @@ def make_bank(
         weight = flat[path]
         layout = layouts.get(path) or (weight.layout if is_weight(weight) else Layout())
         stack, d_in, d_out = layout.split(weight.shape)
-        kind = dtype or weight.dtype
+        factor_dtype = dtype or weight.dtype
         return Target(
-            a=jnp.zeros((*stack, pages, page_size, math.prod(d_in)), kind),
-            b=jnp.zeros((*stack, pages, page_size, math.prod(d_out)), kind),
+            a=jnp.zeros((*stack, pages, page_size, math.prod(d_in)), factor_dtype),
+            b=jnp.zeros((*stack, pages, page_size, math.prod(d_out)), factor_dtype),
             pre=ones(*stack, slots, math.prod(d_in)) if path in paths_of["pre"] else None,
             post=ones(*stack, slots, math.prod(d_out)) if path in paths_of["post"] else None,
             layout=layout,
@@ -160,10 +160,10 @@ def make_bank(
 
 def shardings(mesh: Mesh, bank: Bank, specs: Mapping[str, PartitionSpec]) -> Bank:
     """A tree like `bank` with the sharding of each array where the base has `specs`, by path: `a`
-    follows what a weight contracts, `b` what it puts out, and pages and slots are on every device.
-    """
+    follows the contracted axis of a weight, `b` its output axis, and pages and slots are
+    replicated."""
 
-    def placed(path: str, target: Target) -> Target:
+    def of_target(path: str, target: Target) -> Target:
         stack, d_in, d_out = target.layout.split(tuple(specs[path]))
         tree = schema.sharding_specs(target, stack, d_in[:1], d_out[:1])
         return jax.tree.map(
@@ -172,12 +172,12 @@ def shardings(mesh: Mesh, bank: Bank, specs: Mapping[str, PartitionSpec]) -> Ban
             is_leaf=lambda leaf: isinstance(leaf, PartitionSpec),
         )
 
-    targets = {path: placed(path, target) for path, target in bank.targets.items()}
+    targets = {path: of_target(path, target) for path, target in bank.targets.items()}
     return dataclasses.replace(bank, targets=targets)
 
 
 def rows_of(places: Sequence[Place | None], *, width: int | None = None) -> Rows:
-    """What rows use whose adapters are at these places, None being the base.
+    """The pages and slots of rows whose adapters are at these places; None is the base.
 
     Args:
       width: w; None for the smallest power of two that holds them all.

@@ -1,4 +1,4 @@
-"""A delta node of one target as a server computes it:
+"""The normal form of a delta node, which a server computes at one target:
 
     y = post * ((pre * x) @ W + (pre * x) @ a.T @ b)
 
@@ -8,7 +8,7 @@ frozen: DoRA's norms are constants of the adapter.
 | method | a, b | post | pre |
 |---|---|---|---|
 | LoRA, rsLoRA, AdaLoRA, VeRA, LoHa | its own | | |
-| PiSSA, OLoRA | twice the rank: what training moved | | |
+| PiSSA, OLoRA | twice the rank: the difference from their init | | |
 | DoRA | its own | magnitude over norm | |
 | IA3 | | its vector | its vector, of inputs |
 """
@@ -60,7 +60,7 @@ class NormalForm:
 
 
 def normal_form(base: PyTree, delta: Delta) -> dict[str, NormalForm]:
-    """What a server computes at each target of an adapter.
+    """The normal form of an adapter at each target.
 
     Raises:
       ValueError: for a path that the base lacks or has in another shape, and for a method without a
@@ -71,7 +71,7 @@ def normal_form(base: PyTree, delta: Delta) -> dict[str, NormalForm]:
     forms = {}
     for path, node in nodes.items():
         if isinstance(node, Extra) and not node.in_weights:
-            continue  # what nodes share is read where they are resolved
+            continue  # shared by nodes, and read where they are resolved
         with paths.naming(path):
             if isinstance(node, Extra):
                 form_of(node, None)  # raises
@@ -89,9 +89,9 @@ def normal_form(base: PyTree, delta: Delta) -> dict[str, NormalForm]:
 
 @functools.singledispatch
 def form_of(node: DeltaNode, weight: AnyWeight | None, *, layout: Any = None) -> NormalForm:
-    """Of a resolved node, as a matrix's, and the weight that it adapts, as it is.
+    """The normal form of a resolved node, as a matrix's; `weight` is the one that it adapts.
 
-    A method of your own registers its node: `@form_of.register`.
+    Register the node of a method of your own: `@form_of.register`.
     """
     del weight, layout
     raise ValueError(

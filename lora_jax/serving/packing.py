@@ -1,4 +1,4 @@
-"""Adapters go into a bank, page by page, and out of it."""
+"""Puts adapters into a bank, page by page, and removes them."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ from lora_jax.serving.normal_form import NormalForm
 
 
 class Packed(NamedTuple):
-    """An adapter on the host as a bank takes it: for each page, and once, by path."""
+    """An adapter on the host in a bank's format: factors for each page, and vectors, by path."""
 
     pages: tuple[Mapping[str, tuple[np.ndarray, np.ndarray]], ...]
     vectors: Mapping[str, tuple[np.ndarray | None, np.ndarray | None]]
@@ -53,9 +53,9 @@ def pack(bank: Bank, forms: Mapping[str, NormalForm]) -> Packed:
 
 
 def put(bank: Bank, place: Place, adapter: Packed) -> Bank:
-    """The bank with an adapter in these pages and this slot; what was there is gone.
+    """The bank with an adapter in these pages and this slot, in the place of another.
 
-    The given bank's memory is taken over: use the returned one alone. Two programs, one for a page
+    The given bank is donated: use only the returned one. Two programs, one for a page
     and one for a slot, serve adapters of all ranks and targets.
 
     Raises:
@@ -68,9 +68,9 @@ def put(bank: Bank, place: Place, adapter: Packed) -> Bank:
 
 
 def drop(bank: Bank, place: Place) -> Bank:
-    """The bank with zeros in these pages and ones in this slot. Memory as with `put`.
+    """The bank with zeros in these pages and ones in this slot. The given bank is donated.
 
-    A place need not be dropped before something else is put there.
+    A place need not be dropped before another adapter is put there.
     """
     _require_place(bank, place, len(place.pages))
     for number in place.pages:
@@ -108,8 +108,8 @@ def replaced(into: jax.Array, new: jax.Array, index: jax.Array, *, axis: int) ->
     """`into` with `new` at one index along an axis, in place where `into` is donated."""
     if into.dtype != jnp.bfloat16:
         return jax.lax.dynamic_update_index_in_dim(into, new, index, into.ndim + axis)
-    # As the bits that they are: for a CPU, XLA (jax 0.10.2) takes all of a bfloat16 array to
-    # float32 and back to update a part, 5 ms for 141 MB where this takes 0.1.
+    # As bits: for a CPU, XLA (jax 0.10.2) converts all of a bfloat16 array to float32 and back to
+    # update a part, 5 ms for 141 MB where this takes 0.1.
     into, new = (jax.lax.bitcast_convert_type(array, jnp.uint16) for array in (into, new))
     bits = jax.lax.dynamic_update_index_in_dim(into, new, index, into.ndim + axis)
     return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
@@ -146,7 +146,7 @@ def _all_targets(bank: Bank, factors: Mapping[str, tuple]) -> dict[str, tuple]:
 
 
 def _page(ranks: np.ndarray, size: int, dtype: Any) -> np.ndarray:
-    """The ranks of one page, zeros behind the last."""
+    """The ranks of one page, with zeros after the last."""
     page = np.zeros((*ranks.shape[:-2], size, ranks.shape[-1]), dtype)
     page[..., : ranks.shape[-2], :] = ranks
     return page

@@ -1,4 +1,4 @@
-"""Who uses which page: free pages, reference counts, and pages that requests share."""
+"""Allocates pages: free pages, reference counts, and pages that requests share."""
 
 import hashlib
 from collections import OrderedDict
@@ -10,9 +10,9 @@ import numpy as np
 class PageAllocator:
     """`count` pages, numbered from 0. Pure host code.
 
-    A page that is full may be registered under the digest of all tokens up to its end. It then
-    outlives its users, and serves whoever begins with the same tokens, until its place is needed:
-    the one that was released the longest ago goes first.
+    A full page may be registered under the digest of all tokens up to its end. It is then kept
+    after its last user, for requests that begin with the same tokens, until it is needed: the one
+    that was released the longest ago is evicted first.
     """
 
     def __init__(self, count: int):
@@ -21,7 +21,7 @@ class PageAllocator:
         self._users = [0] * count
         self._page_of: dict[bytes, int] = {}
         self._digest_of: dict[int, bytes] = {}
-        self._unused: OrderedDict[int, None] = OrderedDict()  # registered, and nobody's
+        self._unused: OrderedDict[int, None] = OrderedDict()  # registered, without users
 
     @property
     def available(self) -> int:
@@ -43,7 +43,7 @@ class PageAllocator:
             self._unused.pop(page, None)
 
     def allocate(self, count: int) -> list[int] | None:
-        """So many pages with one user each, or None, and nothing changed, if there are too few."""
+        """So many pages with one user each; None, without a change, if there are too few."""
         if count > self.available:
             return None
         pages = [self._free.pop() if self._free else self._evict() for _ in range(count)]
@@ -73,10 +73,10 @@ class PageAllocator:
 
 
 def first_digest(adapter: str | None, version: int) -> bytes:
-    """Of no tokens, read with one version of an adapter."""
+    """The digest of no tokens, with one version of an adapter."""
     return hashlib.sha256(repr((adapter, version)).encode()).digest()
 
 
 def next_digest(before: bytes, tokens: Sequence[int]) -> bytes:
-    """Of the tokens that `before` stands for with one more page of them behind."""
+    """The digest of the tokens of the digest `before` and one more page of tokens after them."""
     return hashlib.sha256(before + np.asarray(tokens, np.int32).tobytes()).digest()

@@ -1,4 +1,4 @@
-"""A pool that is filled from PEFT's folders."""
+"""Fills a pool from PEFT's folders."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -28,11 +28,11 @@ class PeftStore:
         self._pool: Pool | None = None
 
     def read_ahead(self, folders: Iterable[Path]) -> list[Delta]:
-        """What can be read of `folders`, which `read` then returns without reading it again."""
+        """The adapters of `folders` that can be read; `read` then returns them from memory."""
         for folder in folders:
             try:
                 self._ahead[folder] = self.read(folder)
-            except (OSError, ValueError):  # which `read` raises again, to whoever reports it
+            except (OSError, ValueError):  # which `read` raises again, where it is reported
                 continue
         return list(self._ahead.values())
 

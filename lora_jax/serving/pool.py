@@ -1,4 +1,4 @@
-"""Thousands of adapters on the host by name, and which of them are in the bank."""
+"""A pool of adapters on the host, by name, some of which are in the bank."""
 
 import collections
 import dataclasses
@@ -17,8 +17,8 @@ from lora_jax.weights import PyTree
 
 @dataclasses.dataclass(eq=False)
 class _Version:
-    """What was added under a name at one time. While it has users it is in the bank, whatever the
-    name means by then."""
+    """One adapter that was added under a name. While it has users it is in the bank, even if
+    another has got the name."""
 
     name: str
     adapter: Packed
@@ -35,12 +35,12 @@ class Pool:
         weights = bind(base, pool.bank, rows_of([lease.place, None]))
         pool.release(lease)
 
-    An adapter that is in use stays where it is. Others make room, those first that were released
-    the longest ago. Adding under a name that exists replaces it: those who use the former adapter
-    keep it until they release it. Not safe for several threads at once.
+    An adapter that is in use keeps its place. Others are evicted, first those that were released
+    the longest ago. Adding under a name that exists replaces it: users of the former adapter keep
+    it until they release it. Not safe for several threads at once.
 
     Attributes:
-      bank: what to bind; `acquire` replaces it, and takes the former one's memory over.
+      bank: to be bound; `acquire` replaces it, and donates the former one.
     """
 
     def __init__(self, base: PyTree, bank: Bank):
@@ -49,17 +49,17 @@ class Pool:
         self._named: dict[str, _Version] = {}
         self._leases: dict[Lease, _Version] = {}
         self._added = 0
-        # Versions in the bank that nobody uses, the longest released first.
+        # Versions in the bank without users, the longest released first.
         self._idle: collections.OrderedDict[_Version, None] = collections.OrderedDict()
         self._pages = list(range(bank.pages))[::-1]
         self._slots = list(range(bank.slots))[::-1]
 
     def add(self, name: str, delta: Delta) -> None:
-        """Keeps an adapter on the host, in the bank's dtype, under a name.
+        """Adds an adapter, on the host and in the bank's dtype, under a name.
 
         Raises:
-          ValueError: for an adapter of another base, one that has no served form, or one that an
-            empty bank would have no room for. What had the name before still has it then.
+          ValueError: for an adapter of another base, one without a normal form, or one that an
+            empty bank has no room for. The former adapter then keeps the name.
         """
         adapter = pack(self.bank, normal_form(self._base, delta))
         if len(adapter.pages) > self.bank.pages:
@@ -107,7 +107,7 @@ class Pool:
             self._vacate(version)
 
     def remove(self, name: str) -> None:
-        """Forgets an adapter; those who use it keep it until they release it.
+        """Removes an adapter; its users keep it until they release it.
 
         Raises:
           ValueError: for a name that is not known.
@@ -142,7 +142,8 @@ class Pool:
 
     @property
     def nbytes(self) -> int:
-        """What the adapters take on the host, those aside that are replaced and still in use."""
+        """The bytes of the adapters on the host, without those that are replaced and still in
+        use."""
         adapters = [version.adapter for version in self._named.values()]
         arrays = jax.tree.leaves([tuple(adapter) for adapter in adapters])
         return sum(array.nbytes for array in arrays)
@@ -153,22 +154,22 @@ class Pool:
         return self._named[name]
 
     def _make_room(self, version: _Version) -> Place:
-        wanted = len(version.adapter.pages)
+        needed = len(version.adapter.pages)
         places = [cast(Place, idle.place) for idle in self._idle]
         could_have = len(self._pages) + sum(len(place.pages) for place in places)
-        if could_have < wanted or not (self._slots or places):
+        if could_have < needed or not (self._slots or places):
             raise BankFull(
-                f"{version.name!r} needs {wanted} pages and a slot, and adapters in use leave "
+                f"{version.name!r} needs {needed} pages and a slot, and adapters in use leave "
                 f"{could_have} of {self.bank.pages} pages and {len(self._slots) + len(places)} of "
                 f"{self.bank.slots} slots: release one, or make a larger bank."
             )
-        while len(self._pages) < wanted or not self._slots:
+        while len(self._pages) < needed or not self._slots:
             oldest, _ = self._idle.popitem(last=False)
             self._vacate(oldest)
-        return Place(tuple(self._pages.pop() for _ in range(wanted)), self._slots.pop())
+        return Place(tuple(self._pages.pop() for _ in range(needed)), self._slots.pop())
 
     def _forget(self, version: _Version | None) -> None:
-        """Of a version that loses its name: what nobody uses leaves the bank at once."""
+        """Evicts a version that loses its name at once, if it has no users."""
         if version in self._idle:
             del self._idle[cast(_Version, version)]
             self._vacate(cast(_Version, version))

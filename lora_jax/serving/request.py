@@ -1,4 +1,4 @@
-"""What is asked of an engine and what it answers: plain values of the host."""
+"""The requests and events of an engine: plain values on the host."""
 
 import dataclasses
 import numbers
@@ -11,7 +11,7 @@ HIGHEST_TEMPERATURE = 100.0
 
 
 class Refused(ValueError):  # noqa: N818 - what happened to the request; nothing broke
-    """A request that is not taken.
+    """A request that is not accepted.
 
     Attributes:
       field: the request's field that is at fault; empty where none is.
@@ -49,7 +49,7 @@ class Request:
       adapter: its name in the pool; None is the base.
       max_new_tokens: how many tokens to answer with at most.
       sampling: how they are chosen.
-      stop: texts that end the answer, which keeps what stands before them.
+      stop: texts that end the answer, and are not part of it.
       logprobs: None for none; else the chosen token's, and those of so many likeliest.
       ignore_eos: reads on past the end token.
     """
@@ -69,7 +69,7 @@ class TokenLogprobs:
 
     Attributes:
       token, logprob: the chosen one.
-      top: `(token, logprob)` of the likeliest, as many as were asked for.
+      top: `(token, logprob)` of the likeliest, as many as the request states.
     """
 
     token: int
@@ -79,14 +79,14 @@ class TokenLogprobs:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Event:
-    """What a step brought to one request.
+    """The news of one request after a step.
 
     Attributes:
       ticket: the request's.
       tokens: new ones, an end token included.
       text: new text that can no longer become part of a stop string or of another character. The
         texts of all events are the answer.
-      logprobs: one for each of `tokens`, where asked for.
+      logprobs: one for each of `tokens`, where requested.
       finish: None while more follows; else "stop" (an end token or a stop string), "length",
         "cancelled", or "failed": the model's logits are not numbers, or the adapter is gone.
       prompt_tokens: how many the prompt has.
@@ -103,7 +103,7 @@ class Event:
 
 
 def check(request: Request, *, vocab_size: int, max_length: int) -> None:
-    """Raises Refused for what no engine of this vocabulary and length can answer."""
+    """Raises Refused for a request that an engine of this vocabulary and length cannot answer."""
     if not isinstance(request.tokens, tuple | list) or not request.tokens:
         raise _invalid("tokens", request.tokens, "at least one token")
     new = _integer("max_new_tokens", request.max_new_tokens, 1, 2**31 - 1)
@@ -173,7 +173,7 @@ def _invalid(field: str, found: object, expected: str) -> Refused:
 
 
 def _short(value: object) -> str:
-    """Of a value that may be of any size: Python prints no integer of many thousand digits."""
+    """A short text for a value of any size: Python prints no integer of many thousand digits."""
     if isinstance(value, int) and value.bit_length() > 128:
         return f"an integer of {value.bit_length()} bits"
     if isinstance(value, str | bytes):

@@ -20,7 +20,7 @@ class RowSampling:
       top_k: `[R]` int32, 0 for all.
       seed: `[R, 2]` uint32, the high and the low half.
       step: `[R]` int32, which token of its answer a row chooses.
-      logprobs: `[R]` bool, whether a row wants log-probabilities.
+      logprobs: `[R]` bool, whether a row needs log-probabilities.
     """
 
     temperature: jax.Array
@@ -46,10 +46,10 @@ class Chosen:
 
 
 def choose_each(logits_RV: jax.Array, how: RowSampling) -> Chosen:
-    """What `models.generate.choose` does, with settings for each row.
+    """As `models.generate.choose`, with settings for each row.
 
-    Noise, sorting and log-probabilities are computed in batches alone where a row needs them; what
-    a row gets does not depend on the others.
+    Noise, sorting and log-probabilities are computed only in batches where a row needs them; the
+    token of a row does not depend on the others.
     """
     logits_RV = logits_RV.astype(jnp.float32)
     largest_R = jnp.max(logits_RV, axis=-1)
@@ -99,7 +99,7 @@ def _restricted(scaled_RV: jax.Array, noise_RV: jax.Array, how: RowSampling) -> 
     return jnp.take_along_axis(order_RV, best_R[:, None], axis=-1)[:, 0].astype(jnp.int32)
 
 
-def _logprobs(logits_RV: jax.Array, token_R: jax.Array, wanted: jax.Array):
+def _logprobs(logits_RV: jax.Array, token_R: jax.Array, any_needed: jax.Array):
     rows, vocab = logits_RV.shape
     most = min(MOST_LOGPROBS, vocab)
 
@@ -116,4 +116,4 @@ def _logprobs(logits_RV: jax.Array, token_R: jax.Array, wanted: jax.Array):
             jnp.zeros((rows, most), jnp.float32),
         )
 
-    return jax.lax.cond(wanted, compute, skip)
+    return jax.lax.cond(any_needed, compute, skip)

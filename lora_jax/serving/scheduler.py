@@ -1,8 +1,8 @@
-"""Which request's tokens the next step reads: host code that knows no device.
+"""Chooses the tokens that the next step reads: host code that knows no device.
 
-Requests are admitted in their order. One that runs holds a row, an adapter's place and pages for
-what it has read; when pages run out, the youngest gives its own up and is read again later. So the
-oldest always goes on, and since each fits into all pages alone, every request ends.
+Requests are admitted in their order. One that runs has a row, a place for its adapter and pages for
+the tokens it has read; when pages run out, the youngest loses its own and is read again later. So
+the oldest always continues, and since each fits into all pages alone, every request ends.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from lora_jax.serving.request import Refused, Request
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a scheduler shares out.
+    """The resources that a scheduler allocates.
 
     Attributes:
       rows: how many requests run at once.
@@ -35,15 +35,15 @@ class Limits:
 
 @dataclasses.dataclass(eq=False)
 class Sequence:
-    """A request on its way.
+    """A request in the scheduler.
 
     Attributes:
       ticket: its number; a smaller one came earlier.
-      request: what was asked for.
-      tokens: the prompt and what was answered so far.
+      request: as it was submitted.
+      tokens: the prompt and the answer so far.
       read: how many of them the pages hold.
       pages: in the order of positions.
-      digests: of the first pages, as far as they were needed.
+      digests: of the first pages, as many as were needed.
       lease: of its adapter, from the first admission to the end.
       shared: how many tokens of the prompt another request had read at the first admission.
     """
@@ -67,7 +67,7 @@ class Sequence:
 
     @property
     def positions(self) -> int:
-        """How many it takes until its end: nothing reads the last token of an answer."""
+        """How many it needs until its end: the last token of an answer is not read."""
         return len(self.request.tokens) + self.request.max_new_tokens - 1
 
 
@@ -106,7 +106,7 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def end(self, sequence: Sequence) -> None:
-        """Gives back whatever a sequence holds, at any time."""
+        """Releases all that a sequence holds, at any time."""
         if sequence in self.running:
             self.running.remove(sequence)
         elif sequence in self.waiting:
@@ -172,13 +172,13 @@ class Scheduler:
 
     def _allocate(self, sequence: Sequence) -> bool:
         """Pages for all tokens that are known and the next, those that are shared first. The last
-        token is always read, since what follows is chosen of what it gives."""
+        token is always read, since the next is chosen from its logits."""
         size = self.limits.page_size
         digests = self._digests(sequence, (len(sequence.tokens) - 1) // size)
         shared = self.allocator.find(digests)
         self.allocator.retain(shared)
-        wanted = self._pages_for(min(len(sequence.tokens) + 1, sequence.positions))
-        new = self.allocator.allocate(wanted - len(shared))
+        needed = self._pages_for(min(len(sequence.tokens) + 1, sequence.positions))
+        new = self.allocator.allocate(needed - len(shared))
         if new is None:
             self.allocator.release(shared)
             return False
@@ -207,7 +207,7 @@ class Scheduler:
         sequence.pages, sequence.read = [], 0
 
     def _digests(self, sequence: Sequence, count: int) -> list[bytes]:
-        """Of its first `count` pages."""
+        """The digests of its first `count` pages."""
         size, known = self.limits.page_size, sequence.digests
         assert sequence.lease is not None
         start = first_digest(sequence.request.adapter, sequence.lease.version)

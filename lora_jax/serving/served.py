@@ -1,4 +1,4 @@
-"""Weights whose batch rows use adapters of a bank: what a model multiplies with.
+"""Bound weights whose batch rows use adapters of a bank.
 
 Dimension key: B rows, P pages, p ranks of a page, R = w p, S slots.
 """
@@ -24,9 +24,9 @@ from lora_jax.weights import transpose as transposed
 def bind(base: PyTree, bank: Bank, rows: Rows) -> PyTree:
     """The weights that a model runs with: a tree shaped as `base`, adapted row by row.
 
-    Axis 0 of every activation that meets an adapted weight must be the batch. Nothing is computed,
-    and what is computed later follows the rows and the pages that they name, not the bank. A row of
-    slot -1 without pages is the base's.
+    Axis 0 of every activation that meets an adapted weight must be the batch. Nothing is computed
+    here, and the cost of a product follows the rows and their pages, not the bank. A row of slot -1
+    without pages uses the base.
 
     Raises:
       ValueError: where the bank has a target that the base lacks or has in another shape; for rows
@@ -91,8 +91,8 @@ def _slots(target: Target) -> int:
 class Served(Weight):
     """A frozen weight beside the pages of its rows' adapters.
 
-    A scan over layers slices the weight and `layer`, and sees the bank whole: slicing it would copy
-    a layer's part of it at every step.
+    A scan over layers slices the weight and `layer`, but not the bank, since slicing it would copy
+    a layer's part at every step.
 
     Attributes:
       base: the frozen weight.

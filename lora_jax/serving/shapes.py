@@ -12,7 +12,7 @@ from lora_jax.serving.scheduler import Limits, Work
 from lora_jax.serving.scheduler import Sequence as Reading
 from lora_jax.serving.steps import Batch
 
-# What is smaller costs too little less to compile a program for, but for a single row.
+# Smaller shapes cost too little less for a program of their own, but for a single row.
 _FEWEST_POSITIONS, _FEWEST_ROWS = 128, 4
 
 
@@ -29,9 +29,9 @@ class Shape:
 def all_shapes(limits: Limits, max_length: int, widths: Sequence[int]) -> list[Shape]:
     """Every shape that `shape_of` returns."""
     columns = _columns(limits, max_length)
-    kinds = [(rows, limits.chunk) for rows in _rows(limits, is_chunk=True)]
-    kinds += [(rows, 1) for rows in _rows(limits, is_chunk=False)]
-    return [Shape(*kind, c, w) for kind in kinds for c in columns for w in widths]
+    batches = [(rows, limits.chunk) for rows in _rows(limits, is_chunk=True)]
+    batches += [(rows, 1) for rows in _rows(limits, is_chunk=False)]
+    return [Shape(*batch, c, w) for batch in batches for c in columns for w in widths]
 
 
 def shape_of(work: Work, limits: Limits, max_length: int, widths: Sequence[int]) -> Shape:
@@ -60,7 +60,7 @@ def empty_batch(shape: Shape) -> Batch:
 
 
 def empty_sampling(rows: int) -> RowSampling:
-    """Of rows that take the most likely token, as NumPy arrays."""
+    """The settings of rows that take the most likely token, as NumPy arrays."""
     return RowSampling(
         temperature=_filled(0, rows, dtype=np.float32),
         top_p=_filled(1, rows, dtype=np.float32),
@@ -76,7 +76,7 @@ def _filled(value: int, *shape: int, dtype: Any = np.int32) -> Any:
 
 
 def batch_of(work: Work, shape: Shape) -> Batch:
-    """What a step reads, as NumPy arrays of a shape."""
+    """The batch of a step, as NumPy arrays of a shape."""
     batch = empty_batch(shape)
     for row, (sequence, count) in enumerate(work.counts):
         read, place = sequence.read, _place(sequence)
@@ -90,13 +90,13 @@ def batch_of(work: Work, shape: Shape) -> Batch:
 
 
 def sampling_of(work: Work, rows: int) -> RowSampling:
-    """How the rows of a step choose, as NumPy arrays for so many rows."""
+    """The settings of the rows of a step, as NumPy arrays for so many rows."""
     how = empty_sampling(rows)
     for row, (sequence, _) in enumerate(work.counts):
-        asked = sequence.request.sampling
-        how.temperature[row], how.top_p[row] = asked.temperature, asked.top_p
-        how.top_k[row], how.step[row] = asked.top_k, sequence.answered
-        how.seed[row] = [asked.seed >> 32 & 0xFFFFFFFF, asked.seed & 0xFFFFFFFF]
+        given = sequence.request.sampling
+        how.temperature[row], how.top_p[row] = given.temperature, given.top_p
+        how.top_k[row], how.step[row] = given.top_k, sequence.answered
+        how.seed[row] = [given.seed >> 32 & 0xFFFFFFFF, given.seed & 0xFFFFFFFF]
         how.logprobs[row] = sequence.request.logprobs is not None
     return how
 

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from configs import smollm2_135m, tiny
 from experiments.harness import comparison, costs, pictures, report
 from experiments.harness.main import conduct
-from experiments.methods import contenders
+from experiments.methods import method_arms
 
 
 def configured(**methods) -> ConfigDict:
@@ -24,7 +24,7 @@ def configured(**methods) -> ConfigDict:
 
 
 def conducted(config: ConfigDict, folder) -> dict:
-    arms = comparison.first_arms(config, contenders(config))
+    arms = comparison.first_arms(config, method_arms(config))
     conduct("methods", "Methods", config, arms, folder / "run", pictures.loss_by_method,
             more=comparison.more_seeds, summarised=comparison.summarised)  # fmt: skip
     return json.loads((folder / "run/results.json").read_text())
@@ -34,7 +34,7 @@ def conducted(config: ConfigDict, folder) -> dict:
 def test_sizes_meet_the_budget():
     """Within half of what one more rank would add; what has its own size keeps it."""
     config = smollm2_135m.get_config()
-    arms = {arm.label: arm for arm in comparison.first_arms(config, contenders(config))}
+    arms = {arm.label: arm for arm in comparison.first_arms(config, method_arms(config))}
     sizes = {label: arm.rank for label, arm in arms.items()}
     assert sizes == {
         "LoRA": 8, "rsLoRA": 8, "LoRA+": 8, "LoRA-FA": 16, "PiSSA": 8, "OLoRA": 8, "DoRA": 7,
@@ -68,7 +68,7 @@ def test_findings_read_no_order_into_what_lies_inside_the_spread():
 def test_wrong_input_gets_one_clear_sentence(methods, message):
     config = configured(**methods)
     with pytest.raises(ValueError, match=message):
-        comparison.first_arms(config, contenders(config))
+        comparison.first_arms(config, method_arms(config))
 
 
 @pytest.mark.parametrize(("seeds", "divides"), [((0,), True), ((0, 1), False)])
@@ -78,7 +78,7 @@ def test_arms_that_devices_cannot_share_are_refused_before_training(seeds, divid
     config.update_from_flattened_dict({"parallel.arms": 2, "sweep.mode": "batched"})
     message = "arms=2 does not divide .* together, 1 in number: LoRA lr 0.0015 seed 1"
     with contextlib.nullcontext() if divides else pytest.raises(ValueError, match=message):
-        comparison.first_arms(config, contenders(config))
+        comparison.first_arms(config, method_arms(config))
 
 
 def test_a_step_that_the_compiler_refuses_costs_no_results(tmp_path, monkeypatch):
@@ -91,7 +91,7 @@ def test_a_step_that_the_compiler_refuses_costs_no_results(tmp_path, monkeypatch
 
     monkeypatch.setattr(costs, "_lowered", lambda *_, **__: Refused())
     config = configured(names=("LoRA",))
-    [first, _] = comparison.first_arms(config, contenders(config))
+    [first, _] = comparison.first_arms(config, method_arms(config))
     trained = {"label": "LoRA", "trainable_params": 1, "learning_rate": 1.0, "val_loss": 2.0}
     base = {"name": "tiny", "val_loss": 3.0}
     results = comparison.summarised(config, {"arms": [trained], "base": base}, [first])

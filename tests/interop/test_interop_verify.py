@@ -32,7 +32,7 @@ from lora_jax.interop import (
     verify,
 )
 from lora_jax.interop.digest import KEY
-from lora_jax.interop.verify.forms import merged_weights
+from lora_jax.interop.verify.merged import merged_weights
 from lora_jax.interop.verify.norms import measured_bytes, update_norms
 from lora_jax.models import llama
 

@@ -1,5 +1,5 @@
-"""Adapters of Hugging Face PEFT, in and out: `names` says which of its modules is which of our
-leaves, `codecs` lists the methods, one file each, `files` reads and writes a folder."""
+"""Reads and writes adapters of Hugging Face PEFT: `names` maps our leaves to its modules, `codecs`
+lists the methods, one file each, `files` reads and writes a folder."""
 
 from lora_jax.interop.peft.card import model_card as model_card
 from lora_jax.interop.peft.codecs import CODECS as CODECS

@@ -1,4 +1,4 @@
-"""AdaLoRA, with what its training would need to go on left fresh."""
+"""AdaLoRA; the statistics of its training are not in the file, and are initialised."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.interop.peft.codec import Codec, Contents, Nodes
-from lora_jax.interop.peft.config import COUNT, NUMBER, Kind
+from lora_jax.interop.peft.config import COUNT, NUMBER, Allowed
 from lora_jax.interop.peft.layers import (
     adapted_layers,
     as_tensors,
@@ -55,9 +55,9 @@ def _decode(contents: Contents, model: Model) -> dict[str, Any]:
     nodes: dict[str, Any] = {}
     for path, found in adapted_layers(contents.modules, model):
         layers = {slot: _triplets(slot, found[slot], method, masks, model) for slot in found}
-        fresh: dict[str, Any] = dict.fromkeys(("mask", "sensitivity", "uncertainty"))
+        not_saved: dict[str, Any] = dict.fromkeys(("mask", "sensitivity", "uncertainty"))
         node = stacked(
-            model, path, AdaLoRANode, layers, method=method, dropout=method.dropout, **fresh
+            model, path, AdaLoRANode, layers, method=method, dropout=method.dropout, **not_saved
         )
         zeros = Statistics(*(jnp.zeros(leaf.shape) for leaf in (node.a, node.e, node.b)))
         nodes[path] = dataclasses.replace(
@@ -69,7 +69,7 @@ def _decode(contents: Contents, model: Model) -> dict[str, Any]:
 def _triplets(
     slot: Slot, given: Tensors, method: AdaLoRA, masks: Mapping[str, list[bool]], model: Model
 ) -> dict[str, Any]:
-    """The leaves of one layer. What PEFT pruned from its file comes back as zeros at the end."""
+    """The leaves of one layer. Triplets that PEFT pruned from its file are zeros at the end."""
     values = take(model, slot, given, _VALUES, (None, 1))[:, 0]
     kept = _kept(slot, len(values), method.rank, masks, model)
     factors = take_leaves(model, slot, given, AdaLoRANode, _FACTORS, rank=kept)
@@ -83,8 +83,8 @@ def _triplets(
 
 
 def _method(config: Mapping[str, Any], model: Model) -> AdaLoRA:
-    """The method as the config states it. A schedule that only training would need, and that leaves
-    it no step, becomes one that prunes nothing."""
+    """The method that the config states. A schedule that leaves training no step, which only
+    training would need, is replaced by one that prunes nothing."""
     stated = {ours: config.get(theirs) for theirs, ours in _FIELDS.items()}
     if "lora_alpha" in config and stated["alpha"] is None:
         raise ValueError(f"{model.source}: lora_alpha is null: there is no scale without it.")
@@ -104,7 +104,7 @@ def _scale(method: AdaLoRA) -> float:
 
 
 def _masks(config: Mapping[str, Any]) -> dict[str, list[bool]]:
-    """Of rank_pattern, which triplets of each module are left, by the module's name."""
+    """From rank_pattern, which triplets of each module are left, by the module's name."""
     found = config.get("rank_pattern") or {}
     return {name.partition(".lora_E")[0]: mask for name, mask in found.items()}
 
@@ -136,10 +136,10 @@ CODEC = Codec(
     nodes=(AdaLoRANode,),
     decode=_decode,
     encode=_encode,
-    values=LORA_VALUES  # whose config PEFT's is a kind of
+    values=LORA_VALUES  # PEFT's config of AdaLoRA is a subclass of that of LoRA
     | dict.fromkeys(("init_r", "target_r", "total_step", "tinit", "tfinal", "deltaT"), COUNT)
     | dict.fromkeys(("beta1", "beta2", "orth_reg_weight"), NUMBER)
-    | {"rank_pattern": Kind.expected(_are_masks, "an object of lists of booleans")},
+    | {"rank_pattern": Allowed.expected(_are_masks, "an object of lists of booleans")},
     own_biases="lora_only",
     ties_head=True,
 )

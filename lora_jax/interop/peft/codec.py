@@ -1,10 +1,10 @@
-"""What one method is in PEFT's format."""
+"""The codec of one method in PEFT's format."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lora_jax.interop.peft.config import Kind
+from lora_jax.interop.peft.config import Allowed
 from lora_jax.interop.peft.model import Model, Tensors
 from lora_jax.methods import DeltaNode, FullNode
 
@@ -13,12 +13,12 @@ Nodes = Mapping[str, DeltaNode]
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """What an adapter's two files hold of its method.
+    """The contents of an adapter's two files that are its method's.
 
     Attributes:
       config: adapter_config.json. A codec writes neither peft_type nor target_modules.
       modules: `{module: {name: tensor}}` of the modules that the method is on.
-      own: `{name: tensor}` of what belongs to no module.
+      own: `{name: tensor}` of those that belong to no module.
       metadata: of the file of tensors.
     """
 
@@ -30,16 +30,16 @@ class Contents:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Codec:
-    """All that is particular to a method; what all share, such as modules_to_save, is not here.
+    """All that is specific to a method; what all share, such as modules_to_save, is not here.
 
     Attributes:
       types: the values of peft_type that it reads; it writes the first.
       nodes: the classes of nodes that it writes.
       decode: from the contents to `{path: node}`. Raises ValueError for what the config states and
         the tensors lack, or the other way round.
-      encode: from `{path: node}` to the contents. Raises ValueError for what PEFT has no form for.
-      encode_vllm: the same as vLLM reads it, where vLLM serves the method.
-      values: the kinds of values that fields of the config take.
+      encode: from `{path: node}` to the contents. Raises ValueError for what PEFT's format lacks.
+      encode_vllm: the same in vLLM's format, where vLLM serves the method.
+      values: the values that fields of the config may have.
       own: the names of tensors that belong to no module.
       in_layers: whether it changes layers: then target_modules names them, and PEFT wraps the model
         once more, which the names of tensors begin with.
@@ -54,7 +54,7 @@ class Codec:
     decode: Callable[[Contents, Model], dict[str, Any]]
     encode: Callable[[Any, Model], Contents]
     encode_vllm: Callable[[Any, Model], Contents] | None = None
-    values: Mapping[str, Kind] = dataclasses.field(default_factory=dict)
+    values: Mapping[str, Allowed] = dataclasses.field(default_factory=dict)
     own: tuple[str, ...] = ()
     in_layers: bool = True
     own_biases: str | None = None
@@ -63,7 +63,7 @@ class Codec:
 
     @property
     def prefix(self) -> str:
-        """What the names of modules begin with in the file."""
+        """The prefix of the names of modules in the file."""
         return "base_model.model." if self.in_layers else "base_model."
 
     @property

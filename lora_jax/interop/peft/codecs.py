@@ -1,4 +1,4 @@
-"""The methods that PEFT and we both have."""
+"""The codecs: of the methods that PEFT and we both have."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -49,13 +49,14 @@ def codec_of(source: str, config: Mapping[str, Any]) -> Codec:
     Raises:
       ValueError: for a peft_type that none reads.
     """
-    kind = config.get("peft_type")
+    peft_type = config.get("peft_type")
     known = {name: codec for codec in CODECS for name in codec.types}
-    if not isinstance(kind, str) or kind not in known:
+    if not isinstance(peft_type, str) or peft_type not in known:
         raise ValueError(
-            f"{source}: peft_type {kind!r:.200} is not supported; supported: {', '.join(known)}."
+            f"{source}: peft_type {peft_type!r:.200} is not supported; supported: "
+            f"{', '.join(known)}."
         )
-    return known[kind]
+    return known[peft_type]
 
 
 def codec_for(nodes: Mapping[str, Any]) -> Codec:
@@ -74,7 +75,7 @@ def codec_for(nodes: Mapping[str, Any]) -> Codec:
             )
         found.setdefault(codec.types[0], (codec, path))
     if len(found) != 1:
-        listed = ", ".join(f"{kind} ({path})" for kind, (_, path) in found.items()) or "none"
+        listed = ", ".join(f"{name} ({path})" for name, (_, path) in found.items()) or "none"
         raise ValueError(f"an adapter of PEFT has one method, this delta has {listed}.")
     return next(iter(found.values()))[0]
 

@@ -1,4 +1,4 @@
-"""Whether an adapter's file holds all that its config says, and nothing else."""
+"""Checks that an adapter's file holds all tensors that its config states, and no others."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -21,8 +21,8 @@ def check_targets(config: Mapping[str, Any], tensors: Iterable[str], model: Mode
     stated = targeted(model.source, config, known)
     if missing := stated - found:
         raise ValueError(
-            f"{model.source} is not whole: its config adapts {_listed(missing)}, of which the file "
-            "has no tensor. Fetch it again, or save it again."
+            f"{model.source} is incomplete: its config adapts {_listed(missing)}, of which the "
+            "file has no tensor. Fetch it again, or save it again."
         )
     if config.get("ensure_weight_tying"):
         found = {name for name in found if name.rpartition(".")[2] != HEAD}
@@ -42,10 +42,10 @@ def check_saved(config: Mapping[str, Any], tensors: Tensors, model: Model) -> No
             raise ValueError(
                 f"{model.source}: modules_to_save names {name!r}, which is no module of this base."
             )
-        wanted = {one for one in known if one.rpartition(".")[0] in found}
-        if missing := wanted - tensors.keys():
+        expected = {one for one in known if one.rpartition(".")[0] in found}
+        if missing := expected - tensors.keys():
             raise ValueError(
-                f"{model.source} is not whole: it lacks {_listed(missing)}, of {name!r} in "
+                f"{model.source} is incomplete: it lacks {_listed(missing)}, of {name!r} in "
                 "modules_to_save. Fetch it again, or save it again."
             )
     _check_biases(config, tensors, model)
@@ -73,7 +73,7 @@ def _check_biases(config: Mapping[str, Any], tensors: Tensors, model: Model) -> 
     lacks = {name for name, path in missing.items() if path in found or not found}
     if lacks:
         raise ValueError(
-            f"{model.source} is not whole: its config says bias={trained!r}, and the file lacks "
+            f"{model.source} is incomplete: its config says bias={trained!r}, and the file lacks "
             f"{_listed(lacks)}."
         )
 

@@ -1,4 +1,4 @@
-"""adapter_config.json: what PEFT says of an adapter beside its tensors."""
+"""adapter_config.json: the settings of an adapter of PEFT."""
 
 import collections
 import dataclasses
@@ -12,8 +12,8 @@ _LARGEST = 1 << 31
 
 
 @dataclasses.dataclass(frozen=True)
-class Kind:
-    """Which values a field of the config may have; null is one always.
+class Allowed:
+    """The values that a field of the config may have; null is always one.
 
     Attributes:
       fits: whether a value is one.
@@ -24,12 +24,12 @@ class Kind:
     refusal: str
 
     @classmethod
-    def expected(cls, fits: Callable[[Any], bool], what: str) -> "Kind":
+    def expected(cls, fits: Callable[[Any], bool], what: str) -> "Allowed":
         return cls(fits, f"{{field}} is {{value}}, expected {what}.")
 
 
-def one_of(*values: str) -> Kind:
-    return Kind.expected(lambda value: value in values, f"one of {', '.join(values)}")
+def one_of(*values: str) -> Allowed:
+    return Allowed.expected(lambda value: value in values, f"one of {', '.join(values)}")
 
 
 def _is_number(value: Any) -> bool:
@@ -44,28 +44,28 @@ def _are_numbers(value: Any) -> bool:
     return not value or (isinstance(value, dict) and all(map(_is_number, value.values())))
 
 
-NUMBER = Kind.expected(_is_number, "a number")
-COUNT = Kind.expected(_is_count, "a count")
-NUMBERS = Kind.expected(_are_numbers, "an object of numbers")
-SWITCH = Kind.expected(lambda value: isinstance(value, bool), "true or false")
+NUMBER = Allowed.expected(_is_number, "a number")
+COUNT = Allowed.expected(_is_count, "a count")
+NUMBERS = Allowed.expected(_are_numbers, "an object of numbers")
+SWITCH = Allowed.expected(lambda value: isinstance(value, bool), "true or false")
 # Of an option that changes what an adapter computes, and that our method does not have.
-UNSUPPORTED = Kind(lambda value: not value, "{field}={value} is not supported.")
+UNSUPPORTED = Allowed(lambda value: not value, "{field}={value} is not supported.")
 
 
-def check_values(source: str, config: Mapping[str, Any], kinds: Mapping[str, Kind]) -> None:
-    """Raises ValueError for a value that is not of the kind that its field takes."""
-    for field, kind in kinds.items():
+def check_values(source: str, config: Mapping[str, Any], values: Mapping[str, Allowed]) -> None:
+    """Raises ValueError for a value that its field may not have."""
+    for field, allowed in values.items():
         value = config.get(field)
-        if value is not None and not kind.fits(value):
-            refusal = kind.refusal.format(field=field, value=f"{value!r:.200}")
+        if value is not None and not allowed.fits(value):
+            refusal = allowed.refusal.format(field=field, value=f"{value!r:.200}")
             raise ValueError(f"{source}: {refusal}")
 
 
 def pattern_values(
     source: str, config: Mapping[str, Any], field: str, modules: Iterable[str], default: Any
 ) -> dict[str, Any]:
-    """What rank_pattern or alpha_pattern says of each module: of the keys that match its end, the
-    first."""
+    """The value of rank_pattern or alpha_pattern for each module: that of the first key that
+    matches its end."""
     modules, pattern = list(modules), config.get(field) or {}
     expressions = [rf"(.*\.)?({key})" for key in pattern]
     values = dict.fromkeys(modules, default)

@@ -1,4 +1,4 @@
-"""The delta that the tensors of an adapter are."""
+"""From an adapter's config and tensors to a delta."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -28,10 +28,10 @@ def decoded(
 
     Raises:
       ValueError: for what the config states and the file lacks, or the other way round; for what
-        has no form here.
+        has no equivalent here.
     """
     if not tensors:
-        raise ValueError(f"{model.source} is not whole: its file holds no tensor.")
+        raise ValueError(f"{model.source} is incomplete: its file holds no tensor.")
     own = {name: value for name, value in tensors.items() if name in codec.own}
     tensors = {
         _inner_name(model.source, codec, name): value

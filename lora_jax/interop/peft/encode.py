@@ -1,4 +1,4 @@
-"""The files of the adapter that a delta is."""
+"""From a delta to an adapter's config and tensors."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +20,7 @@ def encoded(
       profile: "peft" or "vllm".
 
     Raises:
-      ValueError: for another profile; for what it has no form for.
+      ValueError: for another profile; for what its format lacks.
     """
     whole = {path: node for path, node in nodes.items() if isinstance(node, FullNode)}
     others = {path: node for path, node in nodes.items() if path not in whole}

@@ -29,22 +29,22 @@ def load_adapter(
     layouts: Mapping[str, Layout | None] | None = None,
     check_base: bool = True,
 ) -> Delta:
-    """The delta that an adapter of PEFT is, for `params`.
+    """Loads an adapter of PEFT as a delta for `params`.
 
     Args:
-      folder: what `save_pretrained` wrote: adapter_config.json and adapter_model.safetensors.
+      folder: written by `save_pretrained`: adapter_config.json and adapter_model.safetensors.
       params: the base, or its shapes; DoRA and modules_to_save need the weights themselves.
       names: `{path: module}`, `{}` for the index of a stacked layer; `model_names(config)`. Where
         embed_tokens is named and no lm_head, the head is taken to be the table: tied.
       layouts: of leaves that are more than stacked matrices.
-      check_base: whether an adapter that states its base's fingerprint is held to it.
+      check_base: whether to check the fingerprint of the base, where the adapter states it.
 
     Raises:
       FileNotFoundError: the folder or one of its files is missing.
       ValueError: a method or an option that we do not have, a tensor that is missing, unexpected or
-        of another shape than this base asks for; a file that lacks what its config states; an
-        adapter of a table or a head alone over a tied base, which `models.untie` makes ready;
-        one that was saved here for a base of the same form with other weights.
+        of another shape than this base needs; a file that lacks what its config states; an
+        adapter of a table or a head alone over a tied base (see `models.untie`); one that was
+        saved here for a base of the same shapes with other weights.
     """
     folder = Path(folder)
     config = folders.read_config(folder)
@@ -82,9 +82,9 @@ def save_adapter(
 ) -> None:
     """Writes a delta as an adapter that PEFT loads.
 
-    What began as PiSSA or OLoRA is written as the plain LoRA of the original base that it is, of
-    twice the rank. Its metadata carry a digest, the logits that the adapter gives on a fixed probe,
-    which `verify` holds a loaded adapter to. Other programs ignore it.
+    A delta that was initialised by PiSSA or OLoRA is written as the equivalent plain LoRA of the
+    original base, of twice the rank. The metadata have a digest, the adapter's logits on a fixed
+    probe, against which `verify` checks a loaded adapter. Other programs ignore it.
 
     Args:
       folder: must not hold an adapter yet.
@@ -94,22 +94,22 @@ def save_adapter(
       names: `{path: module}`, `{}` for the index of a stacked layer; `model_names(config)`.
       base_name: the base's folder or hub name, for base_model_name_or_path.
       layouts: of leaves that are more than stacked matrices.
-      num_kv_heads: of the model; PEFT's form of a prefix states it.
-      profile: "peft", or "vllm" for what vLLM serves: LoRA alone, its scales folded into B and its
+      num_kv_heads: of the model; PEFT's format of a prefix states it.
+      profile: "peft", or "vllm" for vLLM's format: LoRA alone, its scales folded into B and its
         ranks padded to one that vLLM accepts.
       card: the text of README.md, such as `model_card` makes.
       base_fingerprint: `fingerprint(params)` where it is known; else it is computed.
       forward: the model, to make the digest with; that of our Llama is known by its names.
-      digest: `digest_of(forward, params, delta)` where it is known, as it must be where params lie
-        over several processes. There, for shapes alone, and for a model without a `forward`, none
-        is made, and `verify` will say so.
-      own_base: says that `params`, the base that `loftq_start` made, is exported with the adapter,
-        and that `base_name` names that export. The adapter shifts every other base.
+      digest: `digest_of(forward, params, delta)` where it is known, as it must be where params are
+        sharded over several processes. There, for shapes alone, and for a model without a
+        `forward`, none is made, and `verify` reports that.
+      own_base: states that `params`, the base that `loftq_start` returned, is exported with the
+        adapter, and that `base_name` names that export. The adapter is wrong over any other base.
 
     Raises:
       FileExistsError: the folder holds an adapter.
-      ValueError: what PEFT, or vLLM, has no form for; a path without a name; a delta that belongs
-        to a base of its own, unless `own_base` says so.
+      ValueError: what the format of PEFT, or of vLLM, lacks; a path without a name; a delta that
+        belongs to a base of its own, without `own_base`.
     """
     folder = Path(folder)
     owned = own_bases.metadata_of(delta_nodes(delta), own_base)

@@ -1,4 +1,4 @@
-"""The two files of an adapter's folder, as they are."""
+"""Reads and writes the two files of an adapter's folder."""
 
 import json
 from collections.abc import Mapping
@@ -37,9 +37,9 @@ def read_tensors(folder: Path) -> tuple[Tensors, dict[str, str]]:
         with safe_open(path, framework="numpy") as file:
             names = list(file.keys())
             for name in names:
-                if (kind := file.get_slice(name).get_dtype()) not in _FLOATS:
+                if (dtype := file.get_slice(name).get_dtype()) not in _FLOATS:
                     raise ValueError(
-                        f"{path}: the tensor {name!r} is {kind}, expected one of "
+                        f"{path}: the tensor {name!r} is {dtype}, expected one of "
                         f"{', '.join(_FLOATS)}."
                     )
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
@@ -60,7 +60,7 @@ def write(
     metadata: Mapping[str, str],
     card: str | None,
 ) -> None:
-    """The config last: a folder that has one is whole."""
+    """Writes the config last: a folder that has one is complete."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
     save_file(tensors, folder / TENSORS, metadata={"format": "pt", **metadata})

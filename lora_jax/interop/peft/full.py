@@ -16,11 +16,10 @@ from lora_jax.methods import FullNode
 def to_peft(
     nodes: Mapping[str, FullNode], model: Model, adapted: set[str], codec: Codec
 ) -> tuple[dict[str, Any], Tensors]:
-    """What adapter_config.json says of them, and the trained values.
+    """Their part of adapter_config.json, and the trained values.
 
-    PEFT saves and loads modules whole: a trained weight brings its bias along. `adapted` are the
-    modules that the adapter's own method, of `codec`, is on: PEFT keeps their biases under another
-    name.
+    PEFT saves and loads whole modules: a trained weight is saved with its bias. `adapted` are the
+    modules of the adapter's own method, of `codec`: PEFT saves their biases under another name.
     """
     if unnamed := [path for path in nodes if path not in model.names]:
         raise ValueError(
@@ -40,8 +39,8 @@ def to_peft(
             )
         whole, biases = whole | biases, set()
     taken = _taken(model, {_module(name) for name in known}, whole, adapted)
-    wanted = [name for name in known if _module(name) in taken]
-    tensors = _values(nodes, model, [*wanted, *(f"{module}.bias" for module in biases)])
+    weights = [name for name in known if _module(name) in taken]
+    tensors = _values(nodes, model, [*weights, *(f"{module}.bias" for module in biases)])
     config: dict[str, Any] = {"modules_to_save": sorted(whole) or None}
     if biases:
         config["bias"] = codec.own_biases if biases <= adapted else "all"
@@ -51,7 +50,7 @@ def to_peft(
 
 
 def from_peft(tensors: Tensors, model: Model) -> dict[str, FullNode]:
-    """Removes from `tensors` what holds a whole leaf of the model, or a layer of one."""
+    """Removes the tensors that are whole leaves of the model, or a layer of one, from `tensors`."""
     for name in [name for name in tensors if name.endswith(".base_layer.bias")]:
         plain = name.replace(".base_layer.", ".")
         if plain in tensors:
@@ -75,7 +74,7 @@ def from_peft(tensors: Tensors, model: Model) -> dict[str, FullNode]:
 
 
 def _taken(model: Model, modules: set[str], whole: set[str], adapted: set[str]) -> set[str]:
-    """The modules that PEFT takes these names for."""
+    """The modules that these names mean to PEFT."""
     found = saved(model.source, {"modules_to_save": sorted(whole)}, modules).values()
     taken: set[str] = set().union(*found)
     if both := taken & adapted:
@@ -87,10 +86,10 @@ def _taken(model: Model, modules: set[str], whole: set[str], adapted: set[str]) 
 
 
 def _values(nodes: Mapping[str, FullNode], model: Model, names: Iterable[str]) -> Tensors:
-    """What these tensors are with the delta, in a delta's place or not."""
+    """The values of these tensors with the delta added, where it has one."""
     known, read = model.tensors(), dict[str, np.ndarray]()
     for path, node in nodes.items():
-        model.value(path)  # refuses a base of shapes
+        model.value(path)  # raises for a base of shapes
         merged = np.asarray(node.merge(model.leaf(path)), np.float32)
         read[path] = model.as_torch(path, merged)
     values: Tensors = {}
@@ -104,7 +103,7 @@ def _values(nodes: Mapping[str, FullNode], model: Model, names: Iterable[str]) -
 def _tied_head(
     config: dict[str, Any], tensors: Tensors, model: Model, codec: Codec
 ) -> dict[str, Any]:
-    """PEFT saves a tied table and its head both, and ties them again where its type can."""
+    """PEFT saves both a tied table and its head, and ties them again where its type can."""
     table = next((name for name in tensors if name.endswith(f"{TABLE}.weight")), None)
     if table is None or not model.is_tied:
         return {}

@@ -10,7 +10,7 @@ from lora_jax.interop.peft.config import target_modules
 from lora_jax.interop.peft.layers import adapted_layers, linear_layers, refuse_rest, stacked, take
 from lora_jax.interop.peft.model import Model
 from lora_jax.interop.peft.names import Names, Slot
-from lora_jax.interop.peft.stated_base import FORM
+from lora_jax.interop.peft.stated_base import SHAPES
 from lora_jax.methods import IA3BiasNode, IA3InputNode, IA3Node
 from lora_jax.paths import nest
 from lora_jax.transform import Delta, delta_nodes
@@ -19,11 +19,11 @@ _NAME, _SCALES_BIASES = "ia3_l", "lora_jax.ia3_scales_biases"
 
 
 def scale_biases(delta: Delta, names: Names) -> Delta:
-    """The delta with an entry for the bias behind each layer whose output IA3 scales.
+    """The delta with an entry for the bias of each layer whose output IA3 scales.
 
-    PEFT computes `(x @ w + bias) * l`; IA3 on the weight alone is `(x @ w) * l + bias`, for which
-    PEFT has no form. `load_adapter` adds these entries. Add them to a fresh delta before training
-    it for PEFT: they train nothing of their own.
+    PEFT computes `(x @ w + bias) * l`; IA3 on the weight alone is `(x @ w) * l + bias`, which PEFT
+    does not have. `load_adapter` adds these entries. Add them to an initial delta before training
+    it for PEFT: they have no parameters of their own.
 
     Args:
       delta: with IA3 at some paths.
@@ -72,8 +72,8 @@ def _decode(contents: Contents, model: Model) -> dict[str, Any]:
                 layers[slot] = {"l": vector.reshape(-1), "active": 1}
                 refuse_rest(model, slot, found[slot])
         nodes[path] = stacked(model, path, kind, layers)
-    # Version 0.1.0 wrote IA3 that had left the biases alone.
-    if FORM in contents.metadata and _SCALES_BIASES not in contents.metadata:
+    # In files of version 0.1.0, IA3 does not scale the biases.
+    if SHAPES in contents.metadata and _SCALES_BIASES not in contents.metadata:
         return nodes
     return delta_nodes(scale_biases(nest(nodes), model.names))
 

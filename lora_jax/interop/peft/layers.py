@@ -1,6 +1,6 @@
-"""Between nodes, whose leaves stack layers, and the tensors of modules, one layer each.
+"""Converts between nodes, whose leaves stack layers, and the tensors of modules, one layer each.
 
-A tensor of PEFT is a layer's leaf with its axes reversed: a matrix transposed, a vector as it is.
+A tensor of PEFT is a layer's leaf with its axes reversed: a matrix transposed, a vector unchanged.
 Its shape follows from the axes that the node's class declares.
 """
 
@@ -25,7 +25,7 @@ def layer_of(node: Any, slot: Slot) -> Any:
 
 
 def linear_layers(nodes: Mapping[str, Any], model: Model) -> Iterator[tuple[Slot, Any]]:
-    """Each module and its layer of the node, for a type that PEFT has for linear layers alone.
+    """Each module and its layer of the node, for a type that PEFT has for linear layers only.
 
     Raises:
       ValueError: for the embedding table.
@@ -48,7 +48,7 @@ def as_tensors(node: Any, names: Mapping[str, str]) -> Tensors:
 def adapted_layers(
     modules: Mapping[str, Tensors], model: Model
 ) -> Iterator[tuple[str, dict[Slot, Tensors]]]:
-    """Of each path that the tensors are of, its layers and their tensors, for `take` to empty."""
+    """Each path that has tensors, with its layers and their tensors, which `take` removes."""
     for path, slots in model.by_path().items():
         if found := {slot: dict(modules[slot.module]) for slot in slots if slot.module in modules}:
             yield path, found
@@ -60,7 +60,7 @@ def take(
     """Removes a module's tensor from `given`.
 
     Raises:
-      ValueError: if it is missing or of another shape; None in `shape` stands for any size.
+      ValueError: if it is missing or of another shape; None in `shape` is any size.
     """
     if name not in given:
         raise ValueError(f"{model.source} lacks {slot.module}.{name}.")
@@ -87,7 +87,7 @@ def take_leaves(
       **sizes: of axes of the class's own.
 
     Raises:
-      ValueError: as `take`, and for a tensor that nothing took.
+      ValueError: as `take`, and for a tensor that is left.
     """
     axes, found = schema.axes_of(kind), {}
     known = {"in": slot.d_in, "out": slot.d_out, **sizes}
@@ -101,7 +101,7 @@ def take_leaves(
 
 
 def refuse_rest(model: Model, slot: Slot, given: Tensors, also: tuple[str, ...] = ()) -> None:
-    """Raises ValueError for tensors of a module that nothing took."""
+    """Raises ValueError for tensors of a module that are left."""
     if rest := sorted(given.keys() - set(also)):
         raise ValueError(
             f"{model.source}: {slot.module} has {', '.join(rest)}, which an adapter of this type "
@@ -114,8 +114,8 @@ def stacked(
 ) -> Any:
     """The node of class `kind` at a path, of the leaves of its layers, each a matrix's.
 
-    Where a layer has none, and behind those that are shorter along an axis of the class's own, are
-    zeros.
+    A layer without leaves gets zeros, and so does the end of one that is shorter along an axis of
+    the class's own.
 
     Args:
       layers: the same leaves of each.
@@ -126,11 +126,11 @@ def stacked(
     for name in next(iter(layers.values())):
         arrays = {slot.layer or 0: np.asarray(leaves[name]) for slot, leaves in layers.items()}
         widest = tuple(map(max, zip(*(array.shape for array in arrays.values()), strict=True)))
-        whole = np.zeros((*(stack or (1,)), *widest), np.float32)
+        filled = np.zeros((*(stack or (1,)), *widest), np.float32)
         for i, array in arrays.items():
             place: Any = (i, *(slice(size) for size in array.shape))
-            whole[place] = array
+            filled[place] = array
         own = (axis for axis in axes[name] if axis != "stack")
         sizes = (groups.get(axis, (size,)) for axis, size in zip(own, widest, strict=True))
-        found[name] = jnp.asarray(whole.reshape((*stack, *sum(sizes, ()))))
+        found[name] = jnp.asarray(filled.reshape((*stack, *sum(sizes, ()))))
     return kind(**found, layout=model.layout(path), **settings)

@@ -20,7 +20,7 @@ _NAMES = {"a1": "hada_w1_b", "b1": "hada_w1_a", "a2": "hada_w2_b", "b2": "hada_w
 
 
 def _encode(nodes: Nodes, model: Model) -> Contents:
-    """Our dropout, of the branch's input, is none of PEFT's two, and is left out."""
+    """Our dropout, of the branch's input, is neither of PEFT's two, and is left out."""
     modules: dict[str, Tensors] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
@@ -67,7 +67,7 @@ def _decode(contents: Contents, model: Model) -> dict[str, Any]:
 
 
 def _used_rank(node: Any) -> int:
-    """Without what pads one layer's factors to another's rank."""
+    """The rank without the padding to another layer's rank."""
     factors = np.concatenate([node.a1, node.b1.T, node.a2, node.b2.T])
     used = np.flatnonzero(np.any(factors != 0, axis=0))
     return int(used[-1]) + 1 if used.size else 1

@@ -16,7 +16,7 @@ from lora_jax.interop.peft.config import (
     NUMBERS,
     SWITCH,
     UNSUPPORTED,
-    Kind,
+    Allowed,
     as_pattern,
     one_of,
     pattern_values,
@@ -39,8 +39,8 @@ VALUES = {
     "alpha_pattern": NUMBERS,
     "bias": one_of("none", "all", "lora_only"),
     **dict.fromkeys(("use_dora", "use_rslora", "lora_bias", "ensure_weight_tying"), SWITCH),
-    "init_lora_weights": Kind(
-        lambda start: not (isinstance(start, str) and start.lower().startswith(_MOVES_THE_BASE)),
+    "init_lora_weights": Allowed(
+        lambda init: not (isinstance(init, str) and init.lower().startswith(_MOVES_THE_BASE)),
         "{field}={value} has moved a part of the base into the adapter, which fits that changed "
         "base alone. Save it from PEFT as a plain LoRA: "
         "save_pretrained(..., path_initial_model_for_weight_conversion=...).",
@@ -57,10 +57,10 @@ VALUES = {
 
 
 def _encode(nodes: Mapping[str, Any], model: Model) -> Contents:
-    """What began as PiSSA or OLoRA is written as the plain adapter of the original base that it is,
-    of twice the rank."""
-    kinds = {type(node) for node in nodes.values()}
-    if len(kinds) > 1:
+    """A node that was initialised by PiSSA or OLoRA is written as the equivalent plain LoRA of the
+    original base, of twice the rank."""
+    classes = {type(node) for node in nodes.values()}
+    if len(classes) > 1:
         raise ValueError(
             "PEFT's use_dora holds for a whole adapter: save the LoRA and the DoRA paths as two."
         )
@@ -87,7 +87,7 @@ def _encode(nodes: Mapping[str, Any], model: Model) -> Contents:
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
         "lora_dropout": max(node.dropout for node in nodes.values()),
-        "use_dora": kinds == {DoRANode},
+        "use_dora": classes == {DoRANode},
         "use_rslora": False,
         "fan_in_fan_out": False,
         "bias": "none",
@@ -99,7 +99,7 @@ def _encode(nodes: Mapping[str, Any], model: Model) -> Contents:
 
 
 def _encode_vllm(nodes: Mapping[str, Any], model: Model) -> Contents:
-    """What vLLM reads: one rank that it accepts and one scale, of 1, folded into B."""
+    """In vLLM's format: one rank that it accepts and one scale, of 1, folded into B."""
     if odd := sorted(path for path, node in nodes.items() if not isinstance(node, LoRANode)):
         raise ValueError(
             f"vLLM serves LoRA alone, and not {type(nodes[odd[0]]).__name__} on {odd[0]}. Merge "
@@ -149,8 +149,8 @@ def _decode(contents: Contents, model: Model) -> dict[str, Any]:
 
 
 def used_factors(low: LoRANode) -> tuple[np.ndarray, np.ndarray]:
-    """`a [d_in, r]` and `b [r, d_out]` of one layer, of the same update, without the padding behind
-    them (or behind either half, where they are a plain form of rank 2r)."""
+    """`a [d_in, r]` and `b [r, d_out]` of one layer, of the same update, without the padding at
+    their end (or at the end of either half, where they are a plain LoRA of rank 2r)."""
     if low.a0 is not None and low.b0 is not None:
         trained = dataclasses.replace(low, a0=None, b0=None)
         first = dataclasses.replace(trained, a=low.a0, b=-low.b0)
@@ -222,17 +222,17 @@ def _decomposed(path: str, low: LoRANode, found: Mapping[Slot, Tensors], model: 
     if isinstance(base, jax.ShapeDtypeStruct):
         raise ValueError(f"{path}: DoRA needs the base's weights, found their shape alone.")
     keys = jax.random.split(jax.random.key(0), model.dims(path)[0])
-    fresh: Any = DoRA(rank=1).init_node(path, base, layout=low.layout, key=keys)
-    magnitude = np.array(fresh.magnitude).reshape(len(slots), -1)
+    initial: Any = DoRA(rank=1).init_node(path, base, layout=low.layout, key=keys)
+    magnitude = np.array(initial.magnitude).reshape(len(slots), -1)
     for slot, given in found.items():
         magnitude[slots.index(slot)] = take(model, slot, given, _MAGNITUDE, (slot.d_out,))
-    trained = jnp.asarray(magnitude.reshape(fresh.magnitude.shape))
+    trained = jnp.asarray(magnitude.reshape(initial.magnitude.shape))
     leaves = {field.name: getattr(low, field.name) for field in dataclasses.fields(low)}
-    return DoRANode(**leaves, magnitude=trained, base_square=fresh.base_square)
+    return DoRANode(**leaves, magnitude=trained, base_square=initial.base_square)
 
 
 def _tied_head(slot: Slot, node: Any, a: np.ndarray, b: np.ndarray) -> Tensors:
-    """The head's factors, which `ensure_weight_tying` makes of the table's, transposed."""
+    """The head's factors: those of the table, transposed, as `ensure_weight_tying` has them."""
     if isinstance(node, DoRANode):
         raise ValueError(
             f"{slot.path} is the output head as well, and PEFT's DoRA gives the two magnitudes "

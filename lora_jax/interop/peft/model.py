@@ -1,4 +1,4 @@
-"""The model that an adapter is read for or written of."""
+"""The model of an adapter that is read or written."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -18,7 +18,7 @@ Tensors = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """Leaves, concrete or abstract, and the PyTorch modules that they are.
+    """Leaves, concrete or abstract, and their PyTorch modules.
 
     Attributes:
       source: the adapter's folder, for messages.
@@ -27,7 +27,7 @@ class Model:
       layouts: of leaves that are more than stacked matrices.
       slots: `{module: Slot}` of every matrix.
       num_kv_heads: of the attention, where it is known.
-      read: `{path: array}` of the leaves whose values were asked for, as PyTorch has them.
+      read: `{path: array}` of the leaves whose values were read, in PyTorch's layout.
     """
 
     source: str
@@ -75,9 +75,9 @@ class Model:
         return TABLE in suffixes and HEAD not in suffixes
 
     def bias_of(self, path: str) -> str | None:
-        """The path of the bias that the model adds behind the weight at `path`."""
-        wanted = f"{self.names[path]}.bias"
-        return next((bias for bias, name in self.names.items() if name == wanted), None)
+        """The path of the bias that the model adds after the weight at `path`."""
+        bias_name = f"{self.names[path]}.bias"
+        return next((bias for bias, name in self.names.items() if name == bias_name), None)
 
     def tensors(self) -> dict[str, tuple[str, int | None]]:
         """`{tensor: (path, layer)}` of the whole model, by PyTorch's names; of leaves that are not
@@ -90,10 +90,10 @@ class Model:
         return found
 
     def value(self, path: str, layer: int | None = None) -> np.ndarray:
-        """A leaf of the base, or a layer of one, float32, as PyTorch has it.
+        """A leaf of the base, or a layer of one, float32, in PyTorch's layout.
 
         Raises:
-          ValueError: for a leaf of which the shape alone is at hand.
+          ValueError: for a leaf that is a shape alone.
         """
         leaf = self.leaf(path)
         if isinstance(leaf, jax.ShapeDtypeStruct):
@@ -106,8 +106,8 @@ class Model:
         return self.read[path] if layer is None else self.read[path][layer]
 
     def as_torch(self, path: str, leaf: np.ndarray) -> np.ndarray:
-        """An array of the leaf's shape as PyTorch has it, by layer: matrices (out, in), but tables
-        as they are, and biases as vectors."""
+        """An array of the leaf's shape in PyTorch's layout, by layer: matrices (out, in), tables
+        unchanged, and biases as vectors."""
         if self._is_bias(path):
             return leaf.reshape(*leaf.shape[: "{}" in self.names[path]], -1)
         if not self._is_matrix(path):
@@ -116,7 +116,7 @@ class Model:
         return matrix if self._is_table(path) else np.swapaxes(matrix, -1, -2)
 
     def from_torch(self, path: str, value: np.ndarray) -> np.ndarray:
-        """What `as_torch` undoes."""
+        """The inverse of `as_torch`."""
         shape = tuple(self.leaf(path).shape)
         if not self._is_matrix(path):
             return value.reshape(shape)

@@ -1,4 +1,4 @@
-"""Which module of a PyTorch model is which leaf, or which layer of a stacked leaf, of ours."""
+"""The names of our leaves, and of the layers of stacked leaves, in a PyTorch model."""
 
 import dataclasses
 import math
@@ -40,7 +40,7 @@ class Slot:
 
 
 class ModelNames(dict[str, str]):
-    """The names of one of our models, and its config, by which an export can be run."""
+    """The names of one of our models, and its config, with which an export can be run."""
 
     def __init__(self, names: Mapping[str, str], config: DecoderConfig):
         super().__init__(names)

@@ -1,4 +1,4 @@
-"""Adapters that belong to a base of their own, as `loftq_start` makes it."""
+"""Adapters that belong to a base of their own, from `loftq_start`."""
 
 import dataclasses
 import json
@@ -11,11 +11,11 @@ _OWN_BASE = "lora_jax.own_base"
 
 
 def metadata_of(nodes: Mapping[str, DeltaNode], exported: bool) -> dict[str, str]:
-    """What the file says of such nodes.
+    """The file's metadata of such nodes.
 
     Raises:
-      ValueError: unless `exported`, which says that their base is exported with them, is as the
-        nodes are.
+      ValueError: where there are such nodes without `exported`, which states that their base is
+        exported with them, or `exported` without such nodes.
     """
     owned = {p: n.own_base for p, n in nodes.items() if isinstance(n, LowRank) and n.own_base}
     if owned and not exported:
@@ -33,7 +33,7 @@ def metadata_of(nodes: Mapping[str, DeltaNode], exported: bool) -> dict[str, str
 
 
 def marked(nodes: Mapping[str, Any], metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The nodes with what `metadata_of` wrote of them."""
+    """The nodes with the `own_base` that `metadata_of` wrote."""
     owned = json.loads(metadata.get(_OWN_BASE, "{}"))
     if not isinstance(owned, dict) or not all(isinstance(name, str) for name in owned.values()):
         raise ValueError(f"its metadata {_OWN_BASE} is {owned!r:.200}, expected names by path.")

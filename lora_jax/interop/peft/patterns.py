@@ -20,7 +20,7 @@ else:
 
 
 def matching(what: str, expressions: Sequence[str], names: Iterable[str]) -> list[set[str]]:
-    """Of each expression, the names that it matches from end to end, as `re.fullmatch` does.
+    """For each expression, the names that it matches from end to end, as `re.fullmatch` does.
 
     Args:
       what: the field that holds the expressions, for messages.
@@ -28,7 +28,7 @@ def matching(what: str, expressions: Sequence[str], names: Iterable[str]) -> lis
       names: of modules.
 
     Raises:
-      ValueError: an expression that is none, or a time beyond ten seconds for all of them.
+      ValueError: an invalid expression, or more than ten seconds for all of them.
     """
     names = list(names)
     if len(expressions) * len(names) <= _MANY and all(map(_is_plain, expressions)):

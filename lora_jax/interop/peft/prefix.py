@@ -13,9 +13,9 @@ from lora_jax.methods import EncodedPrefixNode, PrefixNode
 
 
 def _encode(nodes: Mapping[str, PrefixNode | EncodedPrefixNode], model: Model) -> Contents:
-    """What an MLP computes is written out."""
+    """The keys and values of an MLP are written as they are computed."""
     if model.num_kv_heads is None:
-        raise ValueError("PEFT's form of a prefix states the heads: give num_kv_heads.")
+        raise ValueError("PEFT's format of a prefix states the heads: give num_kv_heads.")
     if len(nodes) != 1:
         raise ValueError(f"expected one stacked prefix, found {', '.join(nodes)}.")
     (node,) = nodes.values()

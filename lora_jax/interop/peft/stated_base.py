@@ -1,4 +1,4 @@
-"""The base that an adapter's file states, and whether it is this one."""
+"""The fingerprint of its base in an adapter's file, and whether it is that of this base."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,25 +8,25 @@ import jax
 from lora_jax.fingerprint import fingerprint, shape_fingerprint
 from lora_jax.weights import PyTree
 
-FORM, _FINGERPRINT = "lora_jax.base_form", "lora_jax.base_fingerprint"
+SHAPES, _FINGERPRINT = "lora_jax.base_form", "lora_jax.base_fingerprint"
 
 
 def metadata_of(params: PyTree, known: str | None = None) -> dict[str, str]:
-    """What tells the base again, if its weights are at hand or their fingerprint is known."""
+    """The base's fingerprints, if its weights are given or their fingerprint is known."""
     shapes_alone = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params))
     if shapes_alone and known is None:
         return {}
-    return {FORM: shape_fingerprint(params), _FINGERPRINT: known or fingerprint(params)}
+    return {SHAPES: shape_fingerprint(params), _FINGERPRINT: known or fingerprint(params)}
 
 
 def check(folder: Path, params: PyTree, metadata: Mapping[str, str]) -> None:
-    """A base in other dtypes, or quantised, cannot be compared; one of the same form can.
+    """Compares the base, if its paths, shapes and dtypes are those of the file's.
 
     Raises:
-      ValueError: for another base of the same form.
+      ValueError: for a base of the same shapes and dtypes with other weights.
     """
     ours = metadata_of(params)
-    comparable = ours and metadata.get(FORM) == ours[FORM]
+    comparable = ours and metadata.get(SHAPES) == ours[SHAPES]
     if comparable and metadata.get(_FINGERPRINT) != ours[_FINGERPRINT]:
         raise ValueError(
             f"{folder} was made for another base: its fingerprint is "

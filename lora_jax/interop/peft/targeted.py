@@ -1,4 +1,4 @@
-"""Which modules adapter_config.json says that an adapter is on, as PEFT reads it."""
+"""The modules that an adapter is on by its adapter_config.json, as PEFT reads it."""
 
 import itertools
 import re
@@ -13,7 +13,7 @@ def targeted(source: str, config: Mapping[str, Any], modules: Collection[str]) -
     """The modules that the config's method is on.
 
     Raises:
-      ValueError: a field of another type, an expression that is none, no target_modules.
+      ValueError: a field of another type, an invalid expression, no target_modules.
     """
     targets = config.get("target_modules")
     if isinstance(targets, str) and targets.lower() == "all-linear":
@@ -33,7 +33,7 @@ def targeted(source: str, config: Mapping[str, Any], modules: Collection[str]) -
 
 
 def saved(source: str, config: Mapping[str, Any], modules: Iterable[str]) -> dict[str, set[str]]:
-    """Of each name in modules_to_save, the modules that it stands for, with all that they hold.
+    """For each name in modules_to_save, the modules that it means, with their submodules.
 
     PEFT takes any module whose name ends so, within a component as well: "norm" is every norm.
     """
@@ -61,20 +61,20 @@ def _in_layers(source: str, config: Mapping[str, Any], modules: Collection[str])
     layers, before = config.get("layers_to_transform"), config.get("layers_pattern")
     if layers is None or layers == []:
         return set(modules)
-    wanted = layers if isinstance(layers, list) else [layers]
-    if not all(type(layer) is int for layer in wanted):
+    indices = layers if isinstance(layers, list) else [layers]
+    if not all(type(layer) is int for layer in indices):
         raise ValueError(f"{source}: layers_to_transform is {layers!r:.200}, expected integers.")
     before = [before] if isinstance(before, str) else before or []
     if not isinstance(before, list) or not all(
         isinstance(name, str) and re.fullmatch(r"\w+", name) for name in before
     ):
         raise ValueError(f"{source}: layers_pattern is {before!r:.200}, expected names of modules.")
-    chosen = set(wanted)
+    chosen = set(indices)
     return {name for name in modules if _layer(name, before) in chosen}
 
 
 def _layer(name: str, before: list[str]) -> int | None:
-    """The first number in a name, or the first behind a component of one of these names."""
+    """The first number in a name, or the first after a component of one of these names."""
     parts = name.split(".")
     if not before:
         return next((int(part) for part in parts[2:-1] if part.isdecimal()), None)

@@ -1,7 +1,7 @@
 """Adapters of models whose output head is the embedding table itself.
 
-PEFT adapts the two apart, and copies the table that it trains whole, unless the adapter says
-`ensure_weight_tying`: then it saves both, the head's factors being the table's, transposed.
+PEFT adapts the two separately, and copies a table of modules_to_save, unless the adapter states
+`ensure_weight_tying`: then it saves both, and the head's factors are the table's, transposed.
 """
 
 from collections.abc import Mapping
@@ -53,7 +53,7 @@ def without_head(config: Mapping[str, Any], tensors: Tensors, model: Model) -> T
 
 
 def refuse_rows_of_one(model: Model) -> None:
-    """PEFT's rows of a tied table change the head too, which an untied copy would not.
+    """In PEFT, trained rows of a tied table change the head too; an untied copy does not follow.
 
     Raises:
       ValueError: where the head equals the table.

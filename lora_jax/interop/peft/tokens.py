@@ -13,7 +13,7 @@ from lora_jax.methods import FullNode
 
 
 def from_peft(config: Mapping[str, Any], tensors: Tensors, model: Model) -> dict[str, FullNode]:
-    """Removes the rows from `tensors`; they come as `Full`, zero but in these rows."""
+    """Removes the rows from `tensors`; returns them as `Full`, zero except in these rows."""
     stated = config.get("trainable_token_indices")
     if stated is None:
         return {}

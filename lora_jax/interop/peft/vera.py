@@ -49,7 +49,7 @@ def _decode(contents: Contents, model: Model) -> dict[str, Any]:
     if set(pair) != set(_PAIR):
         raise ValueError(
             f"{model.source} lacks the shared projection ({', '.join(_PAIR)}), which cannot be "
-            "drawn again here: save the adapter from PEFT with save_projection=True."
+            "computed again here: save the adapter from PEFT with save_projection=True."
         )
     if any(pair[name].ndim != 2 for name in _PAIR):
         raise ValueError(f"{model.source}: {', '.join(_PAIR)} are no matrices.")

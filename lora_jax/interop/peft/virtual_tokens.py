@@ -1,4 +1,4 @@
-"""The table of virtual tokens, PEFT's form of a prompt and of a prefix alike."""
+"""The table of virtual tokens, PEFT's format of both a prompt and a prefix."""
 
 import numpy as np
 
@@ -12,10 +12,10 @@ def table_of(contents: Contents, model: Model) -> np.ndarray:
     """The table that an adapter's file holds.
 
     Raises:
-      ValueError: where it holds none, or another number of tokens than its config states.
+      ValueError: where it is missing, or has another number of tokens than its config states.
     """
     if TABLE not in contents.own:
-        raise ValueError(f"{model.source} is not whole: it lacks the tensor {TABLE!r}.")
+        raise ValueError(f"{model.source} is incomplete: it lacks the tensor {TABLE!r}.")
     table, config = contents.own[TABLE], contents.config
     stated, parts = config.get("num_virtual_tokens"), config.get("num_transformer_submodules")
     if parts not in (None, 1):

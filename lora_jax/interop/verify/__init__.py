@@ -1,5 +1,5 @@
-"""Whether an adapter does what it should: `norms` measures its updates, `coverage` what it reaches,
-`bound` runs it, `forms` are other ways to hold it, `report` says what was found."""
+"""Verification of an adapter: `norms` measures its updates, `coverage` which weights it reaches,
+`bound` runs it, `merged` merges it and compares logits, `report` holds the findings."""
 
 from lora_jax.interop.verify.report import Finding as Finding
 from lora_jax.interop.verify.report import Form as Form

@@ -1,4 +1,4 @@
-"""A model with its adapter bound, which is run in every form."""
+"""A model with its adapter bound, to which every other form is compared."""
 
 import dataclasses
 import tempfile
@@ -13,7 +13,7 @@ from lora_jax.interop.digest import Digest, disagreement, fixed_probe, formats_o
 from lora_jax.interop.forward import AnyForward
 from lora_jax.interop.peft.files import load_adapter, save_adapter
 from lora_jax.interop.peft.names import Names
-from lora_jax.interop.verify.forms import held_to, merged_weights
+from lora_jax.interop.verify.merged import held_to, merged_weights
 from lora_jax.interop.verify.report import Finding, Form
 from lora_jax.quant import Quantized
 from lora_jax.transform import Delta, bind, delta_nodes
@@ -22,7 +22,7 @@ from lora_jax.weights import PyTree, is_weight
 
 @dataclasses.dataclass
 class Bound:
-    """A model with its adapter bound, and what it says of a probe."""
+    """A model with its adapter bound, and its logits on a probe."""
 
     forward: AnyForward
     base: PyTree
@@ -121,7 +121,7 @@ class Bound:
         return self.form(name, run(self.forward, bind(self.params, again), self.tokens))
 
     def compared(self, name: str, other: Digest, adapter: str) -> list[Finding]:
-        """What runs elsewhere, held to this adapter."""
+        """Findings of a comparison of logits from elsewhere with this adapter's."""
         if max(other.tokens) >= self.forward.vocab_size:
             return [Finding("error", f"{name}: its probe is of another vocabulary")]
         before, after = (run(self.forward, w, other.tokens) for w in (self.params, self.weights))

@@ -1,4 +1,4 @@
-"""What an adapter was to reach, and what it reaches."""
+"""Which weights an adapter should reach by its config, and which it reaches."""
 
 import dataclasses
 import re
@@ -25,15 +25,15 @@ _FEW = 0.1
 
 @dataclasses.dataclass(frozen=True)
 class AdapterFile:
-    """An adapter's folder, of which nothing was interpreted yet.
+    """An adapter's folder, not decoded.
 
     Attributes:
       folder: where it is.
       config: its adapter_config.json.
-      tensors: the names in adapter_model.safetensors, as the model has its modules.
+      tensors: the names in adapter_model.safetensors, without PEFT's prefix.
       own: the names of those that belong to no module.
       name: of the tensors' bits.
-      digest: what it carries.
+      digest: that of its metadata.
     """
 
     folder: Path
@@ -60,11 +60,11 @@ class AdapterFile:
         )
 
     def modules(self) -> set[str]:
-        """The modules that tensors belong to, and those that hold these."""
+        """The modules that tensors belong to, and their parents."""
         return {module for tensor in self.tensors for module in parents(tensor)}
 
     def placed_in(self, places: "Places") -> int:
-        """How many tensors have a place there."""
+        """How many tensors belong to one of these modules."""
         return sum(tensor in self.own or places.has(tensor) for tensor in self.tensors)
 
 
@@ -75,8 +75,8 @@ class Places:
     Attributes:
       matrices: `{module: (path, layer)}` of all that a method may be on.
       others: norms and biases, which may be saved whole.
-      delta_ends: the last components of what the delta adapts: an untied head has no place in the
-        base's own names.
+      delta_ends: the last components of the paths that the delta adapts: an untied head is not in
+        the base's own names.
     """
 
     matrices: Mapping[str, tuple[str, int | None]]
@@ -102,15 +102,17 @@ class Places:
         """Whether the tensor belongs to one of the modules."""
         ends = self.delta_ends
         if HEAD not in self.matrices:
-            ends |= {HEAD}  # tied: saved beside the table that it is
+            ends |= {HEAD}  # tied: saved beside the table
         return any(
             module in self.matrices or module in self.others or module.rpartition(".")[2] in ends
             for module in parents(tensor)
         )
 
 
-def asked_for(config: Mapping[str, Any], known: Iterable[str]) -> Iterator[tuple[str, set[str]]]:
-    """What adapter_config.json names, and the modules of the base that it means."""
+def named_modules(
+    config: Mapping[str, Any], known: Iterable[str]
+) -> Iterator[tuple[str, set[str]]]:
+    """Each name in adapter_config.json, and the modules of the base that it means."""
     known = list(known)
     for field in ("target_modules", "modules_to_save"):
         for rule in _rules(config.get(field), field):
@@ -136,19 +138,19 @@ def _means(rule: str, module: str, config: Mapping[str, Any]) -> bool:
     layers, left_out = config.get("layers_to_transform"), config.get("exclude_modules")
     if hit and layers is not None:
         index = re.search(r"\.(\d+)\.", module)
-        wanted = {layers} if isinstance(layers, int) else set(layers)
-        hit = index is not None and int(index[1]) in wanted
+        chosen = {layers} if isinstance(layers, int) else set(layers)
+        hit = index is not None and int(index[1]) in chosen
     if hit and isinstance(left_out, list):
         hit = not any(module == name or module.endswith(f".{name}") for name in left_out)
     return hit
 
 
 def unmet(file: AdapterFile, places: Places) -> list[Finding]:
-    """What the config names and the file, or the base, does not have."""
+    """Findings of names in the config that the file, or the base, does not have."""
     held = file.modules()
     ends = {module.rpartition(".")[2] for module in held}
     findings = []
-    for what, modules in asked_for(file.config, [*places.matrices, *places.others]):
+    for what, modules in named_modules(file.config, [*places.matrices, *places.others]):
         rule = what.rpartition(" ")[2].strip("'")
         if not modules and rule.rpartition(".")[2] not in ends:
             text = f"{what}, and no module of this base is called so: what it means stays frozen"
@@ -192,41 +194,44 @@ def reached(
       changed: `{path: bools}`, which layers of a path an update changes.
       has_forms: whether all of the delta's updates could be measured.
     """
-    whole: Counter[str] = Counter()
+    total: Counter[str] = Counter()
     ours: Counter[str] = Counter()
     adapted = set(adapted)
     for path, leaf in paths.flatten(params, is_leaf=is_weight).items():
         layout = layouts[path] if path in layouts else guessed_layout(path, leaf)
         if layout is None:
             continue
-        kind, layers = _INDEX.sub("{}", path), int(np.prod(layout.split(leaf.shape)[0], dtype=int))
-        whole[kind] += layers
+        name, layers = _INDEX.sub("{}", path), int(np.prod(layout.split(leaf.shape)[0], dtype=int))
+        total[name] += layers
         if path in adapted:
-            ours[kind] += int(np.sum(changed.get(path, np.ones(layers, bool))))
-    linear = {kind for kind in whole if not is_embedding_or_head(kind)}
-    findings = _partly(whole, ours)
-    total, found = (sum(counts[kind] for kind in linear) for counts in (whole, ours))
-    if has_forms and 0 < found < _FEW * total:
+            ours[name] += int(np.sum(changed.get(path, np.ones(layers, bool))))
+    linear = {name for name in total if not is_embedding_or_head(name)}
+    findings = _partly(total, ours)
+    matrices, found = (sum(counts[name] for name in linear) for counts in (total, ours))
+    if has_forms and 0 < found < _FEW * matrices:
         findings.append(
-            Finding("warning", f"the adapter reaches {found} of the base's {total} linear matrices "
-                    f"({100 * found / total:.0f} %)")
-        )  # fmt: skip
-    return Reached(total, found, tuple(k for k in whole if not ours[k]), tuple(findings))
+            Finding(
+                "warning",
+                f"the adapter reaches {found} of the base's {matrices} linear matrices "
+                f"({100 * found / matrices:.0f} %)",
+            )
+        )
+    return Reached(matrices, found, tuple(k for k in total if not ours[k]), tuple(findings))
 
 
-def _partly(whole: Mapping[str, int], ours: Mapping[str, int]) -> list[Finding]:
-    """Kinds that are adapted in some of their layers; alike ones in one finding."""
+def _partly(total: Mapping[str, int], ours: Mapping[str, int]) -> list[Finding]:
+    """Findings of matrices that are adapted in some of their layers, one for each share."""
     alike: dict[tuple[int, int], list[str]] = {}
-    for kind, count in whole.items():
-        if 0 < ours[kind] < count:
-            alike.setdefault((ours[kind], count), []).append(kind)
+    for name, count in total.items():
+        if 0 < ours[name] < count:
+            alike.setdefault((ours[name], count), []).append(name)
     return [
         Finding(
             "warning",
-            f"{_listed(kinds)}: {found} of {count} layers are adapted ({100 * found / count:.0f} "
+            f"{_listed(names)}: {found} of {count} layers are adapted ({100 * found / count:.0f} "
             "%), the others stay as in the base",
         )
-        for (found, count), kinds in alike.items()
+        for (found, count), names in alike.items()
     ]
 
 

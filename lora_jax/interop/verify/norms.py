@@ -1,4 +1,4 @@
-"""How large each update is beside its weight, without ever building a merged tree."""
+"""The norm of each update and of its weight, without a merged tree."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,8 +18,8 @@ from lora_jax.weights import PyTree, as_matrix, dense, is_weight, scan_layers
 def update_norms(base: PyTree, delta: Delta) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """`{path: (|update|, |weight|)}`, Frobenius norms, float32 `[layers]`.
 
-    The merged weight of one layer is built at a time. Paths whose method has no merged form, and
-    what a model reads by itself, are left out.
+    The merged weight of one layer is built at a time. Paths whose method cannot be merged, and
+    prompts and prefixes, are left out.
     """
     pairs = _pairs(base, delta)
     with jax.default_matmul_precision("highest"):

@@ -1,4 +1,4 @@
-"""What `verify` found, as values and as a table."""
+"""The report of `verify`, as values and as a table."""
 
 import dataclasses
 import statistics
@@ -14,12 +14,12 @@ class Target:
     """One adapted weight.
 
     Attributes:
-      path: of the weight, or of what a model reads by itself.
-      node: what is on it.
-      relative: the norm of its update over the weight's norm, by layer; empty where the method has
-        no merged form.
+      path: of the weight, or of a prompt or a prefix.
+      node: the class of its delta node.
+      relative: the norm of its update over the weight's norm, by layer; empty where the method
+        cannot be merged.
       zero: the layers that are adapted and whose update is zero.
-      absent: the layers that the adapter's file has nothing for.
+      absent: the layers without a tensor in the adapter's file.
     """
 
     path: str
@@ -31,14 +31,14 @@ class Target:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Form:
-    """One other form of the adapter, held to the bound one on the probe.
+    """One other form of the adapter, compared with the bound one on the probe.
 
     Attributes:
       name: such as "merged in bfloat16".
       max_difference: the largest difference of a logit; None where the form could not be made.
       kl: the mean KL divergence of its predictions from the bound ones, in nats.
       of_effect: its difference from the bound logits over the adapter's own, as norms.
-      why: what stood in the way.
+      why: why it could not be made.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Form:
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """What is wrong, or to be looked at."""
+    """An error, or a warning."""
 
     level: Level
     text: str
@@ -58,22 +58,22 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """What `verify` found; `str` gives the table.
+    """The findings of `verify`; `str` gives the table.
 
     Attributes:
-      adapter: the folder, or what stands for it.
+      adapter: the folder, or "a delta".
       weights: the dtype or format of the base's matrices.
-      tensors, matched: of the adapter's file, how many there are, and how many of them the base has
-        a place for; None where the adapter is no file.
-      targets: what it adapts.
-      not_adapted: the kinds of matrices that it leaves alone, layers written `{}`.
+      tensors, matched: of the adapter's file, how many there are, and how many of them belong to a
+        module of the base; None where the adapter is not a file.
+      targets: the adapted weights.
+      not_adapted: the matrices that it does not adapt, with `{}` for layers.
       matrices, reached: how many linear matrices the base has, layer by layer, and how many of them
         an update that is not zero reaches.
       probe_tokens: the length of the probe.
       max_change, kl_change: what the adapter does to the probe's logits: the largest change, and
         the mean KL divergence from the base's predictions, in nats.
       forms: other forms of the same adapter.
-      digest: "agrees", or why it says nothing.
+      digest: "agrees", or how it disagrees, or why there is none.
       findings: errors first.
     """
 

@@ -1,4 +1,4 @@
-"""The check itself."""
+"""The check: `verify`."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from lora_jax.interop.peft.files import load_adapter
 from lora_jax.interop.peft.names import ModelNames, Names
 from lora_jax.interop.verify.bound import Bound
 from lora_jax.interop.verify.coverage import AdapterFile, Places, reached, unmet
-from lora_jax.interop.verify.forms import kl_divergence
+from lora_jax.interop.verify.merged import kl_divergence
 from lora_jax.interop.verify.norms import update_norms
 from lora_jax.interop.verify.report import Finding, Form, Level, Report, Target
 from lora_jax.layouts import Layout
@@ -42,25 +42,24 @@ def verify(
     num_kv_heads: int | None = None,
     check_base: bool = True,
 ) -> Report:
-    """Whether an adapter reaches what it was made for, changes the model, and stays the same in
-    every form.
+    """Checks that an adapter reaches its targets, changes the model, and computes the same in every
+    form.
 
-    For each target it measures the update beside its weight, layer by layer; on a probe it measures
-    what the adapter does to the logits, and how far from these they are where the adapter is
-    merged in float32, merged in the base's dtype (and returned to the base's format), written and
-    read back, and run by `peers`. An adapter that carries a digest is held to it. A merged weight
-    is built where an activation meets it, and then forgotten: there is no merged tree.
+    For each target it measures the update relative to its weight, layer by layer. On a probe it
+    measures how the adapter changes the logits, and how far from these they are where the adapter
+    is merged in float32, merged in the base's dtype (and quantised again in the base's format),
+    written and read back, and run by `peers`. An adapter with a digest is checked against it. A
+    merged weight is built where an activation meets it: there is no merged tree.
 
     Args:
       adapter: a folder that `load_adapter` reads, or a delta.
       params: the base, of plain arrays, quantised, or both.
-      names: `model_names(config)`, which says the model too; for others `{path: module}`. A delta
-        alone needs none beside `forward`.
+      names: `model_names(config)`, which determines the model too; for others `{path: module}`. A
+        delta with `forward` needs none.
       forward: another model.
       probe: token ids; by default those of the adapter's digest, or fixed ones.
-      against: `{name: Digest}` of what runs elsewhere, such as a server's: what it says of the
-        adapter that it holds.
-      peers: `{name: function}` of other programs that hold the adapter: from tokens `[1, T]` to
+      against: `{name: Digest}` of what runs elsewhere, such as on a server.
+      peers: `{name: function}` of other programs that have the adapter: from tokens `[1, T]` to
         logits `[1, T, V]`.
       forms: which of `FORMS` to try.
       layouts: of leaves that are more than stacked matrices.
@@ -69,8 +68,8 @@ def verify(
 
     Raises:
       FileNotFoundError: the folder, or a file of it, is missing.
-      ValueError: what `load_adapter` refuses, with the share of the tensors that the base has a
-        place for; another base; a base of shapes alone; a probe that is empty, longer than the
+      ValueError: where `load_adapter` raises, with the share of the tensors that belong to a module
+        of the base; another base; a base of shapes alone; a probe that is empty, longer than the
         context or not of this vocabulary.
     """
     forward = _forward(forward, names)
@@ -159,10 +158,11 @@ def _loaded(
 
 
 def _share(folder: Path, params: PyTree, names: Names, layouts: Mapping) -> str:
-    """Of an adapter that was refused, how much of it the base has a place for; empty if all."""
+    """For an adapter that cannot be loaded, how many of its tensors belong to the base; empty if
+    all."""
     try:
         file = AdapterFile.read(folder)
-    except Exception:  # the folder is refused already, and by a better message
+    except Exception:  # the error of the folder has been raised, with a better message
         return ""
     places = Places.of(params, names, layouts, ())
     matched = file.placed_in(places)
@@ -174,7 +174,7 @@ def _share(folder: Path, params: PyTree, names: Names, layouts: Mapping) -> str:
 def _targets(
     params: PyTree, delta: Delta, names: Names | None, file: AdapterFile | None
 ) -> tuple[list[Target], dict[str, np.ndarray], list[Finding]]:
-    """Each target's norms; which layers are changed; what does nothing."""
+    """Each target's norms; which layers are changed; findings of updates that are zero."""
     norms = update_norms(params, delta)
     held = file.modules() if file else None
     targets, changed, findings = [], {}, []
@@ -209,7 +209,7 @@ def _targets(
 
 
 def _absent(path: str, layers: int, names: Names | None, held: set[str] | None) -> list[int]:
-    """The layers that a file has no tensor for."""
+    """The layers without a tensor in the file."""
     template = (names or {}).get(path)
     if held is None or template is None or "{}" not in template:
         return []

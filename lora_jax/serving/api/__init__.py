@@ -1,1 +1,1 @@
-"""OpenAI's API over an engine: forms, answers, and the server that carries them."""
+"""OpenAI's API over an engine: the bodies of requests, answers, and the server."""

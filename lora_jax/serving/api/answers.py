@@ -1,19 +1,19 @@
-"""The bodies that a server answers with: whole ones, and the chunks of a stream."""
+"""The bodies of answers: complete ones, and the chunks of a stream."""
 
 import time
 import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from lora_jax.serving.api.forms import Ask
+from lora_jax.serving.api.bodies import Ask
 from lora_jax.serving.api.served_model import ServedModel
 from lora_jax.serving.request import Event, TokenLogprobs
 
-_LOWEST = -9999.0  # stands for what JSON has no number for
+_LOWEST = -9999.0  # in the place of -inf, which JSON does not have
 
 
 class Answer:
-    """The answer to one body, choice by choice, as events come in."""
+    """The answer to one body, choice by choice, from its events."""
 
     def __init__(self, ask: Ask, model: ServedModel, prompts: Sequence[Sequence[int]]):
         self.ask, self._model = ask, model
@@ -28,14 +28,14 @@ class Answer:
         }
 
     def first_chunks(self) -> list[dict[str, Any]]:
-        """What a stream of a chat begins with: whose turn it is."""
+        """The first chunks of a chat's stream, which state the role."""
         if not self.ask.is_chat:
             return []
         delta = {"role": "assistant", "content": ""}
         return [self._chunk(index, {"delta": delta}, None) for index in range(len(self._choices))]
 
     def chunk(self, index: int, event: Event) -> dict[str, Any] | None:
-        """What an event adds to a stream; None where that is nothing."""
+        """The chunk that an event adds to a stream; None where it adds nothing."""
         logprobs = self._add(index, event)
         if not (event.text or event.finish or logprobs):
             return None
@@ -47,13 +47,13 @@ class Answer:
         return self._chunk(index, content | {"logprobs": logprobs}, event.finish)
 
     def last_chunks(self) -> list[dict[str, Any]]:
-        """The usage, where it was asked for."""
+        """The usage, where the body requests it."""
         if not self.ask.include_usage:
             return []
         return [self._kind(chunk=True) | {"choices": [], "usage": self.usage()}]
 
     def add(self, index: int, event: Event) -> None:
-        """Keeps what an event brings, for the whole answer."""
+        """Adds an event to the complete answer."""
         choice = self._choices[index]
         logprobs = self._add(index, event)
         choice.texts.append(event.text)
@@ -137,7 +137,7 @@ class Answer:
 
 
 class _Choice:
-    """What one choice has so far."""
+    """One choice so far."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []

@@ -1,7 +1,8 @@
-"""OpenAI's API over an engine: models, completions, chats; adapters that come and go.
+"""OpenAI's API over an engine: models, completions, chats; adapters that are loaded and unloaded.
 
 `app(service)` is an ASGI app. A request's `model` is the base's name or an adapter's. Every error
-has OpenAI's form. What is not supported and would change an answer is refused by name (forms.py).
+has OpenAI's format. A field that is not supported and would change an answer is refused
+(bodies.py).
 """
 
 import contextlib
@@ -13,12 +14,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route, Router
 
-from lora_jax.serving.api import forms, json_body
+from lora_jax.serving.api import bodies, json_body
+from lora_jax.serving.api.bodies import Ask
 from lora_jax.serving.api.connection import EventStream, read_body, while_connected
 from lora_jax.serving.api.driver import FAILED, STOPPED, Ended
 from lora_jax.serving.api.errors import ended, invalid
 from lora_jax.serving.api.fields import Fields
-from lora_jax.serving.api.forms import Ask
 from lora_jax.serving.api.generation import Generation, Service
 from lora_jax.serving.api.guard import HEALTH, Guard
 from lora_jax.serving.api.metrics import Metrics
@@ -88,10 +89,10 @@ class _Endpoints:
         return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 
     async def completions(self, request: Request) -> Response:
-        return await self._generate(request, forms.completion)
+        return await self._generate(request, bodies.completion)
 
     async def chat(self, request: Request) -> Response:
-        return await self._generate(request, forms.chat)
+        return await self._generate(request, bodies.chat)
 
     async def _generate(
         self, request: Request, read: Callable[[Mapping[str, Any]], Ask]

@@ -1,4 +1,4 @@
-"""The adapters that a server knows by name, and how they come and go while it runs."""
+"""The adapters that a server knows by name, loaded and unloaded while it runs."""
 
 import asyncio
 import dataclasses
@@ -18,17 +18,17 @@ class Store(Protocol):
     """Where adapters are kept for an engine."""
 
     def read(self, folder: Path) -> Any:
-        """What a folder holds, ready to be put. From any thread, more than one at once.
+        """The adapter in a folder, ready for `put`. Called from any thread, several at once.
 
         Raises:
           OSError, ValueError: the folder cannot be served, with the reason.
         """
 
     def put(self, name: str, adapter: Any) -> None:
-        """Takes an adapter in. In the engine's thread. Raises ValueError with the reason."""
+        """Adds an adapter. Called in the engine's thread. Raises ValueError with the reason."""
 
     def drop(self, name: str) -> None:
-        """Forgets one that no request uses. In the engine's thread."""
+        """Removes one that no request uses. Called in the engine's thread."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Known:
 
 
 class Catalog:
-    """The names beside the base's own. In the event loop's thread, but for `take_in`."""
+    """The adapters' names. Used in the event loop's thread, but for `take_in`."""
 
     def __init__(self, base: str, store: Store):
         self.base = base
@@ -69,13 +69,13 @@ class Catalog:
         return model
 
     def take_in(self, name: str, folder: Path) -> None:
-        """Before the engine runs. Raises OSError or ValueError with the reason."""
+        """Adds an adapter before the engine runs. Raises OSError or ValueError with the reason."""
         check_name(name, self.base)
         self._store.put(name, self._store.read(folder))
         self.add(name, folder)
 
     async def load(self, name: str, folder: Path, driver: Driver) -> None:
-        """While the engine runs. Raises ApiError with the field and the reason."""
+        """Adds an adapter while the engine runs. Raises ApiError with the field and the reason."""
         try:
             check_name(name, self.base)
         except ValueError as error:
@@ -98,7 +98,7 @@ class Catalog:
         self.add(name, folder)
 
     async def unload(self, name: str, driver: Driver) -> None:
-        """Forgets an adapter at once, and its arrays when its last request has ended."""
+        """Removes a name at once, and the adapter's arrays when its last request has ended."""
         if name not in self._known:
             message = f"The adapter {shown(name)} is not loaded."
             raise ApiError(404, message, param="lora_name", code="adapter_not_found")

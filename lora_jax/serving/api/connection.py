@@ -1,4 +1,4 @@
-"""Work for a client that may hang up, and answers that are sent piece by piece."""
+"""Work for a client that may disconnect, and answers that are sent in chunks."""
 
 import asyncio
 import json
@@ -19,7 +19,7 @@ _LAST_SECONDS = 5.0
 
 
 async def read_body(request: Request, limits: Limits) -> bytes:
-    """The body. Raises ApiError for one that is too large or too slow, or no JSON by its type."""
+    """The body. Raises ApiError for one that is too large or too slow, or not JSON by its type."""
     check_content(request.scope["headers"], limits.body_bytes)
     body = bytearray()
     try:
@@ -35,7 +35,7 @@ async def read_body(request: Request, limits: Limits) -> bytes:
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, cancelled when the client hangs up, which raises ClientDisconnect.
+    """The result of `work`, cancelled when the client disconnects, which raises ClientDisconnect.
 
     The request's body must have been read.
     """
@@ -60,7 +60,7 @@ async def _hung_up(receive: Receive) -> None:
 class EventStream(Response):
     """Server-sent events: each chunk of an answer as JSON, then [DONE].
 
-    An error on the way is the last event. When the client hangs up, the answer is cancelled.
+    An error is sent as the last event. When the client disconnects, the answer is cancelled.
     """
 
     media_type = "text/event-stream"

@@ -1,4 +1,4 @@
-"""The thread that runs an engine, and carries its events to asyncio."""
+"""The thread that runs an engine, and passes its events to asyncio."""
 
 import asyncio
 import concurrent.futures
@@ -34,7 +34,7 @@ class Engine(Protocol):
 
 
 class Ended(Exception):  # noqa: N818 - of what happened; a stop is no error
-    """No more events will come, though a request is not finished: `reason` says why."""
+    """There are no more events, though a request is not finished; `reason` is why."""
 
     def __init__(self, reason: str):
         super().__init__(reason)
@@ -45,7 +45,7 @@ STOPPED, FAILED = "stopped", "failed"
 
 
 class Running:
-    """Requests that were submitted together, and their events as they come."""
+    """Requests that were submitted together, and their events."""
 
     def __init__(self, requests: Sequence[Request], loop: asyncio.AbstractEventLoop):
         self.requests = tuple(requests)
@@ -71,7 +71,7 @@ class Running:
 class Driver:
     """Runs `engine` in a thread of its own, which alone touches it.
 
-    An engine that raises is not used again: what runs is ended, what comes is refused, and
+    An engine that raises is not used again: running requests are ended, new ones refused, and
     `on_failure` is called.
     """
 
@@ -88,7 +88,7 @@ class Driver:
         self._thread.start()
 
     def stop(self, seconds: float = 10.0) -> None:
-        """Ends what runs, and the thread, which is left behind if it does not end in time."""
+        """Ends running requests and the thread, which is abandoned if it does not end in time."""
         self._commands.put(self._stop)
         if self._thread.ident is not None:
             self._thread.join(seconds)
@@ -104,7 +104,7 @@ class Driver:
                 if self.failed or self._stopping:
                     raise Ended(FAILED if self.failed else STOPPED)
                 future.set_result(function())
-            except BaseException as error:  # it belongs to whoever asked
+            except BaseException as error:  # raised by the caller's await
                 future.set_exception(error)
 
         if self.failed or not self._thread.is_alive():
@@ -123,7 +123,7 @@ class Driver:
         return running
 
     def cancel(self, running: Running) -> None:
-        """Ends what is left of `running`, of which no more events come. From any thread."""
+        """Ends what is left of `running`, which gets no more events. Called from any thread."""
         self._commands.put(lambda: self._cancel(running))
 
     def in_use(self, adapter: str) -> bool:
@@ -135,7 +135,7 @@ class Driver:
         return bool(self._running)
 
     async def drain(self, seconds: float) -> None:
-        """Lets what runs end for at most `seconds`, then ends it. Nothing new is to come."""
+        """Waits at most `seconds` for running requests, then ends them; new ones are refused."""
         self.draining = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
@@ -164,7 +164,7 @@ class Driver:
             self._commands.get()()
 
     def _obey(self) -> None:
-        """Runs the commands there are; waits for one where there is nothing else to do."""
+        """Runs the queued commands; waits for one where the engine is idle."""
         if self._engine.idle:
             self._commands.get()()
         while not self._stopping:
@@ -191,7 +191,7 @@ class Driver:
                 self._engine.cancel(ticket)
 
     def _deliver(self, events: Sequence[Event]) -> None:
-        """Hands a step's events over, in one call a loop."""
+        """Passes a step's events on, in one call a loop."""
         items: dict[asyncio.AbstractEventLoop, list[tuple[Running, Any]]] = defaultdict(list)
         for event in events:
             running, index = self._running.get(event.ticket, (None, 0))

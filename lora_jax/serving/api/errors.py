@@ -1,4 +1,4 @@
-"""Errors in the form of OpenAI's API: `{"error": {"message", "type", "param", "code"}}`."""
+"""Errors in the format of OpenAI's API: `{"error": {"message", "type", "param", "code"}}`."""
 
 from typing import Any
 
@@ -79,7 +79,7 @@ def generation_failed() -> ApiError:
 
 
 def too_slow(seconds: float) -> ApiError:
-    """The openai client would ask for the same work again, if it were not told otherwise."""
+    """Without the header, the openai client would repeat the request."""
     return ApiError(
         504,
         f"The request took longer than this server's limit of {seconds:g} seconds. Ask for fewer "
@@ -90,7 +90,7 @@ def too_slow(seconds: float) -> ApiError:
 
 
 def refusal(refused: Refused, *, is_chat: bool) -> ApiError:
-    """An engine's refusal as the API says it."""
+    """An engine's refusal as an error of the API."""
     if refused.reason == "queue_full":
         return busy(str(refused))
     param = _PARAM.get(refused.field, refused.field)

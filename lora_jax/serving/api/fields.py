@@ -1,4 +1,4 @@
-"""The fields of a body, each read once with its check; what nobody reads is refused by name."""
+"""The fields of a body, each read once and checked; those that are not read are refused."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any

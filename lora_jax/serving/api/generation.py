@@ -1,4 +1,4 @@
-"""From the body of a request to its answer: read, check, submit, and gather events."""
+"""From the body of a request to its answer: parses, checks, submits, and collects events."""
 
 import asyncio
 import dataclasses
@@ -10,6 +10,7 @@ from typing import Any
 
 from lora_jax.serving.api import json_body
 from lora_jax.serving.api.answers import Answer
+from lora_jax.serving.api.bodies import Ask
 from lora_jax.serving.api.catalog import Catalog
 from lora_jax.serving.api.driver import Driver, Ended, Running
 from lora_jax.serving.api.errors import (
@@ -20,7 +21,6 @@ from lora_jax.serving.api.errors import (
     refusal,
     too_slow,
 )
-from lora_jax.serving.api.forms import Ask
 from lora_jax.serving.api.limits import Limits
 from lora_jax.serving.api.metrics import Metrics
 from lora_jax.serving.api.served_model import ServedModel
@@ -31,7 +31,7 @@ _COMPLETION_TOKENS = 16  # OpenAI's default; a chat's is all that the context ho
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Service:
-    """What the API serves: a driver that was started, its base, its adapters."""
+    """What the API serves: a running driver, its base, its adapters."""
 
     driver: Driver
     model: ServedModel
@@ -55,7 +55,7 @@ class Generation:
         return max(0.0, self._began + self._service.limits.seconds - time.monotonic())
 
     async def begin(self, body: bytes, read: Callable[[Mapping[str, Any]], Ask]) -> Ask:
-        """Submits what the body asks for. Raises ApiError."""
+        """Submits the requests of a body. Raises ApiError."""
         service = self._service
         ask = await asyncio.to_thread(lambda: read(json_body.parse(body)))
         adapter = service.catalog.chosen(ask.model)
@@ -84,7 +84,7 @@ class Generation:
         return ask
 
     async def whole(self) -> dict[str, Any]:
-        """The answer as one. Raises ApiError."""
+        """The complete answer. Raises ApiError."""
         answer = self._begun()
         try:
             async with asyncio.timeout(self.seconds_left):
@@ -95,7 +95,7 @@ class Generation:
         return answer.whole()
 
     async def chunks(self) -> AsyncIterator[dict[str, Any]]:
-        """The answer piece by piece; the caller holds it to `seconds_left`. Raises ApiError."""
+        """The answer in chunks; the caller enforces `seconds_left`. Raises ApiError."""
         answer = self._begun()
         for chunk in answer.first_chunks():
             yield chunk

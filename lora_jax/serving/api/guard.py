@@ -1,4 +1,4 @@
-"""What every request passes: a bound on their number, the key, and errors in the API's form."""
+"""Checks of every request: their number and the key; and errors in the API's format."""
 
 import hashlib
 import hmac
@@ -21,8 +21,8 @@ HEALTH = "/health"
 class Guard:
     """Wraps an app.
 
-    With a key, every path but /health asks for it. Without one, a page of the web that runs in a
-    browser on this machine is refused: it could not read an answer, but could load an adapter.
+    With a key, every path but /health needs it. Without one, requests of web pages of other hosts
+    in a browser on this machine are refused: they could not read an answer, but load an adapter.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Guard:
                 status = message["status"]
             await send(message)
 
-        scope["app"] = self  # the router then raises what it would answer in a form of its own
+        scope["app"] = self  # the router then raises instead of answering in its own format
         self._handled += 1
         try:
             await self._answer(scope, receive, counted_send)
@@ -90,7 +90,7 @@ class Guard:
 
 
 def _digest(key: bytes) -> bytes:
-    """Of one length, so that comparing takes as long for any key."""
+    """A digest of fixed length, so that comparing takes the same time for any key."""
     return hashlib.sha256(key).digest()
 
 
@@ -102,7 +102,7 @@ def _is_loopback(origin: str) -> bool:
 
 
 def _route(scope: Scope) -> str:
-    """The name of the endpoint, so that strangers make no new ones."""
+    """The name of the endpoint, a fixed set, whatever paths clients request."""
     return getattr(scope.get("endpoint"), "__name__", "none")
 
 
@@ -118,14 +118,14 @@ def _response(error: Exception) -> Response:
 
 
 def check_content(headers: list[tuple[bytes, bytes]], most: int) -> None:
-    """Raises ApiError for a body that is declared as too large, or as no plain JSON."""
+    """Raises ApiError for a body that is declared as too large, or as other than plain JSON."""
     named = dict(headers)
     length = named.get(b"content-length", b"0")
     if length.isdigit() and int(length[:20]) > most:
         raise too_large(most)
-    kind = named.get(b"content-type", b"application/json").decode("latin-1")
-    if kind.partition(";")[0].strip().lower() != "application/json":
-        message = f"Content-Type is {kind[:80]!r}, expected application/json."
+    content_type = named.get(b"content-type", b"application/json").decode("latin-1")
+    if content_type.partition(";")[0].strip().lower() != "application/json":
+        message = f"Content-Type is {content_type[:80]!r}, expected application/json."
         raise ApiError(415, message, code="unsupported_media_type")
     if named.get(b"content-encoding", b"identity").lower() != b"identity":
         raise invalid(None, "The body is compressed: send it as it is.", "unsupported_encoding")

@@ -1,4 +1,4 @@
-"""JSON from strangers: valid UTF-8, finite numbers, no halves of characters, one object."""
+"""Parses untrusted JSON: valid UTF-8, finite numbers, no lone surrogates, one object."""
 
 import json
 import math
@@ -8,7 +8,7 @@ from lora_jax.serving.api.errors import ApiError, invalid, shown
 
 
 def parse(body: bytes) -> dict[str, Any]:
-    """The object that `body` holds.
+    """The object in `body`.
 
     Raises:
       ApiError: 400 for what is not UTF-8, not JSON, not an object; for NaN and Infinity, numbers

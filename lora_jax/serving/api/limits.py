@@ -1,15 +1,15 @@
-"""What one client may take of a server."""
+"""The limits of a server."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-    """The bounds of a server.
+    """Limits on requests.
 
     Attributes:
       body_bytes: of a request's body.
-      body_seconds: in which it must have come.
+      body_seconds: in which it must be received.
       seconds: from the body to the end of the answer.
       max_tokens: of one answer; None for as many as the context holds.
       choices: prompts times n of one request.

@@ -1,4 +1,4 @@
-"""What Prometheus reads: a server's requests, and its engine's own figures."""
+"""Metrics for Prometheus: a server's requests, and its engine's figures."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +20,7 @@ _COUNTERS = frozenset(
 
 
 class Metrics:
-    """One server's figures. No label takes a value from a request, so that their number is fixed.
+    """One server's figures. No label has a value from a request, so that their number is fixed.
 
     `stats()` returns an engine's figures by name.
     """

@@ -1,18 +1,18 @@
-"""What the API must know of a base: its name, its tokenizer, its bounds; prompts as its tokens."""
+"""The base as the API uses it: its name, its tokenizer and its limits."""
 
 import dataclasses
 
 from lora_jax.data.chat import render
 from lora_jax.data.tokenizer import Tokenizer
+from lora_jax.serving.api.bodies import Ask, Prompt
 from lora_jax.serving.api.errors import ApiError, invalid
-from lora_jax.serving.api.forms import Ask, Prompt
 
 _REPLACEMENT = "\ufffd"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ServedModel:
-    """A base as the API sees it. `context_length` counts prompt and answer."""
+    """A base as the API uses it. `context_length` counts prompt and answer."""
 
     name: str
     tokenizer: Tokenizer
@@ -23,8 +23,8 @@ class ServedModel:
         """The tokens of each prompt.
 
         Raises:
-          ApiError: 400 for a prompt that is empty, too long or of no known token; for a chat that
-            the template refuses, or that there is no template for.
+          ApiError: 400 for a prompt that is empty, too long or has an unknown token; for a chat
+            that the template refuses, or without a template.
         """
         if ask.is_chat:
             return (self._fitting(self._chat(ask), "messages"),)

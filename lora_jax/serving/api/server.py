@@ -1,4 +1,4 @@
-"""A process that serves: its port, its signals, and how it ends."""
+"""The server process: its port, its signals, and its shutdown."""
 
 import asyncio
 import contextlib
@@ -19,7 +19,7 @@ def listen(host: str, port: int) -> socket.socket:
     """A socket that listens; `port=0` takes a free one.
 
     Raises:
-      ValueError: the port is taken, or the host is not this machine's.
+      ValueError: the port is in use, or the host is not this machine's.
     """
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -39,7 +39,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def check_exposure(host: str, api_key: str | None) -> None:
-    """Raises ValueError for a server that others can reach and that asks for no key."""
+    """Raises ValueError for a server that other hosts can reach and that needs no key."""
     if api_key == "":
         raise ValueError("--api-key is empty: leave it out, or give a key.")
     if host not in LOOPBACK and api_key is None:
@@ -68,7 +68,7 @@ class Server(uvicorn.Server):
         self._service, self._grace = service, grace
 
     def fail(self) -> None:
-        """From the engine's thread."""
+        """Ends the server. Called in the engine's thread."""
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

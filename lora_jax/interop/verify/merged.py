@@ -1,4 +1,4 @@
-"""The same adapter in other forms, and how far they are from the bound one."""
+"""The same adapter merged, weight by weight, and how far other logits are from the bound ones."""
 
 import dataclasses
 from typing import Any
@@ -19,13 +19,13 @@ from lora_jax.weights import PyTree, Transposed, Weight, dense, is_weight
 
 @flax.struct.dataclass
 class Merged(Weight):
-    """An adapted weight that is merged where an activation meets it, one layer at a time, and then
-    forgotten: what the merged tree would compute, without that tree.
+    """An adapted weight that is merged where an activation meets it, one layer at a time: it
+    computes what the merged tree would, without that tree.
 
     Attributes:
-      adapted: what is merged, in the dtype of its base.
+      adapted: the weight to merge, in the dtype of its base.
       seen_as: the dtype that the model sees.
-      to_codes: whether the sum goes back to its base's format.
+      to_codes: whether the sum is quantised again, in its base's format.
     """
 
     adapted: Adapted
@@ -71,11 +71,11 @@ class Merged(Weight):
 def merged_weights(
     forward: AnyForward, base: PyTree, delta: Delta, *, wide: bool, requantized: bool = False
 ) -> PyTree:
-    """What the model would read of the merged tree, each weight merged when it is met.
+    """The weights of the merged tree, each merged when an activation meets it.
 
     Args:
       wide: whether the sum stays in float32, or is rounded to the base's dtype.
-      requantized: whether quantised weights return to their format.
+      requantized: whether quantised weights are quantised again, in their format.
 
     Raises:
       ValueError: for a method without a merged form.
@@ -91,8 +91,8 @@ def merged_weights(
             return Merged(leaf, seen_as=shown[path].dtype, to_codes=requantized)
         if path in shown and path not in nodes:
             return shown[path]
-        whole = ready[path]
-        return whole.astype(shown[path].dtype) if _differs(whole, shown.get(path)) else whole
+        leaf = ready[path]
+        return leaf.astype(shown[path].dtype) if _differs(leaf, shown.get(path)) else leaf
 
     leaves = [seen(path, leaf) for path, leaf in paths.flatten(bound, is_leaf=is_weight).items()]
     return jax.tree.unflatten(jax.tree.structure(bound, is_leaf=is_weight), leaves)

@@ -1,4 +1,4 @@
-"""The bodies of OpenAI's completions and chat completions, as one value: what is asked for."""
+"""The bodies of OpenAI's completions and chat completions, parsed to one value, `Ask`."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -72,8 +72,8 @@ _HARMLESS = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ask:
-    """What a body asks for. `logprobs=None` asks for none, 0 for those of the chosen tokens;
-    `max_tokens_param` is what the body calls that field."""
+    """A parsed body. `logprobs=None` requests none, 0 those of the chosen tokens;
+    `max_tokens_param` is the body's name of that field."""
 
     model: str
     prompts: tuple[Prompt, ...] = ()
@@ -118,9 +118,9 @@ def chat(body: Mapping[str, Any]) -> Ask:
     fields = Fields(body)
     model = fields.text("model")
     messages = _messages(fields.take("messages"))
-    wanted = fields.boolean("logprobs")
+    with_logprobs = fields.boolean("logprobs")
     top = fields.integer("top_logprobs", 0, MOST_LOGPROBS)
-    if top is not None and not wanted:
+    if top is not None and not with_logprobs:
         raise invalid("top_logprobs", "top_logprobs needs logprobs to be true.")
     max_tokens = fields.integer("max_tokens", 1, _LARGE)
     newer = fields.integer("max_completion_tokens", 1, _LARGE)
@@ -135,13 +135,13 @@ def chat(body: Mapping[str, Any]) -> Ask:
         is_chat=True,
         max_tokens=max_tokens if newer is None else newer,
         max_tokens_param="max_tokens" if newer is None else "max_completion_tokens",
-        logprobs=(top or 0) if wanted else None,
+        logprobs=(top or 0) if with_logprobs else None,
         **shared,
     )
 
 
 def _shared(fields: Fields) -> dict[str, Any]:
-    """The fields that both forms have."""
+    """The fields that both kinds of body have."""
     seed = fields.integer("seed", -(2**63), 2**63 - 1)
     stream = fields.boolean("stream")
     return {
