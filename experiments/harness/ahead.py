@@ -90,7 +90,7 @@ def compile_step(config: ConfigDict, machine: Machine) -> Compiled:
     try:
         compiled = program.compile()
     except jax.errors.JaxRuntimeError as error:
-        return dataclasses.replace(known, needed=_lacking(error) + standing[WAITING])
+        return dataclasses.replace(known, needed=lacking(error) + standing[WAITING])
     memory, module = compiled.memory_analysis(), hlo.parse(compiled.as_text())
     temporary, code = memory.temp_size_in_bytes, memory.generated_code_size_in_bytes
     made = memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -107,7 +107,7 @@ def compile_step(config: ConfigDict, machine: Machine) -> Compiled:
 
 def abstract_step(config: ConfigDict, machine: Machine) -> Step:
     """The step as `experiments.harness.run` builds it, and its arguments by shape and place."""
-    everyone, mesh = rank_arms(config), _mesh(config, machine)
+    everyone, mesh = rank_arms(config), mesh_on(config, machine)
     arms = same_kind(everyone)[0]
     base = abstract_params(config)
     loss = loss_of(config, setup.shape_of(config), base)
@@ -145,7 +145,7 @@ def abstract_step(config: ConfigDict, machine: Machine) -> Step:
     )
 
 
-def _mesh(config: ConfigDict, machine: Machine) -> Mesh:
+def mesh_on(config: ConfigDict, machine: Machine) -> Mesh:
     """What the step's arrays lie on; where the run has no mesh, one device or a row of them."""
     mode = config.parallel.mode
     mesh = devices.mesh_of(config, machine.devices)
@@ -229,19 +229,19 @@ def sizes(step: Step) -> tuple[dict[str, int], int]:
     state, base, *rest = step.arguments
     arms = state if isinstance(state, tuple) else (state,)
     delta, optimizer = (
-        _bytes([getattr(arm, part) for arm in arms]) for part in ("delta", "opt_state")
+        device_bytes([getattr(arm, part) for arm in arms]) for part in ("delta", "opt_state")
     )
     found = {
-        "weights": _bytes(base)[0],
+        "weights": device_bytes(base)[0],
         "delta": delta[0],
         "optimizer": optimizer[0],
-        "batch": _bytes(rest)[0],
+        "batch": device_bytes(rest)[0],
         WAITING: step.waiting * (delta[0] + optimizer[0]),
     }
     return found, (delta[1] + optimizer[1]) * (1 + step.waiting)
 
 
-def _bytes(tree: PyTree) -> tuple[int, int]:
+def device_bytes(tree: PyTree) -> tuple[int, int]:
     """Of the tree's parts on one device: in its own memory, and in its host's."""
     device = host = 0
     for leaf in jax.tree.leaves(tree):
@@ -252,7 +252,7 @@ def _bytes(tree: PyTree) -> tuple[int, int]:
     return device, host
 
 
-def _lacking(error: Exception) -> float:
+def lacking(error: Exception) -> float:
     """The bytes that a program asks for that the compiler refuses for want of memory.
 
     Raises the error itself where it is another.

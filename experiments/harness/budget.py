@@ -13,6 +13,7 @@ from lora_jax.planning.chips import Chip, Machine, chip_count, machine, shapes_o
 from lora_jax.tables import aligned
 
 GB = 1e9
+OF_A_GPU = "JAX takes 75 % of a GPU; set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 for more."
 UNITS = {"GB": GB, "MB": 1e6, "kB": 1e3, "B": 1}
 
 
@@ -133,7 +134,7 @@ def verdict(chip: Chip, step: Compiled) -> str:
     if fits(step, chip):
         text = f"It fits, with {amount(spare)} to spare on each device."
         if chip.platform == "cuda" and step.needed > 0.75 * chip.memory:
-            text += " JAX takes 75 % of a GPU; set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 for more."
+            text += f" {OF_A_GPU}"
         return text
     return f"It does not fit: {amount(-spare)} too much on each device."
 

@@ -1,17 +1,15 @@
 """Continuous batching: requests in, events out."""
 
-import functools
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lora_jax.context_mesh import TENSOR
 from lora_jax.interop.model import Pretrained
-from lora_jax.serving import steps
+from lora_jax.models.config import DecoderConfig
+from lora_jax.serving import paged_cache, steps
 from lora_jax.serving.adapters import Adapters, BaseAlone
-from lora_jax.serving.paged_cache import init_pages
 from lora_jax.serving.request import Event, Refused, Request, TokenLogprobs, check
 from lora_jax.serving.sampling import Chosen, choose_each
 from lora_jax.serving.scheduler import Limits, Scheduler, Sequence, Work
@@ -94,8 +92,10 @@ class Engine:
         self._counts = dict.fromkeys(
             ("steps", "prompt_tokens", "new_tokens", "shared_tokens", "finished", "cancelled"), 0
         )
-        self._shardings = None if mesh is None else _shardings(mesh, model.config.num_kv_heads)
-        self._pages = init_pages(model.config, pages, page_size, model.params["embed"].dtype)
+        self._shardings = None if mesh is None else _shardings(mesh, model.config)
+        self._pages = paged_cache.init_pages(
+            model.config, pages, page_size, model.params["embed"].dtype
+        )
         if self._shardings is not None:
             self._pages = jax.device_put(self._pages, self._shardings[0])
 
@@ -209,8 +209,7 @@ class Engine:
         """The compiled step that reads batches of a shape, and raises for another."""
         if shape not in self._readers:
             config, bind = self._model.config, self._adapters.bind
-            read = functools.partial(steps.read, config, bind, self.max_length)
-            jitted = jax.jit(read, donate_argnums=2, out_shardings=self._shardings)
+            jitted = steps.jitted(config, bind, self.max_length, self._shardings)
             batch = self._on_device(empty_batch(shape))
             arguments = (self._model.params, self._adapters.bank, self._pages, batch)
             self._readers[shape] = jitted.lower(*arguments).compile()
@@ -230,12 +229,9 @@ class Engine:
         return batch if self._shardings is None else jax.device_put(batch, self._shardings[1])
 
 
-def _shardings(mesh: Mesh, heads: int) -> tuple[NamedSharding, NamedSharding]:
-    """Of pages, whose heads are split as training splits them where that divides them; and of all
-    that is small."""
-    split = TENSOR if heads % mesh.shape[TENSOR] == 0 else None
-    pages = NamedSharding(mesh, PartitionSpec(None, None, None, split))
-    return pages, NamedSharding(mesh, PartitionSpec())
+def _shardings(mesh: Mesh, config: DecoderConfig) -> tuple[NamedSharding, NamedSharding]:
+    """Of pages, and of all that is small."""
+    return paged_cache.sharding(mesh, config), NamedSharding(mesh, PartitionSpec())
 
 
 def _logprobs(chosen: Chosen, row: int, count: int) -> TokenLogprobs:

@@ -10,7 +10,9 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lora_jax.context_mesh import TENSOR
 from lora_jax.kernels.attention import cached_attention
 from lora_jax.models.config import Attention, DecoderConfig
 
@@ -26,6 +28,12 @@ class Pages:
 def init_pages(config: DecoderConfig, pages: int, page_size: int, dtype: Any) -> Pages:
     shape = (config.num_layers, pages, page_size, config.num_kv_heads, config.head_dim)
     return Pages(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def sharding(mesh: Mesh, config: DecoderConfig) -> NamedSharding:
+    """Of pages, whose heads are split as training splits them where that divides them."""
+    split = TENSOR if config.num_kv_heads % mesh.shape[TENSOR] == 0 else None
+    return NamedSharding(mesh, PartitionSpec(None, None, None, split))
 
 
 @flax.struct.dataclass

@@ -3,7 +3,9 @@
 Dimensions: R rows, T tokens of each, W pages of a row, D hidden, V vocabulary.
 """
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.struct
 import jax
@@ -64,3 +66,10 @@ def read(
     last_R = jnp.maximum(batch.counts - 1, 0)
     x_RD = jnp.take_along_axis(x_RTD, last_R[:, None, None], axis=1)[:, 0]
     return cache.pages, config.family.read_out(x_RD, output_head(weights), config)
+
+
+def jitted(config: DecoderConfig, bind: Bind, max_length: int, shardings: Any = None) -> Any:
+    """`read` of base, bank, pages and batch, jitted: pages are taken over. `shardings` of pages and
+    of logits, if the base lies on several devices."""
+    step = functools.partial(read, config, bind, max_length)
+    return jax.jit(step, donate_argnums=2, out_shardings=shardings)
