@@ -37,7 +37,7 @@ def together(grace_seconds: float = 5.0) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        job.tell(f"process {jax.process_index()}: {hosts.told(error)}")
+        job.tell(f"process {jax.process_index()}: {hosts.error_text(error)}")
         raise
     finally:
         job.over.set()

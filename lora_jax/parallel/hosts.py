@@ -124,7 +124,7 @@ def on_first(work: Callable[[], None]) -> None:
             work()
         except BaseException as raised:  # the others wait, whatever it is
             error = raised
-    message = exchange(None if error is None else told(error))[0]
+    message = exchange(None if error is None else error_text(error))[0]
     if isinstance(error, OSError):
         raise ValueError(message) from error
     if error is not None:
@@ -133,7 +133,7 @@ def on_first(work: Callable[[], None]) -> None:
         raise ValueError(message)
 
 
-def told(error: BaseException) -> str:
+def error_text(error: BaseException) -> str:
     """The error's message, with its type unless it was raised for users."""
     clear = isinstance(error, ValueError | OSError) and str(error)
     return str(error) if clear else f"{type(error).__name__}: {error}"

@@ -275,5 +275,5 @@ class _Window:
             if metrics.count is None or metrics.count[index] > 0:
                 arm.recent = [*arm.recent, loss][-RECENT:]
             record = {"step": step, "arm": name, "loss": loss, "grad_norm": norm}
-            told = {} if self._positions is None else {"tokens_per_second": tokens / seconds}
-            self._log(record | told)
+            rate = {} if self._positions is None else {"tokens_per_second": tokens / seconds}
+            self._log(record | rate)

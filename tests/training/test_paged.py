@@ -70,7 +70,7 @@ def test_checkpoints_come_back_into_host_memory(tmp_path):
 
 def test_a_tpu_keeps_the_moments_on_the_host(monkeypatch):
     if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("compiling for a TPU wants the libtpu wheel")
+        pytest.skip("compiling for a TPU needs the libtpu wheel")
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
     mesh = Mesh(np.array(topology.devices[:1]), ("one",))
