@@ -27,8 +27,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # devices that are there have no part in it
 from absl import flags
 from ml_collections import ConfigDict
 
-    setup.require_filled(config)
-from experiments.harness import budget, capacity
+from experiments.harness import budget, capacity, setup
 from experiments.harness.main import launch
 from experiments.harness.serving_ahead import Load
 
