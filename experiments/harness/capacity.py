@@ -13,7 +13,7 @@ from lora_jax.planning.chips import Machine, machine
 from lora_jax.tables import aligned
 
 FEW = 8  # requests: an engine's default
-MOST_ENGINES = 4  # compiled until the number of requests is found; a minute each
+MOST_ENGINES = 5  # compiled until the number of requests is found; a minute each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,14 +109,15 @@ def measure(
     if requests is not None or memory is None:
         held = compiled(requests or FEW)
         return Capacity(each, held, held)
-    few = last = compiled(min(FEW, _most_standing(each, adapters, memory)))
-    engines = {few.requests: few}
+    before = last = compiled(min(FEW, _most_standing(each, adapters, memory)))
+    engines = {last.requests: last}
     while len(engines) < MOST_ENGINES:
-        count = Capacity(each, last, few).most_requests(adapters, memory)
+        count = Capacity(each, last, before).most_requests(adapters, memory)
         if count == 0 or count in engines:
             break
-        engines[count] = last = compiled(count)
-    if len(engines) == 1 and few.requests > 1:
+        before, last = last, compiled(count)
+        engines[count] = last
+    if len(engines) == 1 and last.requests > 1:
         engines[1] = compiled(1)  # a line takes two
     fitting = [count for count, held in engines.items() if held.needed <= memory]
     held = engines.pop(max(fitting, default=min(engines)))
@@ -214,7 +215,7 @@ def trade_table(
         fitting = found.held.requests
         is_compiled = count == found.held.adapters and found.held.needed <= (memory or math.inf)
         if requests is None and memory is not None and not is_compiled:
-            fitting = found.most_requests(count, memory)
+            fitting = min(fitting, found.most_requests(count, memory))
         pages = amount(fitting * each.request)
         left = _left(memory, found.needed(count, max(1, fitting)))
         rows.append((str(count), amount(count * each.adapter), str(fitting), pages, left))

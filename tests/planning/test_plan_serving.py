@@ -159,7 +159,7 @@ def test_what_does_not_fit_says_how_much_is_missing(
         (LOAD, {}, ["cpu"], [], 1, "--adapters= and --requests=1: expected at least 1"),
         (LOAD, {}, ["cpu"], [0, 8], 1, "expected at least 1 of each"),
         (LOAD, {}, ["cpu"], [8], 0, "--requests=0: expected at least 1 of each"),
-        (Load(targets="layers/no"), {}, ["cpu"], [8], 1, "layers/no"),
+        (Load(targets="layers/no", length=33), {}, ["cpu"], [8], 1, "layers/no"),
         (LOAD, {}, ["tpu"], [8], 1, "no chip 'tpu' is known"),
     ],
 )
