@@ -1,5 +1,4 @@
-"""What a training step, or a server, would take of a machine: from the compiler and before anything
-is rented.
+"""What a training step or a server would take of a machine, from the compiler, before renting one.
 
     python scripts/plan.py --config=configs/llama8b.py --topology=v5e:4x4
     python scripts/plan.py --config=configs/llama8b.py --topology=v5e,v6e --search=topology
@@ -11,9 +10,9 @@ there, with nothing but abstract arrays: no weights, no data. Topologies are tho
 lora_jax/planning/chips.py: TPUs (v4, v5e, v5p, v6e, tpu7x), h100:N, h200:N, cpu and cpu:N. All but
 cpu need the compilers of requirements-aot.txt. A step that does not fit is an error.
 
---serve compiles the widest steps of lora_jax.serving's engine instead, and says how many requests of
---length tokens, prompt and answer, run beside how many adapters of --rank on --targets. Without
---requests it finds as many as fit. The base is in the config's format and placed by its
+--serve compiles the widest steps of the engine of lora_jax.serving instead, and says how many
+requests of --length tokens, prompt and answer, run beside how many adapters of --rank on --targets;
+without --requests, as many as fit. The base is in the config's format, and placed on devices by
 config.parallel.mode.
 """
 

@@ -44,6 +44,7 @@ def test_blocks_run_in_order(capsys, tmp_path, monkeypatch):
         "pmap",
         "own loss",
         "peft",
+        "serving",
     ]
     assert [name for name, _ in blocks] == names
     assert README.read_text().count("```python") == len(blocks)
@@ -61,4 +62,5 @@ def test_blocks_run_in_order(capsys, tmp_path, monkeypatch):
     assert scope["loss_before"].sharding.mesh.size == scope["count"] == 8
     assert scope["metrics"].loss < 6.5
     assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+    assert scope["engine"].stats()["finished"] == 2 and scope["pool"].resident == ("mine",)
     assert scope["half"]["layers"]["attn"]["q_proj"].rank == 8

@@ -13,7 +13,7 @@ from lora_jax.planning.chips import Machine, machine
 from lora_jax.tables import aligned
 
 FEW = 8  # requests: an engine's default
-MOST_ENGINES = 4  # compiled until the number of requests is found; a minute each
+MOST_ENGINES = 5  # compiled until the number of requests is found; a minute each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,24 +22,26 @@ class Capacity:
 
     Attributes:
       sizes: of weights, an adapter and a request.
-      few, many: the engines; of one number of adapters, `many` of as many requests as fit.
+      held: the engine of the most requests that fit.
+      other: one of as many adapters and another number of requests; `held` itself where its own
+        number is all that is asked for.
     """
 
     sizes: Sizes
-    few: Held
-    many: Held
+    held: Held
+    other: Held
 
     def needed(self, adapters: int, requests: int) -> float:
         """Bytes of a device: exact at both engines, on a straight line through them elsewhere, for
         what a step makes grows with its rows and not with the bank."""
-        low, high = (
-            held.needed - self.sizes.standing(held.adapters, held.requests)
-            for held in (self.few, self.many)
-        )
-        rows = self.many.requests - self.few.requests
-        slope = (high - low) / rows if rows else low / self.few.requests
-        on_top = low + slope * (requests - self.few.requests)
+        rows = self.other.requests - self.held.requests
+        here, there = self._on_top(self.held), self._on_top(self.other)
+        slope = (there - here) / rows if rows else here / self.held.requests
+        on_top = here + slope * (requests - self.held.requests)
         return self.sizes.standing(adapters, requests) + max(0.0, on_top)
+
+    def _on_top(self, held: Held) -> float:
+        return held.needed - self.sizes.standing(held.adapters, held.requests)
 
     def most_requests(self, adapters: int, memory: float) -> int:
         """How many requests fit beside so many adapters."""
@@ -90,8 +92,8 @@ def conduct(
 def measure(
     config: ConfigDict, where: Machine, load: Load, adapters: int, requests: int | None
 ) -> Capacity:
-    """Compiles an engine of a few requests, and one of as many as fit beside so many adapters, or of
-    the number given.
+    """Compiles an engine of few requests and of as many as fit beside so many adapters; or one
+    of the number given.
 
     Raises:
       ValueError: where what stands in memory is too much already.
@@ -100,22 +102,27 @@ def measure(
     _require(each, each.standing(adapters, requests or 1), adapters, requests, where)
 
     def compiled(count: int) -> Held:
-        said = f"compiling an engine of {adapters} adapters and {count} requests for {where.name}"
+        said = f"compiling an engine of {_both(adapters, count)} for {where.name}"
         console.print(said, style="dim", markup=False)
         return compile_engine(config, where, load, adapters=adapters, requests=count)
 
     if requests is not None or memory is None:
         held = compiled(requests or FEW)
         return Capacity(each, held, held)
-    few = compiled(min(FEW, _most_standing(each, adapters, memory)))
-    engines, last = {few.requests: few}, few
+    before = last = compiled(min(FEW, _most_standing(each, adapters, memory)))
+    engines = {last.requests: last}
     while len(engines) < MOST_ENGINES:
-        count = Capacity(each, few, last).most_requests(adapters, memory)
+        count = Capacity(each, last, before).most_requests(adapters, memory)
         if count == 0 or count in engines:
             break
-        engines[count] = last = compiled(count)
-    fitting = [held for held in engines.values() if held.needed <= memory]
-    return Capacity(each, few, max(fitting or [few], key=lambda held: held.requests))
+        before, last = last, compiled(count)
+        engines[count] = last
+    if len(engines) == 1 and last.requests > 1:
+        engines[1] = compiled(1)  # a line takes two
+    fitting = [count for count, held in engines.items() if held.needed <= memory]
+    held = engines.pop(max(fitting, default=min(engines)))
+    nearest = min(engines, key=lambda count: abs(count - held.requests), default=held.requests)
+    return Capacity(each, held, engines.get(nearest, held))
 
 
 def _most_standing(each: Sizes, adapters: int, memory: float) -> int:
@@ -128,15 +135,22 @@ def _require(
     memory = where.chip.memory
     if memory is None or needed <= memory:
         return
-    count = requests or 1
     raise ValueError(
-        f"{adapters} adapters and {count} request{'s' * (count > 1)} do not fit {where.name}: "
+        f"{_both(adapters, requests or 1)} do not fit {where.name}: "
         f"{amount(needed - memory)} too much on each device, which has {amount(memory)}. Weights "
         f"take {amount(each.weights)}, an adapter {amount(each.adapter)}, a request "
         f"{amount(each.request)}. --config.base.quantize=nf4 makes the base smaller, "
         "--config.parallel.mode=tensor splits all of it over devices, --adapters and --requests "
         "make fewer of them."
     )
+
+
+def _both(adapters: int, requests: int) -> str:
+    return f"{_counted(adapters, 'adapter')} and {_counted(requests, 'request')}"
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count > 1)}"
 
 
 def report(
@@ -158,31 +172,30 @@ def report(
     equal = found.sizes.request / found.sizes.adapter
     parts.append(
         f"A request takes {amount(found.sizes.request)} of a device, an adapter "
-        f"{amount(found.sizes.adapter)}: one request, {equal:.2g} adapters."
+        f"{amount(found.sizes.adapter)}: one request, {equal:,.1f} adapters."
     )
     parts.append("Adapters beyond those resident wait in the host's memory.")
     if config.parallel.mode != "single" and len(where.devices) > 1:
         parts[-1] += " The numbers of both are for all devices together."
-    if where.chip.platform == "cuda" and found.many.needed > 0.75 * (where.chip.memory or math.inf):
+    if where.chip.platform == "cuda" and found.held.needed > 0.75 * (where.chip.memory or math.inf):
         parts.append(OF_A_GPU)
     return "\n\n".join(parts)
 
 
 def memory_table(where: Machine, found: Capacity) -> str:
     """Bytes of one device in the largest engine that was compiled; GB are 10^9 bytes."""
-    held, each = found.many, found.sizes
+    held, each = found.held, found.sizes
     rows = [
         ("memory of a device", ""),
         ("weights", amount(each.weights)),
-        (f"bank of {held.adapters} adapters", amount(held.adapters * each.adapter)),
-        (f"pages of {held.requests} requests", amount(held.requests * each.request)),
+        (f"bank of {_counted(held.adapters, 'adapter')}", amount(held.adapters * each.adapter)),
+        (f"pages of {_counted(held.requests, 'request')}", amount(held.requests * each.request)),
     ]
     if held.temporary is not None:
-        rows += [
-            ("temporaries of the largest step", amount(held.temporary)),
-            (f"{held.programs} programs, at most", amount(held.code)),
-            ("padding and a step's batch", amount(held.padding)),
-        ]
+        rows.append(("temporaries of the largest step", amount(held.temporary)))
+        rows.append(("padding and a step's batch", amount(held.padding)))
+    if held.code:  # which compilers for CPUs and GPUs do not count
+        rows.append((f"{held.programs} programs, at most", amount(held.code)))
     rows += [("all of it", amount(held.needed))]
     if where.chip.memory is not None:
         rows += [
@@ -199,10 +212,10 @@ def trade_table(
     memory, each = where.chip.memory, found.sizes
     rows: list[tuple[str, ...]] = [("adapters resident", "bank", "requests", "pages", "left")]
     for count in adapters:
-        fitting = found.many.requests
-        is_compiled = count == found.many.adapters and found.many.needed <= (memory or math.inf)
+        fitting = found.held.requests
+        is_compiled = count == found.held.adapters and found.held.needed <= (memory or math.inf)
         if requests is None and memory is not None and not is_compiled:
-            fitting = found.most_requests(count, memory)
+            fitting = min(fitting, found.most_requests(count, memory))
         pages = amount(fitting * each.request)
         left = _left(memory, found.needed(count, max(1, fitting)))
         rows.append((str(count), amount(count * each.adapter), str(fitting), pages, left))

@@ -118,6 +118,11 @@ def abstract_engine(
     """
     model = setup.shape_of(config)
     model.check_length(load.length)
+    if load.length > model.context_length:
+        raise ValueError(
+            f"requests of {load.length} tokens exceed the {model.context_length} that "
+            f"{config.model.shape} reads: choose a smaller --length."
+        )
     if config.parallel.mode == "pmap":
         raise ValueError(
             "config.parallel.mode='pmap': an engine runs on one mesh; plan for one device by "
