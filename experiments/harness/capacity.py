@@ -15,8 +15,8 @@ from lora_jax.tables import aligned
 FEW = 8  # requests: an engine's default
 MOST_ENGINES = 5  # compiled until the number of requests is found; a minute each
 COPIED = (
-    "A step makes nearly as much as all pages take, as one does that copies them. They stay in place "
-    "on one device, and in mode tensor over devices whose number divides the model's num_kv_heads."
+    "A step makes nearly as much as all pages take, as one does that copies them. They stay in "
+    "place on one device, and in mode tensor over devices whose number divides num_kv_heads."
 )
 
 
