@@ -22,6 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a checkout, installed or not
 os.environ["JAX_PLATFORMS"] = "cpu"  # devices that are there have no part in it
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "16")  # as many as --topology=cpu:N may ask for
 
 from absl import flags
 from ml_collections import ConfigDict

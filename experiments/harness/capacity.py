@@ -14,6 +14,10 @@ from lora_jax.tables import aligned
 
 FEW = 8  # requests: an engine's default
 MOST_ENGINES = 5  # compiled until the number of requests is found; a minute each
+COPIED = (
+    "A step makes nearly as much as all pages take, as one does that copies them. They stay in "
+    "place on one device, and in mode tensor over devices whose number divides num_kv_heads."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +181,8 @@ def report(
     parts.append("Adapters beyond those resident wait in the host's memory.")
     if config.parallel.mode != "single" and len(where.devices) > 1:
         parts[-1] += " The numbers of both are for all devices together."
+    if (found.held.temporary or 0) > found.held.requests * found.sizes.request / 2:
+        parts.append(COPIED)
     if where.chip.platform == "cuda" and found.held.needed > 0.75 * (where.chip.memory or math.inf):
         parts.append(OF_A_GPU)
     return "\n\n".join(parts)

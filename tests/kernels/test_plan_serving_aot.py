@@ -15,16 +15,17 @@ pytestmark = [pytest.mark.usefixtures("real_compilation"), pytest.mark.mixed_dty
 
 
 @pytest.mark.parametrize(
-    "topology, quantize",
+    "topology, quantize, mode",
     [
-        pytest.param("v5e:1x1", "nf4", marks=needs_libtpu),
-        pytest.param("h100:1", "none", marks=needs_cuda),
+        pytest.param("v5e:1x1", "nf4", "single", marks=needs_libtpu),
+        pytest.param("v5e:2x4", "none", "tensor", marks=needs_libtpu),
+        pytest.param("h100:1", "none", "single", marks=needs_cuda),
     ],
 )
-def test_an_8b_engine_of_eight_adapters_and_requests(topology, quantize):
+def test_an_8b_engine_of_eight_adapters_and_requests(topology, quantize, mode):
     """Pages and bank stay where they are: no step copies either."""
     config, where = llama8b.get_config(), chips.machine(topology)
-    config.base.quantize = quantize
+    config.base.quantize, config.parallel.mode = quantize, mode
     found = capacity.measure(config, where, Load(), 8, 8)
     print(capacity.report(config, where, Load(), found, [8], 8))
     assert found.held.needed < where.chip.memory

@@ -129,6 +129,13 @@ def test_the_table_trades_adapters_for_requests(monkeypatch, capsys):
     assert int(rows[0][3]) == compiled[-1][1] > int(rows[1][3]) > int(rows[2][3]) == 0
     assert "lacks" in rows[2] and "lacks" not in rows[0] + rows[1]
     assert any("one request, 4.0 adapters" in line for line in lines)
+    assert capacity.COPIED not in lines
+
+
+def test_steps_that_copy_the_pages_are_told_of(monkeypatch, capsys):
+    pretend(monkeypatch, on_top=lambda requests: requests * EACH.request)
+    capacity.conduct(llama8b.get_config(), ["v5e:1x1"], LOAD, [8], None)
+    assert " ".join(capacity.COPIED.split()) in " ".join(shown(capsys))
 
 
 @pytest.mark.parametrize(
@@ -189,6 +196,11 @@ def test_without_compilers_it_says_where_they_are():
     ("flags", "failed", "text"),
     [
         (["--serve", "--length=64", "--adapters=4"], 0, "pages of 8 requests"),
+        (
+            ["--serve", "--length=64", "--config.parallel.mode=tensor", "--topology=cpu:2"],
+            0,
+            "The numbers of both are for all devices together.",
+        ),
         (["--serve", "--adapters=few"], 1, "plan: --adapters=few: expected numbers"),
         (["--serve", "--search=batch"], 1, "plan: --search is of a training step"),
         (["--rank=3"], 1, "plan: --rank is of a server: give --serve as well"),
