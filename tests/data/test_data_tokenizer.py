@@ -7,7 +7,7 @@ from lora_jax.data import Tokenizer, byte_tokenizer
 TOKENIZER = byte_tokenizer()
 
 
-@given(st.text())
+@given(st.text().filter(lambda text: "<|" not in text))  # a special token's own name is that token
 def test_bytes_are_ids_and_decode_inverts(text):
     ids = TOKENIZER.encode(text)
     assert ids == list(text.encode("utf-8", "surrogatepass"))
