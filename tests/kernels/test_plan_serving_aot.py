@@ -23,13 +23,14 @@ pytestmark = [pytest.mark.usefixtures("real_compilation"), pytest.mark.mixed_dty
     ],
 )
 def test_an_8b_engine_of_eight_adapters_and_requests(topology, quantize, mode):
-    """Pages and bank stay where they are: no step copies either."""
+    """Pages and bank stay where they are: a copy of the keys alone would be half of the pages. An
+    H100's temporaries are attention's over the widest step, 0.51 GB beside 2.15 GB of pages."""
     config, where = llama8b.get_config(), chips.machine(topology)
     config.base.quantize, config.parallel.mode = quantize, mode
     found = capacity.measure(config, where, Load(), 8, 8)
     print(capacity.report(config, where, Load(), found, [8], 8))
     assert found.held.needed < where.chip.memory
-    assert found.held.temporary < 8 * found.sizes.request / 10
+    assert found.held.temporary < 8 * found.sizes.request / 3
     assert found.held.padding < found.sizes.standing(8, 8) / 100
 
 
