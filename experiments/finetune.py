@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a checkout, installed or not
 
-from experiments.harness import pictures, told
+from experiments.harness import pictures, task_report
 from experiments.harness.main import conduct, launch
 from experiments.harness.progress import console
 from experiments.harness.task import settled
@@ -28,7 +28,7 @@ from experiments.harness.task import settled
 def finetune(config: ConfigDict, workdir: Path, *, plan_only: bool = False) -> None:
     """Shows the task, trains, and says what comes next."""
     task = settled(config)
-    console.print(told.in_words(task), markup=False)
+    console.print(task_report.in_words(task), markup=False)
     if plan_only:
         return
     results = conduct(
@@ -40,7 +40,7 @@ def finetune(config: ConfigDict, workdir: Path, *, plan_only: bool = False) -> N
         pictures.loss_by_step,
         examples=task.examples,
     )
-    console.print(f"\n{told.next_commands(task, workdir, results)}", markup=False)
+    console.print(f"\n{task_report.next_commands(task, workdir, results)}", markup=False)
 
 
 if __name__ == "__main__":

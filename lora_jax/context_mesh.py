@@ -24,6 +24,14 @@ def size(axis: str) -> int:
     return mesh.shape[axis] if axis in mesh.auto_axes else 1
 
 
+def is_unsharded() -> bool:
+    """Whether arrays are surely not sharded: a kernel cannot be partitioned automatically."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return jax.device_count() == 1
+    return mesh.size == 1 or set(mesh.manual_axes) == set(mesh.axis_names)
+
+
 def constrain(x: jax.Array, *spec: Any) -> jax.Array:
     """`x` sharded by `spec`, an entry for each of its first axes; the others are replicated."""
     used = tuple(entry if entry and size(entry) > 1 else None for entry in spec)

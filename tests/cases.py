@@ -5,7 +5,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import chex
 import flax.linen as nn
 import flax.struct
 import jax
@@ -257,9 +256,6 @@ def llama_delta(params, method, seed: int = 0, size: float = 0.3, **kwargs):
         return lora.lora_transform(params, method, key=jax.random.key(0), **kwargs)[1]
 
     return moved(make(params), seed, size)
-
-
-assert_equal = chex.assert_trees_all_equal
 
 
 def assert_close(actual, expected, rtol=1e-5, atol=1e-6):

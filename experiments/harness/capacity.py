@@ -27,8 +27,8 @@ class Capacity:
     Attributes:
       sizes: of weights, an adapter and a request.
       held: the engine of the most requests that fit.
-      other: one of as many adapters and another number of requests; `held` itself where its own
-        number is all that is asked for.
+      other: one of as many adapters and another number of requests; `held` itself where that
+        number was asked for.
     """
 
     sizes: Sizes

@@ -129,12 +129,12 @@ def require_even_arms(config: ConfigDict, arms: Sequence[Arm], mode: Mode | None
 
 
 def rules(config: ConfigDict) -> parallel.Rules:
-    """Which axes of the model's leaves lie over which axes of the mesh."""
+    """Sharding specs of the model's leaves, by rules over paths."""
     return models.SHAPES[config.model.shape].family.sharding
 
 
 def over_devices(config: ConfigDict, params: PyTree, loss: Loss) -> Loss:
-    """The loss for a base that lies over the run's devices."""
+    """The loss for a base that is placed on the run's devices."""
     if config.parallel.mode in ("single", "pmap"):
         return loss
     specs = parallel.match_specs(params, rules(config))

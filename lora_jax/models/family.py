@@ -101,7 +101,6 @@ class Family:
     """The functions and tables of a family; `config` is its own config throughout.
 
     Attributes:
-      config: the class of its shapes.
       parameters: `(config) -> leaves`, in the tree's order.
       project: `(x [B, T, D], one layer's weights, positions [B, T], config) -> (q [B, T, N, H],
         k [B, T, K, H], v [B, T, K, H])`: a layer up to its attention.
@@ -116,7 +115,6 @@ class Family:
       sharding: sharding specs by rules over paths.
     """
 
-    config: type
     parameters: Callable[[Any], tuple[Parameter, ...]]
     project: Callable[[jax.Array, Params, jax.Array, Any], tuple[jax.Array, jax.Array, jax.Array]]
     finish: Callable[[jax.Array, jax.Array, Params, Any], jax.Array]

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from lora_jax.models.blocks import gated_mlp, normalized, rotated_heads
 from lora_jax.models.config import Attention, DecoderConfig
 from lora_jax.models.config_fields import FULL, SLIDING, layer_types, read_fields, written_fields
 from lora_jax.models.config_json import ModelType, Stated
@@ -31,7 +32,6 @@ from lora_jax.models.decoder import hidden_states as hidden_states
 from lora_jax.models.decoder import init as init
 from lora_jax.models.family import Family, Parameter, Params, plain_embed, plain_read_out
 from lora_jax.models.mixed_dtypes import product
-from lora_jax.models.rope import rotate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,16 +101,10 @@ def project(
     x_BTD = rms_norm(x_BTD, weights["attn_norm"], config)
 
     def heads(name, count):
-        return product(x_BTD, attn[name]).reshape(*x_BTD.shape[:2], count, config.head_dim)
+        y = product(x_BTD, attn[f"{name}_proj"])
+        return y.reshape(*x_BTD.shape[:2], count, config.head_dim)
 
-    q_BTNH = rotate(heads("q_proj", config.num_heads), positions_BT, config)
-    k_BTKH = rotate(heads("k_proj", config.num_kv_heads), positions_BT, config)
-    v_BTKH = heads("v_proj", config.num_kv_heads)
-    return (
-        checkpoint_name(q_BTNH, "query"),
-        checkpoint_name(k_BTKH, "key"),
-        checkpoint_name(v_BTKH, "value"),
-    )
+    return rotated_heads(heads, positions_BT, config)
 
 
 def finish(
@@ -120,18 +114,14 @@ def finish(
     attended_BTE = attended_BTNH.reshape(*x_BTD.shape[:2], -1)
     y_BTD = product(attended_BTE, weights["attn"]["o_proj"])
     x_BTD = checkpoint_name(x_BTD + rms_norm(y_BTD, weights["attn_post_norm"], config), "residual")
-    mlp = weights["mlp"]
     y_BTD = rms_norm(x_BTD, weights["mlp_norm"], config)
-    gate_BTF = checkpoint_name(product(y_BTD, mlp["gate_proj"]), "gate")
-    up_BTF = checkpoint_name(product(y_BTD, mlp["up_proj"]), "up")
-    y_BTD = product(jax.nn.gelu(gate_BTF, approximate=True) * up_BTF, mlp["down_proj"])
+    y_BTD = gated_mlp(y_BTD, weights["mlp"], jax.nn.gelu)  # the tanh approximation
     return x_BTD + rms_norm(y_BTD, weights["mlp_post_norm"], config)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, config: Gemma2Config) -> jax.Array:
     """`x / sqrt(mean(x^2) + eps) * (1 + scale)` over the last axis, in float32, cast last."""
-    x32 = x.astype(jnp.float32)
-    normed = x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + config.norm_eps)
+    normed = normalized(x, config.norm_eps)
     return (normed * jnp.broadcast_to(1 + scale.astype(jnp.float32), x.shape)).astype(x.dtype)
 
 
@@ -182,7 +172,6 @@ def _config_json(config: Gemma2Config) -> dict[str, Any]:
 
 
 FAMILY = Family(
-    config=Gemma2Config,
     parameters=parameters,
     project=project,
     finish=finish,

@@ -53,7 +53,7 @@ def generate(
 
     Raises:
       ValueError: if prompt and answer exceed the model's context; for a length or a token that is
-        out of range, a temperature or top_p that is none, or sampling without a key.
+        out of range, an invalid temperature or top_p, or sampling without a key.
     """
     check_sampling(temperature, top_p)
     keys, prompts, possible_B = _checked(
@@ -135,7 +135,8 @@ def _read_prompts(params, prompts, lengths, config, room):
     last_B, lengths = lengths - 1, cache.lengths + lengths
     hidden_BTD, cache = extend(params, prompts, cache, config)
     last_BD = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0]
-    # What padding wrote behind a row's end lies ahead of its positions until it is overwritten.
+    # Padding wrote after a row's end: ahead of its positions, where it is overwritten before it is
+    # read.
     return last_BD, dataclasses.replace(cache, lengths=lengths)
 
 

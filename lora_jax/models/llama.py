@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from lora_jax.models.blocks import gated_mlp, normalized, rotated_heads
 from lora_jax.models.cache import Cache as Cache
 from lora_jax.models.cache import init_cache as init_cache
 from lora_jax.models.config import DecoderConfig
@@ -39,7 +40,6 @@ from lora_jax.models.decoder import output_head as output_head
 from lora_jax.models.decoder import start_cache as start_cache
 from lora_jax.models.family import GGUF, Family, Parameter, Params
 from lora_jax.models.mixed_dtypes import along, product
-from lora_jax.models.rope import rotate
 from lora_jax.models.tying import untie as untie
 
 
@@ -124,14 +124,7 @@ def project(
             y = rms_norm(checkpoint_name(y, "projected"), attn[f"{name}_norm"], config)
         return y
 
-    q_BTNH = rotate(heads("q", config.num_heads), positions_BT, config)
-    k_BTKH = rotate(heads("k", config.num_kv_heads), positions_BT, config)
-    v_BTKH = heads("v", config.num_kv_heads)
-    return (
-        checkpoint_name(q_BTNH, "query"),
-        checkpoint_name(k_BTKH, "key"),
-        checkpoint_name(v_BTKH, "value"),
-    )
+    return rotated_heads(heads, positions_BT, config)
 
 
 def finish(
@@ -141,18 +134,13 @@ def finish(
     attended_BTE = attended_BTNH.reshape(*x_BTD.shape[:2], -1)
     x_BTD = x_BTD + product(attended_BTE, weights["attn"]["o_proj"])
     x_BTD = checkpoint_name(x_BTD, "residual")
-    mlp = weights["mlp"]
     y_BTD = rms_norm(x_BTD, weights["mlp_norm"], config)
-    gate_BTF = checkpoint_name(product(y_BTD, mlp["gate_proj"]), "gate")
-    up_BTF = checkpoint_name(product(y_BTD, mlp["up_proj"]), "up")
-    return x_BTD + product(jax.nn.silu(gate_BTF) * up_BTF, mlp["down_proj"])
+    return x_BTD + gated_mlp(y_BTD, weights["mlp"], jax.nn.silu)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, config: DecoderConfig) -> jax.Array:
     """`x / sqrt(mean(x^2) + eps) * scale` over the last axis, in float32, in the dtype of `x`."""
-    x32 = x.astype(jnp.float32)
-    normed = x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + config.norm_eps)
-    return along(jnp.multiply, normed.astype(x.dtype), scale)
+    return along(jnp.multiply, normalized(x, config.norm_eps).astype(x.dtype), scale)
 
 
 def _of_type(name: str, fields: dict[str, Any], window: int | None) -> LlamaConfig:
@@ -326,7 +314,6 @@ _SHAPES = {
 }
 
 FAMILY = Family(
-    config=LlamaConfig,
     parameters=parameters,
     project=project,
     finish=finish,

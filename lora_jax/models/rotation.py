@@ -26,7 +26,7 @@ def rotated(params: Params, rotation_DD: jax.Array) -> Params:
     Each norm's scale moves into the weights that read its output, which leaves `rms_norm` without
     a preferred basis; weights that read the stream are rotated on their rows, those that write it
     on their columns. The result has a head of its own, and every matrix holds new numbers: so the
-    weights of a quantised file no longer lie on its grid, while the model is the same up to
+    weights of a quantised file are no longer on its grid, while the model is the same up to
     rounding.
 
     Args:

@@ -70,6 +70,6 @@ def read(
 
 def jitted(config: DecoderConfig, bind: Bind, max_length: int, shardings: Any = None) -> Any:
     """`read` of base, bank, pages and batch, jitted: pages are taken over. `shardings` of pages and
-    of logits, if the base lies on several devices."""
+    of logits, if the base is sharded over several devices."""
     step = functools.partial(read, config, bind, max_length)
     return jax.jit(step, donate_argnums=2, out_shardings=shardings)

@@ -17,7 +17,7 @@ import pytest
 from configs import finetune as recipe
 from configs import tiny
 from experiments import finetune
-from experiments.harness import main, samples, setup, task, told
+from experiments.harness import main, samples, setup, task, task_report
 from lora_jax import data
 from lora_jax.interop import load, peft, save_huggingface, shapes_alone
 from lora_jax.interop.placing import StoredLeaf
@@ -165,7 +165,7 @@ def test_what_follows_from_the_data_and_what_is_given(tmp_path, monkeypatch):
         for part in key.split(".")[1:]:
             flat[key] = flat[key][part]
         assert flat[key] == value
-    assert "7 steps" in told.in_words(kept)
+    assert "7 steps" in task_report.in_words(kept)
     assert kept.epochs == 7 / task.settled(configured(**given | {
         "train.steps": None, "train.epochs": 1.0})).config.train.steps  # fmt: skip
     meshed = task.settled(configured(**{"parallel.mode": "fsdp"}))
@@ -194,7 +194,7 @@ def test_skipped_examples_are_told_with_a_way_out(tmp_path):
         ({}, "the longest 7.*rows of 768"),
     ):
         config = configured(**given, **{"data.seed": 1})
-        text = told.in_words(task.settled(config))
+        text = task_report.in_words(task.settled(config))
         assert re.search(way, text), text
 
 
@@ -242,7 +242,7 @@ def test_the_next_commands_name_what_the_scripts_must_know(tmp_path):
     found = task.settled(configured(**{"base.quantize": "nf4", "model.dtype": "bfloat16"}))
     found.config.model.source = "my models/one"
     answers = {"samples": [{"prompt": "two\nlines"}, {"prompt": "it's?"}]}
-    text = told.next_commands(found, Path("a run"), answers)
+    text = task_report.next_commands(found, Path("a run"), answers)
     commands = [shlex.split(line) for line in text.splitlines() if line.startswith("  ")]
     scripts = [Path(words[1]).stem for words in commands]
     assert scripts == ["generate", "generate", "serve", "verify", "convert"]

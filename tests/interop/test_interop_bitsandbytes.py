@@ -4,7 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-import cases
+import chex
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -75,7 +75,7 @@ def test_round_trip(plain, tmp_path, format, double_quant):
     found = stated["bnb_4bit_quant_type"], stated["bnb_4bit_use_double_quant"]
     assert found == (format, double_quant) and stated["llm_int8_skip_modules"] == ["lm_head"]
     again = load(tmp_path / "out", dtype=jnp.bfloat16)
-    cases.assert_equal(again.params, saved.params)
+    chex.assert_trees_all_equal(again.params, saved.params)
     save_huggingface(tmp_path / "twice", again)
     assert (tmp_path / "twice" / "config.json").read_text() == (
         tmp_path / "out" / "config.json"
@@ -89,7 +89,7 @@ def test_some_linears_and_biases(tmp_path):
     save_huggingface(tmp_path / "out", saved)
     stated = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert stated["llm_int8_skip_modules"] == ["gate_proj", "up_proj", "down_proj", "lm_head"]
-    cases.assert_equal(load(tmp_path / "out").params, saved.params)
+    chex.assert_trees_all_equal(load(tmp_path / "out").params, saved.params)
 
 
 def test_a_head_in_4_bits(plain, tmp_path):
@@ -97,7 +97,7 @@ def test_a_head_in_4_bits(plain, tmp_path):
     save_huggingface(tmp_path / "out", saved)
     stated = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert stated["llm_int8_skip_modules"] == []
-    cases.assert_equal(load(tmp_path / "out").params, saved.params)
+    chex.assert_trees_all_equal(load(tmp_path / "out").params, saved.params)
 
 
 def test_place_sees_the_float_leaves(folder, model):

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import cases
+import chex
 import jax
 import numpy as np
 import pytest
@@ -82,13 +83,13 @@ def test_folders_in_4_bits(script, tmp_path):
     assert "Hugging Face folder, nf4 of bitsandbytes" in said["written"]
     params = load(folder, place=quantized("nf4")).params
     found = load(tmp_path / "nf4")
-    cases.assert_equal(found.params, params)
+    chex.assert_trees_all_equal(found.params, params)
     again = run(script, **{"from": tmp_path / "nf4"}, to=tmp_path / "again")
     assert again["model"].partition(",")[2] == said["model"].partition(",")[2]
-    cases.assert_equal(load(tmp_path / "again").params, params)
+    chex.assert_trees_all_equal(load(tmp_path / "again").params, params)
 
     run(script, **{"from": tmp_path / "nf4"}, to=tmp_path / "floats", quantize="none")
-    cases.assert_equal(load(tmp_path / "floats").params, lora.dequantize(params))
+    chex.assert_trees_all_equal(load(tmp_path / "floats").params, lora.dequantize(params))
     run(script, **{"from": tmp_path / "nf4"}, to=tmp_path / "floats.gguf", quantize="none")
     logits_there = logits(load(tmp_path / "floats"))
     found_there = logits(load(tmp_path / "floats.gguf"))
@@ -117,7 +118,7 @@ def test_merging_into_4_bits(script, tmp_path):
         said = run(script, **whole, to=tmp_path / f"to-{how}", quantize=how)
         result = "is in floats" if how == "none" else f"is rounded to {how}"
         assert said["merged"] == f"into a base in nf4; the result {result}"
-        cases.assert_equal(load(tmp_path / f"to-{how}").params, params)
+        chex.assert_trees_all_equal(load(tmp_path / f"to-{how}").params, params)
 
 
 class LoadingError(Exception):

@@ -3,6 +3,7 @@
 import json
 
 import cases
+import chex
 import jax
 import numpy as np
 import pytest
@@ -40,7 +41,7 @@ def test_ours_comes_back(name, tmp_path):
     if name == "beside whole weights":  # which are saved as sums with the base
         cases.assert_close(back, delta)
     else:
-        cases.assert_equal(back, delta)
+        chex.assert_trees_all_equal(back, delta)
     config, tensors = contents(tmp_path)
     rank = config["rank_pattern"].get(r"model\.layers\.0\.self_attn\.q_proj", config["r"])
     assert config["peft_type"] == "LOHA" and tensors[f"{Q}.hada_w1_a"].shape == (16, rank)
@@ -74,7 +75,7 @@ def test_layers_of_other_ranks_and_without_it(tmp_path):
     assert after.keys() == rest.keys()
     for key in rest:
         np.testing.assert_array_equal(after[key], rest[key])
-    cases.assert_equal(peft.load_adapter(tmp_path / "b", PARAMS, NAMES), delta)
+    chex.assert_trees_all_equal(peft.load_adapter(tmp_path / "b", PARAMS, NAMES), delta)
 
 
 def test_a_model_with_names_of_its_own(tmp_path):
@@ -88,7 +89,7 @@ def test_a_model_with_names_of_its_own(tmp_path):
     peft.save_adapter(tmp_path, delta, params, {"q": "model.q"}, **settings)
     assert contents(tmp_path)[1]["base_model.model.model.q.hada_w2_b"].shape == (2, 6)
     back = peft.load_adapter(tmp_path, params, {"q": "model.q"}, **settings)
-    cases.assert_equal(back, delta)
+    chex.assert_trees_all_equal(back, delta)
 
 
 def rewrite(folder, config, tensors):
@@ -140,4 +141,4 @@ def test_logits_are_those_of_the_delta(tmp_path):
     delta = cases.llama_delta(PARAMS, METHODS["patterns"])
     back = peft.load_adapter(save(tmp_path, delta), jax.eval_shape(lambda: PARAMS), NAMES)
     ours, theirs = (llama.forward(lora.bind(PARAMS, d), TOKENS, CONFIG) for d in (back, delta))
-    cases.assert_equal(ours, theirs)
+    chex.assert_trees_all_equal(ours, theirs)

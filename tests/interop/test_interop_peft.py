@@ -4,6 +4,7 @@ import functools
 import json
 
 import cases
+import chex
 import jax
 import numpy as np
 import pytest
@@ -71,14 +72,14 @@ def test_ours_comes_back_bit_for_bit(name, tmp_path):
             )
             for d in (delta, back)
         )
-    cases.assert_equal(back, delta)
+    chex.assert_trees_all_equal(back, delta)
 
 
 @pytest.mark.parametrize("name", PROMPTS)
 def test_prompts_come_back_bit_for_bit(name, tmp_path):
     method, targets = PROMPTS[name]
     delta = delta_of(method, targets=targets)
-    cases.assert_equal(peft.load_adapter(save(tmp_path, delta), PARAMS, NAMES), delta)
+    chex.assert_trees_all_equal(peft.load_adapter(save(tmp_path, delta), PARAMS, NAMES), delta)
 
 
 def test_an_encoded_prefix_is_written_out(tmp_path):
@@ -133,7 +134,9 @@ def test_a_model_with_names_of_its_own(tmp_path):
     name = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
     assert tensors[name].shape == (6, 2)
     back = peft.load_adapter(tmp_path / "a", params, names, layouts=layouts)
-    cases.assert_equal(back, {"blocks": {str(i): delta["blocks"][str(i)] for i in range(2)}})
+    chex.assert_trees_all_equal(
+        back, {"blocks": {str(i): delta["blocks"][str(i)] for i in range(2)}}
+    )
 
 
 @pytest.mark.slow
@@ -203,7 +206,7 @@ def test_another_base_of_the_same_form_is_refused(tmp_path):
     in_bf16 = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), PARAMS)
     in_four_bits = lora.quantize(PARAMS, "nf4", block_size=8)
     for base in (in_bf16, in_four_bits, jax.eval_shape(lambda: PARAMS)):
-        cases.assert_equal(
+        chex.assert_trees_all_equal(
             peft.load_adapter(folder, base, NAMES), peft.load_adapter(folder, PARAMS, NAMES)
         )
 
@@ -268,7 +271,7 @@ def test_shapes_alone_serve_but_for_dora(tmp_path):
     shapes = jax.eval_shape(lambda: PARAMS)
     delta = delta_of(METHODS["lora"])
     back = peft.load_adapter(save(tmp_path / "a", delta), shapes, NAMES)
-    cases.assert_equal(back, delta)
+    chex.assert_trees_all_equal(back, delta)
     save(tmp_path / "b", delta_of(METHODS["dora"]))
     with pytest.raises(ValueError, match="DoRA needs the base's weights, found their shape alone"):
         peft.load_adapter(tmp_path / "b", shapes, NAMES)
@@ -353,7 +356,7 @@ def test_a_base_of_its_own_is_named_or_refused(tmp_path):
         save(tmp_path / "a", fresh, own_base=True)
     peft.save_adapter(tmp_path / "a", delta, moved, NAMES, own_base=True, base_name="moved")
     back = peft.load_adapter(tmp_path / "a", moved, NAMES)
-    cases.assert_equal(back, delta)
+    chex.assert_trees_all_equal(back, delta)
     with pytest.raises(ValueError, match="was made for another base"):
         peft.load_adapter(tmp_path / "a", base, NAMES)
     with pytest.raises(ValueError, match="belongs to the base that loftq_start made"):

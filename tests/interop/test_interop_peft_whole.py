@@ -5,6 +5,7 @@ import re
 import time
 
 import cases
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -275,10 +276,10 @@ def test_ia3_scales_the_bias_as_peft_does(tmp_path):
         found, wanted = (s["layers"][path[0]][path[1]].l for s in (slope, expected_slope))
         close(found, wanted, rtol=1e-3)
     back = peft.load_adapter(save(tmp_path / "a", delta), PARAMS, NAMES)
-    cases.assert_equal(back, delta)
+    chex.assert_trees_all_equal(back, delta)
     cases.assert_close(lora.unmerge(lora.merge(PARAMS, delta), delta), PARAMS, 1e-4, 1e-5)
     stacked = lora.stack([delta, jax.tree.map(lambda x: x, delta)])
-    cases.assert_equal(lora.unstack(stacked)[1], delta)
+    chex.assert_trees_all_equal(lora.unstack(stacked)[1], delta)
     with pytest.raises(ValueError, match="IA3 over a layer with a bias cannot be chosen by row"):
         lora.bind(PARAMS, stacked, adapter_ids=jnp.array([0, 1]))
     lost = {"layers": {"attn": {"q_bias": delta["layers"]["attn"]["q_bias"]}}}
@@ -305,7 +306,7 @@ def test_ia3_of_0_1_0_left_the_bias_alone(tmp_path):
     metadata.pop("lora_jax.ia3_scales_biases")
     tensors = load_file(folder / FILE)
     save_file(tensors, folder / FILE, metadata=metadata)
-    cases.assert_equal(peft.load_adapter(folder, PARAMS, NAMES), delta)
+    chex.assert_trees_all_equal(peft.load_adapter(folder, PARAMS, NAMES), delta)
 
 
 def test_rows_of_the_table(tmp_path):
@@ -360,7 +361,7 @@ def test_adalora_by_its_scale_and_without_a_schedule(tmp_path):
         edited(folder, {"lora_alpha": 3, "total_step": 9, "tinit": 0, "tfinal": 0, "deltaT": 1,
                         "target_r": 2} | config)  # fmt: skip
         node = peft.load_adapter(folder, PARAMS, NAMES)["layers"]["attn"]["q_proj"]
-        cases.assert_equal(
+        chex.assert_trees_all_equal(
             (node.a, node.e, node.b, node.scale), (same.a, same.e, same.b, same.scale)
         )
     edited(folder, {"lora_alpha": None})
@@ -386,7 +387,7 @@ def test_adalora_by_its_scale_and_without_a_schedule(tmp_path):
 def test_a_prompt_encoder_is_a_prompt(tmp_path):
     delta = delta_of(lora.Prompt(length=3), targets="embed")
     folder = edited(save(tmp_path, delta), {"peft_type": "P_TUNING", "encoder_hidden_size": 8})
-    cases.assert_equal(peft.load_adapter(folder, PARAMS, NAMES), delta)
+    chex.assert_trees_all_equal(peft.load_adapter(folder, PARAMS, NAMES), delta)
     for config, message in (
         ({"num_virtual_tokens": 4}, "has 3 tokens, the config's num_virtual_tokens is 4"),
         ({"num_transformer_submodules": 2}, "num_transformer_submodules is 2"),

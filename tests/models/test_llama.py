@@ -4,11 +4,12 @@ import dataclasses
 import math
 
 import cases
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import assert_close, assert_equal
+from cases import assert_close
 
 import lora_jax as lora
 from lora_jax.kernels.attention import attend
@@ -85,7 +86,7 @@ def test_segments_do_not_leak():
     gradient, states = jax.grad(total, has_aux=True)(params["embed"], distinct)
     assert not np.any(gradient[:3]) and np.all(np.any(gradient[3:7], axis=1))
     _, changed = total(params["embed"], distinct.at[:, :3].set(9))
-    assert_equal(changed[:, 3:], states[:, 3:])
+    chex.assert_trees_all_equal(changed[:, 3:], states[:, 3:])
     assert np.abs(changed[:, :3] - states[:, :3]).max() > 1e-2
 
 
@@ -93,7 +94,7 @@ def test_no_position_sees_ahead():
     config, params, tokens = cases.llama_case()
     states = STATES(params, tokens, config)
     changed = STATES(params, tokens.at[:, 4:].set(1), config)
-    assert_equal(changed[:, :4], states[:, :4])
+    chex.assert_trees_all_equal(changed[:, :4], states[:, :4])
 
 
 def test_positions_count_only_by_their_distance():

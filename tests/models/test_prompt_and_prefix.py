@@ -4,11 +4,12 @@ import functools
 import re
 
 import cases
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import assert_close, assert_equal, moved
+from cases import assert_close, moved
 
 import lora_jax as lora
 from lora_jax.models import llama
@@ -115,8 +116,10 @@ def rows_of(**kwargs):
 
 
 def test_prompt_starts():
-    assert_equal(rows_of(length=5, tokens=(3, 1)), PARAMS["embed"][jnp.array([3, 1, 3, 1, 3])])
-    assert_equal(rows_of(length=1, tokens=(3, 1)), PARAMS["embed"][jnp.array([3])])
+    chex.assert_trees_all_equal(
+        rows_of(length=5, tokens=(3, 1)), PARAMS["embed"][jnp.array([3, 1, 3, 1, 3])]
+    )
+    chex.assert_trees_all_equal(rows_of(length=1, tokens=(3, 1)), PARAMS["embed"][jnp.array([3])])
     distances = np.abs(np.asarray(rows_of(length=4))[:, None] - np.asarray(PARAMS["embed"])[None])
     assert np.all(distances.max(-1).min(-1) == 0)  # each is a row of the table
     assert 0.9 < np.std(rows_of(length=100, init="normal")) < 1.1

@@ -1,6 +1,7 @@
 """LoHa as files that go between PEFT and us, in both directions, with equal logits."""
 
 import cases
+import chex
 import jax
 import numpy as np
 import pytest
@@ -84,7 +85,7 @@ def test_ours_loads_there(name, tmp_path):
     assert relative(their_logits(theirs, TOKENS), expected) < 1e-5
     theirs.save_pretrained(tmp_path / "b")
     first, back = (ours.load_adapter(tmp_path / f, params, names) for f in "ab")
-    cases.assert_equal(back, first)
+    chex.assert_trees_all_equal(back, first)
 
 
 def test_its_init_is_theirs():

@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import cases
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,22 +70,24 @@ def test_double_quantisation_moves_the_scales_little():
 def test_quantising_again_changes_nothing(format):
     values = lora.dequantize(quantized(format, double_quant=False))
     again = lora.dequantize(quantized(format, values, double_quant=False))
-    cases.assert_equal(again, values)
+    chex.assert_trees_all_equal(again, values)
 
 
 def test_stacked_layers_are_quantised_apart(how):
     stacked = quantized(**how)
     for i in range(3):
         alone = quantized(tree={"up_proj": W["up_proj"][i]}, **how)
-        cases.assert_equal(one_layer(stacked, i), alone)
+        chex.assert_trees_all_equal(one_layer(stacked, i), alone)
 
 
 @pytest.mark.optimized
 def test_every_way_to_decode_gives_the_same_bits(how):
     tree = quantized(**how)
     on_host = lora.dequantize(tree)
-    cases.assert_equal(jax.jit(lora.dequantize)(tree), on_host)
-    cases.assert_equal(jax.tree.map(lambda w: w.dense(), tree, is_leaf=lora_weight), on_host)
+    chex.assert_trees_all_equal(jax.jit(lora.dequantize)(tree), on_host)
+    chex.assert_trees_all_equal(
+        jax.tree.map(lambda w: w.dense(), tree, is_leaf=lora_weight), on_host
+    )
 
 
 def lora_weight(leaf):
@@ -101,7 +104,7 @@ def test_jitted_quantising_gives_the_same_bits(how):
     def again(tree):
         return quantized(tree=tree, **how)
 
-    cases.assert_equal(jax.jit(again)(W), again(W))
+    chex.assert_trees_all_equal(jax.jit(again)(W), again(W))
     shapes = jax.eval_shape(again, W)
     assert jax.tree.structure(shapes) == jax.tree.structure(again(W))
     assert jax.tree.map(jnp.shape, again(W)) == jax.tree.map(lambda s: s.shape, shapes)
@@ -112,12 +115,12 @@ def test_linear_embed_and_transpose(how):
     weight = one_layer(quantized(**how))["up_proj"]
     dense, tokens = weight.dense(), jnp.array([[3, 62], [0, 17]])
     cases.assert_close(linear(X, weight), X @ dense)
-    cases.assert_equal(lora.embed(tokens, weight), dense[tokens])
+    chex.assert_trees_all_equal(lora.embed(tokens, weight), dense[tokens])
     head = transpose(weight)
     assert head.shape == (40, 64) and head.T is weight
     y = cases.normal(2, 2, 3, 40)
     cases.assert_close(linear(y, head), y @ dense.T)
-    cases.assert_equal(head.dense(), dense.T)
+    chex.assert_trees_all_equal(head.dense(), dense.T)
     for apply, x, matrix in ((weight, X, dense), (head, y, dense.T)):
         ours = jax.grad(lambda x: jnp.sin(linear(x, apply)).sum())(x)  # noqa: B023
         cases.assert_close(ours, jax.grad(lambda x: jnp.sin(x @ matrix).sum())(x))  # noqa: B023
@@ -129,7 +132,7 @@ def test_other_dtypes_round_last(format, dtype):
     w = jnp.asarray(W["up_proj"], dtype)
     weight, wide = (quantized(format, {"w": x})["w"] for x in (w, w.astype(jnp.float32)))
     assert weight.dtype == jnp.dtype(dtype) and wide.dtype == jnp.float32
-    cases.assert_equal(weight.dense(), wide.dense().astype(dtype))
+    chex.assert_trees_all_equal(weight.dense(), wide.dense().astype(dtype))
     x = X.astype(dtype)
     assert linear(x, one_layer(weight)).dtype == x.dtype
 
@@ -143,10 +146,10 @@ def test_a_kernel_with_two_output_axes(format):
     weight = lora.quantize({"query": kernel}, format, layouts={"query": layout}, **how)["query"]
     flat = quantized(format, {"query": kernel.reshape(2, 32, 24)})["query"]
     assert weight.shape == kernel.shape
-    cases.assert_equal(weight.codes, flat.codes)
-    cases.assert_equal(weight.dense(), flat.dense().reshape(kernel.shape))
+    chex.assert_trees_all_equal(weight.codes, flat.codes)
+    chex.assert_trees_all_equal(weight.dense(), flat.dense().reshape(kernel.shape))
     assert weight.as_matrix(layout).shape == (2, 32, 24)
-    cases.assert_equal(weight.as_matrix(layout).dense(), flat.dense())
+    chex.assert_trees_all_equal(weight.as_matrix(layout).dense(), flat.dense())
     with pytest.raises(ValueError, match="was quantised as Layout.*cannot be read as Layout"):
         weight.as_matrix(lora.Layout())
 
@@ -156,7 +159,7 @@ def test_a_weight_applied_from_the_left():
     layout = lora.Layout(contracted=(-1,), output=(-2,))
     weight = lora.quantize({"w": w}, "nf4", layouts={"w": layout}, block_size=16)["w"]
     assert weight.shape == (24, 32) and weight.codes.shape == (16, 24)
-    cases.assert_equal(weight.dense(), quantized(tree={"w": w.T})["w"].dense().T)
+    chex.assert_trees_all_equal(weight.dense(), quantized(tree={"w": w.T})["w"].dense().T)
 
 
 def test_nf4_stores_4_127_bits_a_parameter():
@@ -186,10 +189,10 @@ def test_merging_may_requantise(format):
     base, delta = lora.lora_transform(tree, lora.LoRA(rank=2), key=jax.random.key(0))
     delta = cases.moved(delta)
     plain, again = lora.merge(base, delta), lora.merge(base, delta, requantize=True)
-    cases.assert_equal(again, quantized(format, plain))
+    chex.assert_trees_all_equal(again, quantized(format, plain))
     jitted = jax.jit(lambda b, d: lora.merge(b, d, requantize=True))(base, delta)
     assert jax.tree.structure(jitted) == jax.tree.structure(tree)
-    cases.assert_equal(lora.merge({"up_proj": plain["up_proj"]}, delta, requantize=True),
+    chex.assert_trees_all_equal(lora.merge({"up_proj": plain["up_proj"]}, delta, requantize=True),
                        lora.merge(plain, delta))  # fmt: skip
 
 
@@ -309,7 +312,7 @@ def test_state_dicts_convert_back_without_loss(double_quant):
     for format in ("nf4", "fp4"):
         tree = quantized(format, double_quant=double_quant)
         weight = one_layer(tree)["up_proj"]
-        cases.assert_equal(from_bitsandbytes(to_bitsandbytes(weight, "q"), "q"), weight)
+        chex.assert_trees_all_equal(from_bitsandbytes(to_bitsandbytes(weight, "q"), "q"), weight)
 
 
 @pytest.mark.parametrize("format", cases.STORAGES)
@@ -351,5 +354,5 @@ def test_checkpoints_keep_the_bytes(tmp_path, how):
     tree = quantized(**how)
     checkpoints.save(tmp_path, 1, tree, identity={}, position=None)
     _, restored, _ = checkpoints.restore(tmp_path, tree, identity={})
-    cases.assert_equal(restored, tree)
+    chex.assert_trees_all_equal(restored, tree)
     assert restored["up_proj"].codes.dtype == jnp.uint8

@@ -1,6 +1,7 @@
 """MXFP4 by OCP's specification of Microscaling Formats, version 1.0, and gpt-oss's tensors."""
 
 import cases
+import chex
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -112,7 +113,7 @@ def test_a_quantised_matrix_is_that_of_its_checkpoint():
     rows = codes.swapaxes(-1, -2)
     blocks = (rows[..., 1::2] << 4 | rows[..., ::2]).reshape(3, 40, 2, 16)
     again = MXFP4.from_blocks(blocks, np.swapaxes(weight.scales, -1, -2), dtype="float32")
-    cases.assert_equal(again, weight)
+    chex.assert_trees_all_equal(again, weight)
     assert repr(weight) == "MXFP4(3x64x40 float32, blocks of 32, 4.250 bits a parameter)"
 
 

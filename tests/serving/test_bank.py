@@ -78,7 +78,7 @@ def test_rows_of_the_base_alone_are_the_bases_bit_for_bit():
     bank = zoo.bank_for(base)
     weights = serving.bind(base, bank, zoo.rows(None, None, width=1))
     forward = jax.jit(lambda w: llama.forward(w, tokens, config))
-    cases.assert_equal(forward(weights), forward(base))
+    chex.assert_trees_all_equal(forward(weights), forward(base))
 
 
 def test_puts_drops_and_programs_are_compiled_once():
@@ -103,7 +103,7 @@ def test_puts_drops_and_programs_are_compiled_once():
             run(bank, zoo.rows(None, place))
             bank = serving.drop(bank, place)
     fresh = zoo.bank_for(base)
-    cases.assert_equal(bank, fresh)
+    chex.assert_trees_all_equal(bank, fresh)
 
 
 @contextlib.contextmanager

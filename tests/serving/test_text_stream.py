@@ -44,6 +44,6 @@ def test_what_follows_a_stop_string_is_never_said(text, stops):
     assert stopped == bool(ends)
     assert "".join(texts) == (text[: min(ends)[1]] if ends else text)
     said = ""
-    for piece in texts[:-1]:  # nothing that was said is taken back, and nothing is held in vain
+    for piece in texts[:-1]:  # no text is taken back, and none is held without need
         said += piece
         assert not any(stop in said for stop in stops)

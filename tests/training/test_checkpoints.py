@@ -5,6 +5,7 @@ import shutil
 import traceback
 
 import cases
+import chex
 import jax
 import jax.numpy as jnp
 import pytest
@@ -60,7 +61,7 @@ def test_deltas_of_every_method_come_back_bit_for_bit(tmp_path):
     trained = {name: cases.moved(delta) for name, delta in fresh.items()}
     checkpoints.save(tmp_path, 1, trained, identity={"base": "b"}, position=None)
     step, back, _ = checkpoints.restore(tmp_path, fresh, identity={"base": "b"})
-    cases.assert_equal(back, trained)
+    chex.assert_trees_all_equal(back, trained)
     assert step == 1 and jax.tree.structure(back) == jax.tree.structure(fresh)
 
 
@@ -75,7 +76,7 @@ def test_states_may_be_donated_while_they_are_written(tmp_path):
             state = step(state)
     number, back, position = checkpoints.restore(tmp_path, state, identity={})
     assert (number, position) == (2, {"data": 2})
-    cases.assert_equal(back, jax.tree.map(lambda x: -x, before))
+    chex.assert_trees_all_equal(back, jax.tree.map(lambda x: -x, before))
 
 
 STATE = {"delta": jnp.arange(3000.0)}
@@ -127,7 +128,7 @@ def test_whatever_else_goes_wrong_is_raised_as_it_is(tmp_path, error, monkeypatc
         checkpoints.restore(tmp_path, STATE, identity={})
     assert raised
     _, back, _ = checkpoints.restore(tmp_path, STATE, identity={})
-    cases.assert_equal(back, STATE)
+    chex.assert_trees_all_equal(back, STATE)
 
 
 def test_a_checkpoint_of_version_0_1_0_says_that_it_is(tmp_path):

@@ -80,7 +80,7 @@ def _grouped(
         return gathering.grouped(x, a, b, pages, sizes)
     if implementation == "mosaic_tpu":
         return _on_tpu(x, a, b, pages, sizes)
-    if not _on_one_device() or _lack("mosaic_tpu", x, b, pages):
+    if not context_mesh.is_unsharded() or _lack("mosaic_tpu", x, b, pages):
         return gathering.grouped(x, a, b, pages, sizes)
     # The same trace may still be lowered for another platform, a host's CPU for one.
     return jax.lax.platform_dependent(x, a, b, pages, sizes, default=gathering.grouped, tpu=_on_tpu)
@@ -133,14 +133,6 @@ def _lack(implementation, x, b, pages) -> str | None:
     if fits and all(tiles(N, S, *sides, W * r, *bytes_of) for sides in both_ways):
         return None
     return f"has no tiles for {N} tokens, d_in = {D} and d_out = {O} with {W} pages of {r} ranks"
-
-
-def _on_one_device() -> bool:
-    """Whether arrays are surely not sharded: a kernel cannot be partitioned automatically."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return jax.device_count() == 1
-    return mesh.size == 1 or set(mesh.manual_axes) == set(mesh.axis_names)
 
 
 def _check(x, a, b, pages, sizes) -> None:

@@ -80,7 +80,7 @@ def _contract(
     kernels = {
         platform: runs[name]
         for name, platform in PLATFORM.items()
-        if name in BY_DEFAULT and _on_one_device() and not _lack(name, x, codes, absmax)
+        if name in BY_DEFAULT and context_mesh.is_unsharded() and not _lack(name, x, codes, absmax)
     }
     if not kernels:
         return runs["xla"](x, codes, absmax)
@@ -158,14 +158,6 @@ def _lack(implementation, x, codes, absmax) -> str | None:
     if M and N and fits:
         return None
     return f"has no tiles for {M} rows, d_in = {K} and d_out = {N} in blocks of {block}"
-
-
-def _on_one_device() -> bool:
-    """Whether arrays are surely not sharded: a kernel cannot be partitioned automatically."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return jax.device_count() == 1
-    return mesh.size == 1 or set(mesh.manual_axes) == set(mesh.axis_names)
 
 
 def _check(x: jax.Array, codes: jax.Array, absmax: jax.Array) -> None:

@@ -169,10 +169,6 @@ def _decode(codes, absmax, table_ref, dtype):
     return jnp.stack([high, low], axis=1).reshape(2 * h, n)
 
 
-def _bits(w):
-    return jax.lax.bitcast_convert_type(w, jnp.uint16).astype(jnp.uint32)
-
-
 def _dot(x, w, contracted):
     return jax.lax.dot_general(
         x,

@@ -12,18 +12,11 @@ from lora_jax.models.remat import Remat
 from lora_jax.training.losses.fields import Field
 from lora_jax.training.losses.final_states import final_states, read_out_of
 from lora_jax.training.losses.loss import Loss
-from lora_jax.training.losses.next_token import filled_positions
+from lora_jax.training.losses.next_token import FIELDS, filled_positions
 from lora_jax.training.losses.token_log_probs import token_log_probs
 from lora_jax.transform import bind
 
-_INTEGERS, _BOOLS = Field("rows 2 positions", jnp.int32), Field("rows 2 positions", jnp.bool_)
-PAIRS = {
-    "tokens": _INTEGERS,
-    "targets": _INTEGERS,
-    "loss_mask": _BOOLS,
-    "segment_ids": _INTEGERS,
-    "positions": _INTEGERS,
-}
+PAIRS = {name: Field("rows 2 positions", field.dtype) for name, field in FIELDS.items()}
 
 
 def orpo_loss(
