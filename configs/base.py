@@ -43,6 +43,9 @@ def get_config() -> ConfigDict:
             "response_field": "",
             "batch_size": 1,  # rows a step
             "seq_len": 256,  # tokens a row
+            # "chat": the tokenizer's own. "plain": prompt, new line, response, end of text; no
+            # system message.
+            "template": "chat",
             "pack": True,  # several examples a row
             "seed": 0,  # of the order, which all arms share
             "validation_examples": 32,
@@ -118,6 +121,16 @@ def get_config() -> ConfigDict:
             "rank": 8,  # of LoRA, whose trainable parameters are the budget
             "rate_factors": (0.5, 2.0),  # learning rates, as multiples of each method's own
             "seeds": (0, 1),  # of initialisation, dropout and data; the first chooses the rate
+        }
+    )
+    # Of a study, which --budget starts: experiments/harness/search.py has the rules.
+    config.study = ConfigDict(
+        {
+            "factor": 2.0,  # between neighbouring learning rates
+            "most": 8,  # rates that a cell may try
+            "margin": 0.05,  # nats above the cell's best run at which another is given up; 0: never
+            "seeds": (0, 1, 2),  # of initialisation, dropout and data; the first searches
+            "cells": (),  # names of those to run; empty: all
         }
     )
     config.samples = ConfigDict({"prompts": 2, "max_new_tokens": 40})

@@ -3,6 +3,7 @@
 python experiments/rank_sweep.py
 python experiments/rank_sweep.py --config=configs/llama8b.py --plan
 python experiments/rank_sweep.py --config.sweep.ranks="(1, 8)" --config.train.steps=40
+python experiments/rank_sweep.py --budget=cpu --config.data.path=E2E
 """
 
 import sys
@@ -10,9 +11,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a checkout, installed or not
 
-from experiments.harness import pictures
-from experiments.harness.arms import rank_arms
-from experiments.harness.main import main
+from experiments.harness import pictures, study_pictures
+from experiments.harness.arms import rank_arms, rank_cells
+from experiments.harness.main import Study, main
 
 if __name__ == "__main__":
-    main("rank_sweep", "Rank sweep", rank_arms, pictures.loss_by_rank)
+    main(
+        "rank_sweep",
+        "Rank sweep",
+        rank_arms,
+        pictures.loss_by_rank,
+        study=Study(cells=rank_cells, draw=study_pictures.loss_by_rank),
+    )

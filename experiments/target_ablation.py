@@ -4,6 +4,7 @@ At equal rank, and at equal parameters as in the LoRA paper (Hu et al. 2021, sec
 
     python experiments/target_ablation.py
     python experiments/target_ablation.py --config.ablation.rank=4
+    python experiments/target_ablation.py --budget=cpu --config.data.path=E2E
 """
 
 import sys
@@ -11,9 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a checkout, installed or not
 
-from experiments.harness import pictures, plan
-from experiments.harness.arms import target_arms
-from experiments.harness.main import main
+from experiments.harness import pictures, plan, study_pictures
+from experiments.harness.arms import target_arms, target_cells
+from experiments.harness.main import Study, main
 
 if __name__ == "__main__":
     main(
@@ -21,5 +22,9 @@ if __name__ == "__main__":
         "Target ablation",
         lambda config: target_arms(config, plan.params_per_rank(config)),
         pictures.loss_by_targets,
+        study=Study(
+            cells=lambda config: target_cells(config, plan.params_per_rank(config)),
+            draw=study_pictures.loss_by_targets,
+        ),
         sized=True,
     )

@@ -1,5 +1,6 @@
 """Each arm's adapter, as a folder that PEFT loads, and what `verify` says of it."""
 
+import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -75,7 +76,13 @@ def save(
     kept = [pair for pair, exists in zip(zip(wanted, deltas, strict=True), written, strict=True)
             if exists]  # fmt: skip
     told = {o.arm.folder: _verified(model, o, delta, folder, log) for o, delta in kept}
-    hosts.on_first(lambda: records.write_json(folder.parent / REPORTS, told))
+    hosts.on_first(lambda: _report(folder.parent / REPORTS, told))
+
+
+def _report(path: Path, told: dict[str, Any]) -> None:
+    """Adds to what is there of other arms."""
+    before = json.loads(path.read_text()) if path.exists() else {}
+    records.write_json(path, {**before, **told})
 
 
 def _digest(model: Pretrained, outcome: Outcome, delta: Delta, log: Log) -> Digest | None:

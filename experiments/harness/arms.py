@@ -25,6 +25,7 @@ class Arm:
       learning_rate: the peak.
       seed: of the initialisation and of dropout.
       data_seed: added to the data's seed; arms of one data_seed get the same batches.
+      cell: what a study compares, its arms but for rate and seed; see `search`.
       label: the method's name, where an experiment compares methods.
       group: distinguishes arms of one label or target in a picture.
       b_ratio: LoRA+'s ratio of learning rates.
@@ -39,6 +40,7 @@ class Arm:
     learning_rate: float
     seed: int
     data_seed: int = 0
+    cell: str = ""
     label: str = ""
     group: str = ""
     b_ratio: float = 1.0
@@ -93,6 +95,25 @@ def target_arms(config: ConfigDict, per_rank: Mapping[str, int]) -> list[Arm]:
         if not both:
             arms.append(_lora_arm(config, equal, targets, rate, seed, "equal parameters"))
     return sorted(arms, key=lambda arm: arm.group == "equal parameters")
+
+
+def rank_cells(config: ConfigDict) -> list[Arm]:
+    """Every rank, and full fine-tuning where configured; see `rank_arms`."""
+    single = config.copy_and_resolve_references()
+    single.sweep.learning_rates, single.sweep.seeds = (), (0,)
+    return as_cells(rank_arms(single))
+
+
+def target_cells(config: ConfigDict, per_rank: Mapping[str, int]) -> list[Arm]:
+    """Every preset at equal rank and at equal parameters; see `target_arms`."""
+    single = config.copy_and_resolve_references()
+    single.sweep.learning_rates, single.sweep.seeds = (), (0,)
+    return as_cells(target_arms(single, per_rank))
+
+
+def as_cells(arms: Sequence[Arm]) -> list[Arm]:
+    """The arms as what a study compares, each named after its own."""
+    return [dataclasses.replace(arm, cell=arm.name) for arm in arms]
 
 
 def same_step(arms: Sequence[Arm]) -> list[Sequence[Arm]]:

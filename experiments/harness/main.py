@@ -1,5 +1,6 @@
 """The command line that the experiments share."""
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -14,7 +15,9 @@ import jax
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from experiments.harness import plan, report, setup
+from configs.budgets import BUDGETS
+from experiments.harness import plan, report, setup, study_report
+from experiments.harness import study as studies
 from experiments.harness.arms import Arm
 from experiments.harness.outcome import Outcome
 from experiments.harness.progress import console, counted, reporting
@@ -31,6 +34,13 @@ _WORKDIR = flags.DEFINE_string(
 )
 _PLAN = flags.DEFINE_bool(
     "plan", False, "Print parameters and memory of each arm without loading weights, and end."
+)
+_BUDGET = flags.DEFINE_enum(
+    "budget",
+    None,
+    ["cpu", "gpu"],
+    "Run the experiment whole, each arm at its own best learning rate and over seeds, at the size "
+    "for two CPU cores or for one H100 (configs/budgets.py). The same command continues it.",
 )
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
@@ -52,18 +62,31 @@ _TIMEOUT = flags.DEFINE_integer(
 )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Study:
+    """What --budget runs: the cells of a config, and their picture."""
+
+    cells: Callable[[ConfigDict], Sequence[Arm]]
+    draw: Callable[[Path, dict], None]
+
+
 def main(
     experiment: str,
     title: str,
     arms_of: Callable[[ConfigDict], Sequence[Arm]],
     draw: Callable[[Path, dict], None],
+    *,
+    study: Study,
     **how: Any,
 ) -> None:
     """Runs a sweep: `arms_of(config)` says what differs, `draw` makes its picture; `how` is
-    `conduct`'s."""
+    `conduct`'s. With --budget it runs the study in its place."""
 
     def work(config: ConfigDict, workdir: Path) -> None:
         setup.require_filled(config)
+        if _BUDGET.value:
+            conduct_study(experiment, title, config, study, workdir)
+            return
         arms = arms_of(config)
         if _PLAN.value:
             console.print(plan.plan(config, arms), markup=False)
@@ -96,7 +119,7 @@ def launch(
                 "and finetune have it."
             )
         setup.quiet_logs()
-        config = given.value
+        config = _with_budget(experiment, given)
         name = "-".join(filter(None, (experiment, config.name, _short_hash(config))))
         try:
             _join()
@@ -162,6 +185,52 @@ def conduct(
     return results
 
 
+def conduct_study(
+    experiment: str, title: str, config: ConfigDict, what: Study, workdir: Path
+) -> None:
+    """Makes the runs that the record in `workdir` lacks, and writes results, table and picture
+    after each."""
+    cells = _chosen_cells(config, what.cells(config))
+    if _PLAN.value:
+        console.print(plan.plan(config, cells), markup=False)
+        return
+    prepare(experiment, config, workdir, ignoring=("study.cells",))
+    console.print(f"[bold]{title}[/bold] with {config.name}: records in {workdir}")
+    command = shlex.join(["python", *sys.argv])
+
+    def recorded(results: Results) -> None:
+        study_report.write(workdir, f"{title}, {config.name}", command, results)
+        what.draw(workdir / f"{experiment}.png", results)
+
+    with reporting(workdir / "metrics.jsonl") as log:
+        results = studies.study(
+            config, cells, workdir, log, lambda found: hosts.on_first(lambda: recorded(found))
+        )
+    console.print(study_report.in_words(results), markup=False)
+
+
+def _chosen_cells(config: ConfigDict, cells: Sequence[Arm]) -> Sequence[Arm]:
+    names = [cell.cell for cell in cells]
+    unknown = [name for name in config.study.cells if name not in names]
+    if unknown:
+        raise ValueError(
+            f"config.study.cells has {unknown[0]!r}: expected some of {', '.join(names)}."
+        )
+    return [cell for cell in cells if cell.cell in (config.study.cells or names)]
+
+
+def _with_budget(experiment: str, given: Any) -> ConfigDict:
+    """The config with what --budget sets, under what the command line sets."""
+    config, name = given.value, _BUDGET.value
+    if name is None:
+        return config
+    if experiment not in BUDGETS:
+        sys.exit(f"{experiment}: no --budget here; {', '.join(BUDGETS)} have it.")
+    config.update_from_flattened_dict(BUDGETS[experiment][name])
+    config.update_from_flattened_dict(config_flags.get_override_values(flags.FLAGS["config"]))
+    return config
+
+
 def _join() -> None:
     """Makes this process part of its job, where the command line says that there is one."""
     given = (_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
@@ -183,11 +252,15 @@ def _join() -> None:
     )
 
 
-def prepare(experiment: str, config: ConfigDict, workdir: Path) -> None:
-    """Keeps compiled programs for the next run, and claims the folder for this one."""
+def prepare(
+    experiment: str, config: ConfigDict, workdir: Path, *, ignoring: Sequence[str] = ()
+) -> None:
+    """Keeps compiled programs for the next run, and claims the folder for this one, in which runs
+    may differ in what is ignored."""
     setup.require_filled(config)
-    settings = {"experiment": experiment, **config.to_dict()}
-    hosts.require_agreement({**records.flat(settings), "--workdir": str(workdir)})
+    settings = records.flat({"experiment": experiment, **config.to_dict()})
+    settings = {name: value for name, value in settings.items() if name not in ignoring}
+    hosts.require_agreement({**settings, "--workdir": str(workdir)})
     jax.config.update("jax_compilation_cache_dir", str(default_cache_dir() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     hosts.on_first(lambda: records.claim(workdir, settings))

@@ -42,6 +42,7 @@ def row(outcome: Outcome) -> dict[str, Any]:
     loss = outcome.val_loss
     return {
         "name": arm.name,
+        "cell": arm.cell,
         "label": arm.label,
         "group": arm.group,
         "rank": arm.rank,

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lora_jax.parallel import hosts
 from lora_jax.training import records
 
+SECONDS_BETWEEN_LINES = 10
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -32,13 +33,28 @@ def reporting(metrics: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
     losses: dict[str, float] = {}
     rates: dict[str, float] = {}
     task = bar.add_task("training", visible=False, tokens="")
+    first = said = (0, started)  # a step and its time: the run's first, the last one in a line
 
     def say(text: str) -> None:
         console.print(f"[dim]{time.perf_counter() - started:6.1f} s[/dim]  {text}")
 
+    def say_step(record: dict[str, Any], total: float) -> None:
+        """A line every few seconds, where no bar is drawn: in a pipe or a log file."""
+        nonlocal said
+        step, now = record["step"], time.perf_counter()
+        if console.is_terminal or step == said[0] or now - said[1] < SECONDS_BETWEEN_LINES:
+            return
+        said = (step, now)
+        left = (total - step) * (now - first[1]) / max(1, step - first[0])
+        say(
+            f"step {step} of {total:.0f}: {record['arm']} loss {record['loss']:.4f}, {left:.0f} s left"
+        )
+
     def show(record: dict[str, Any]) -> None:
+        nonlocal first, said
         event = record.get("event")
         if event == "started":
+            first = said = (record["step"], time.perf_counter())
             records.rewind(metrics, record["arms"], record["step"])
             losses.clear()
             rates.clear()
@@ -60,6 +76,7 @@ def reporting(metrics: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
                 completed=record["step"],
                 tokens=f"{mean_rate:.0f}",
             )
+            say_step(record, bar.tasks[task].total or 0)
         if event is None:
             records.append(metrics, record)
 
@@ -75,6 +92,7 @@ def _sentence(record: dict[str, Any]) -> str:
         "base": f"the untuned base: validation loss {record.get('val_loss', 0):.4f}",
         "diverged": f"[red]{arm} diverged at step {record.get('step')}: its loss is not a number. "
         "It stops here; lower its learning rate, or warm up for longer.[/red]",
+        "given up": f"{arm} is given up at step {record.get('step')}: its cell's best is ahead",
         "stopped early": f"{arm} stops at step {record.get('step')}: validation improves no more",
         "no adapter": f"[red]no adapter folder for {arm}: {escape(record.get('why', ''))}[/red]",
         "verified": _verified(record),

@@ -32,7 +32,7 @@ Log = Callable[[dict[str, Any]], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Shared:
+class Shared:
     """What all arms of a run have in common; `base_loss` is that of the untuned model."""
 
     config: ConfigDict
@@ -92,17 +92,17 @@ def run(
     devices.require_even_arms(config, arms)
     require_batches(config)  # these two are refused before the model is loaded
     optimizer(config, arms[0])
-    shared = _prepared(config, workdir, log, examples)
+    shared = prepared(config, workdir, log, examples)
     if sized:
         setup.require_shape(config, shared.model)
     outcomes: list[Outcome] = []
     with hosts.preemption() as stop_requested:
         for group in same_step(arms):
-            sweep = _compiled_once(shared, group[0])
+            sweep = compiled_once(shared, group[0])
             ended: list[Outcome] = []
             while group:
                 for kind in same_kind(group):
-                    ended += _train(shared, kind, sweep, stop_requested)
+                    ended += train(shared, kind, sweep, stop_requested)
                 group = more(ended)
             outcomes += ended
     if all(outcome.diverged for outcome in outcomes):
@@ -120,7 +120,7 @@ def run(
     }
 
 
-def _prepared(config: ConfigDict, workdir: Path, log: Log, given: Examples | None) -> _Shared:
+def prepared(config: ConfigDict, workdir: Path, log: Log, given: Examples | None = None) -> Shared:
     """The model and the data loaded and placed, and the untuned model's loss taken."""
     log({"event": "loading", "what": f"model {config.model.source}"})
     model = setup.load_model(config)
@@ -133,7 +133,7 @@ def _prepared(config: ConfigDict, workdir: Path, log: Log, given: Examples | Non
     validation = setup.validation_batches(config, model, given.validation if given else None)
     base_loss = _untuned_loss(loss, model.params, execution, validation)
     log({"event": "base", "val_loss": base_loss})
-    return _Shared(
+    return Shared(
         config=config,
         model=model,
         loss=loss,
@@ -168,17 +168,22 @@ def _untuned_loss(
     return setup.mean_loss(sums, loss.unit)
 
 
-def _compiled_once(shared: _Shared, arm: Arm) -> Sweep:
+def compiled_once(shared: Shared, arm: Arm) -> Sweep:
+    """The steps of all arms that share this one's."""
     config, execution = shared.config, shared.execution
     step = step_of(config, arm, shared.loss, execution.axis_name)
     evaluate = functools.partial(_without_dropout, shared.loss)
     return make_sweep(step, evaluate, config.sweep.mode, execution)
 
 
-def _train(
-    shared: _Shared, arms: Sequence[Arm], sweep: Sweep, stop_requested: Callable[[], bool]
+def train(
+    shared: Shared,
+    arms: Sequence[Arm],
+    sweep: Sweep,
+    stop_requested: Callable[[], bool],
+    give_up: Callable[[int, float], bool] | None = None,
 ) -> list[Outcome]:
-    """Trains arms of one kind through one step."""
+    """Trains arms of one kind through one step; `give_up` is `fit`'s."""
     config, model = shared.config, shared.model
     base, fresh = model.params, [_init_delta(arm, model.params) for arm in arms]
     names = [arm.name for arm in arms]
@@ -201,6 +206,7 @@ def _train(
             log=shared.log,
             positions=shared.loss.positions,
             stop_requested=stop_requested,
+            give_up=give_up,
         )
     except Diverged:
         lost = [ArmProgress(stopped="diverged") for _ in arms]

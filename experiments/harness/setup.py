@@ -77,10 +77,27 @@ def model_without_weights(config: ConfigDict) -> Pretrained:
 
 
 def _loaded(config: ConfigDict, place: Place) -> Pretrained:
+    require_template(config)
     try:
-        return load(config.model.source, dtype=jnp.dtype(config.model.dtype), place=place)
+        model = load(config.model.source, dtype=jnp.dtype(config.model.dtype), place=place)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error} The option is --config.model.source=PATH.") from None
+    return dataclasses.replace(model, tokenizer=_templated(config, model.tokenizer))
+
+
+def require_template(config: ConfigDict) -> None:
+    """Raises ValueError for an unknown template."""
+    if config.data.template not in ("chat", "plain"):
+        raise ValueError(
+            f"config.data.template={config.data.template!r}: expected chat, the tokenizer's own, "
+            "or plain."
+        )
+
+
+def _templated(config: ConfigDict, tokenizer: data.Tokenizer) -> data.Tokenizer:
+    if config.data.template == "chat":
+        return tokenizer
+    return dataclasses.replace(tokenizer, chat_template=data.PLAIN)
 
 
 def _random_params(config: ConfigDict) -> models.Params:
@@ -90,10 +107,11 @@ def _random_params(config: ConfigDict) -> models.Params:
 
 
 def _random(config: ConfigDict, params: models.Params) -> Pretrained:
+    require_template(config)
     return Pretrained(
         params=params,
         config=shape_of(config),
-        tokenizer=data.byte_tokenizer(),
+        tokenizer=_templated(config, data.byte_tokenizer()),
         name=config.model.shape,
         source="random weights",
     )

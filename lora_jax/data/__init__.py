@@ -17,5 +17,6 @@ from lora_jax.data.packing import Example as Example
 from lora_jax.data.records import Record as Record
 from lora_jax.data.sources import default_cache_dir as default_cache_dir
 from lora_jax.data.sources import load_source as load_source
+from lora_jax.data.tokenizer import PLAIN as PLAIN
 from lora_jax.data.tokenizer import Tokenizer as Tokenizer
 from lora_jax.data.tokenizer import byte_tokenizer as byte_tokenizer

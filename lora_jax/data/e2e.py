@@ -1,16 +1,21 @@
 """The E2E restaurant corpus, read from a folder.
 
+The files list the references of one meaning representation one after another. The validation split
+yields a first reference of each, then a second, so that its beginning is a sample of all.
+
 Two layouts exist: the LoRA paper's `train.txt`, `valid.txt`, `test.txt` with lines `MR||reference`,
 and the challenge's `trainset.csv`, `devset.csv`, `testset_w_refs.csv` with columns `mr` and `ref`.
 """
 
 import csv
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
 from lora_jax.data.records import (
     SPLITS,
+    VALIDATION,
     Corpus,
     Record,
     conversation,
@@ -31,12 +36,25 @@ def corpus(folder: Path) -> Corpus:
             return Corpus(
                 name="e2e",
                 fingerprint=file_fingerprint(__file__, *files.values()),
-                splits={split: partial(read, file) for split, file in files.items()},
+                splits={split: partial(_split, split, read, file) for split, file in files.items()},
             )
     raise ValueError(
         f"No E2E data in {folder}: expected a folder with {', '.join(TEXT_FILES)} "
         f"(lines `MR||reference`) or {', '.join(CSV_FILES)} (columns mr and ref)."
     )
+
+
+def _split(name: str, read: Callable[[Path], Iterator[Record]], path: Path) -> Iterator[Record]:
+    return _interleaved(read(path)) if name == VALIDATION else read(path)
+
+
+def _interleaved(records: Iterable[Record]) -> Iterator[Record]:
+    """By turns from each meaning representation."""
+    by_meaning: dict[str, list[Record]] = {}
+    for record in records:
+        by_meaning.setdefault(record["messages"][-2]["content"], []).append(record)
+    for turn in itertools.zip_longest(*by_meaning.values()):
+        yield from (record for record in turn if record is not None)
 
 
 def _read_text(path: Path) -> Iterator[Record]:

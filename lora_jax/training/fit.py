@@ -17,6 +17,7 @@ from lora_jax.training.step import TrainState
 from lora_jax.training.sweep import Sweep, arms_of, chosen, copied, deltas_of
 from lora_jax.weights import PyTree
 
+GIVEN_UP = "given up"
 RECENT = 10  # steps whose mean is an arm's training loss
 Log = Callable[[dict[str, Any]], None]
 
@@ -60,7 +61,7 @@ class ArmProgress:
       best_step: when that was.
       waited: validations since.
       tokens, seconds: what training took; `tokens` are positions of batches that are no padding.
-      stopped: "early", "diverged", or None.
+      stopped: "early", "diverged", "given up", or None.
     """
 
     recent: list[float] = dataclasses.field(default_factory=list)
@@ -95,6 +96,7 @@ def fit(
     log: Log,
     positions: Callable[[Batch], Any] | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
+    give_up: Callable[[int, float], bool] | None = None,
 ) -> tuple[list[TrainState], list[ArmProgress]]:
     """Trains all arms in step on the same batches, from the newest checkpoint if there is one.
 
@@ -117,6 +119,8 @@ def fit(
       positions: returns how many positions of a batch are not padding, `loss.positions`; without
         it tokens a second are not logged.
       stop_requested: called after every step that waits for the device; True ends the run early.
+      give_up: called with the step and an arm's loss at every validation but the last; True stops
+        that arm.
 
     Returns:
       Each arm's last state and its progress; with `schedule.patience`, the state's delta is that
@@ -166,6 +170,8 @@ def fit(
             if evaluates:
                 losses = mean_losses(sweep, packed, base, validation)
                 better = _judge(losses, arms, progress, step, schedule.patience, log)
+                if give_up is not None and not last:
+                    _give_up(give_up, arms, progress, step, log)
                 best = None if best is None else chosen(better, deltas_of(packed), best)
             if saves or stops or not _any_running(progress):
                 arm_records = [dataclasses.asdict(arm) for arm in progress]
@@ -208,6 +214,13 @@ def _judge(losses, arms, progress, step: int, patience: int | None, log: Log) ->
             arm.stopped = "early"
             log({"event": "stopped early", "arm": name, "step": step})
     return better
+
+
+def _give_up(give_up, arms, progress, step: int, log: Log) -> None:
+    for name, arm in zip(arms, progress, strict=True):
+        if arm.stopped is None and give_up(step, arm.val_loss):
+            arm.stopped = GIVEN_UP
+            log({"event": GIVEN_UP, "arm": name, "step": step})
 
 
 def _improves(arm: ArmProgress, loss: float) -> bool:

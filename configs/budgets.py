@@ -1,0 +1,44 @@
+"""What `--budget` sets for each experiment: how much of it is run, and on what data.
+
+"cpu" is the recorded run, on two cores without an accelerator; "gpu" the papers' size, for one H100
+in half an hour. `--config.NAME=...` on the command line comes after it.
+"""
+
+from typing import Any
+
+# One row of 256 tokens is four or five examples of E2E.
+E2E = {
+    "data.source": "e2e",
+    "data.template": "plain",
+    "data.batch_size": 1,
+    "data.seq_len": 256,
+    "data.validation_examples": 64,
+}
+CPU = {
+    **E2E,
+    "train.steps": 96,
+    "train.warmup_steps": 8,
+    "train.learning_rate": 2e-3,
+    "train.eval_every": 48,
+    "train.checkpoint_every": 48,
+    "samples.prompts": 0,
+}
+# One epoch of E2E's 42,061 examples.
+GPU = {
+    **CPU,
+    "model.dtype": "bfloat16",
+    "data.batch_size": 16,
+    "data.validation_examples": 512,
+    "train.steps": 600,
+    "train.warmup_steps": 30,
+    "train.learning_rate": 1e-3,
+    "train.eval_every": 150,
+    "train.checkpoint_every": 300,
+    "train.log_every": 10,
+}
+RANKS = {"sweep.ranks": (8, 1, 2, 4, 16, 64, 256), "sweep.full": True}
+
+BUDGETS: dict[str, dict[str, dict[str, Any]]] = {
+    "rank_sweep": {"cpu": {**CPU, **RANKS}, "gpu": {**GPU, **RANKS}},
+    "target_ablation": {"cpu": CPU, "gpu": GPU},
+}

@@ -1,0 +1,96 @@
+"""A study's results as JSON, as a table, and in words."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments.harness.report import environment, machine, table
+from experiments.harness.statistics import LEVEL
+from lora_jax.tables import aligned
+from lora_jax.training import records
+
+HEADER = ("cell", "trainable", "best rate", "tried", "seeds", "mean", "95 % interval",
+          "against the lowest mean, paired")  # fmt: skip
+NOTE = (
+    "Losses are nats a counted token. Each cell runs at its own best learning rate; * marks one at "
+    "the edge of those tried. Intervals are Student's t over seeds; differences are of the same "
+    "seeds, and none is corrected for their number: of twenty true ties about one is told apart."
+)
+
+
+def write(workdir: Path, title: str, command: str, results: Mapping[str, Any]) -> None:
+    """Writes `results.json` and `results.md`."""
+    results = {"title": title, "command": command, **results, "environment": environment()}
+    records.write_json(workdir / "results.json", results)
+    lines = [f"# {title}", "", f"`{command}`", "", *table(HEADER, cells(results)), "", NOTE, ""]
+    lines += [findings(results), "", machine(results), ""]
+    (workdir / "results.md").write_text("\n".join(lines))
+
+
+def in_words(results: Mapping[str, Any]) -> str:
+    """The table and the findings, for a terminal."""
+    return f"\n{aligned([HEADER, *cells(results)])}\n\n{findings(results)}"
+
+
+def cells(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """A cell a row."""
+    best = lowest(results)
+    return [
+        (
+            cell["cell"],
+            f"{cell['trainable_params']:,}",
+            f"{cell['learning_rate']:.3g}{'*' if cell['edge'] else ''}",
+            str(cell["tried"]),
+            str(len(cell["losses"])),
+            "-" if cell["mean"] is None else f"{cell['mean']:.4f}",
+            _interval(cell["interval"]),
+            "the lowest" if cell is best else _against(results, cell, best),
+        )
+        for cell in results["cells"]
+    ]
+
+
+def findings(results: Mapping[str, Any]) -> str:
+    """Which cells differ from the lowest mean by more than seeds do."""
+    best = lowest(results)
+    if best is None:
+        return "Nothing has been run with several seeds yet."
+    apart, together = [], []
+    for cell in results["cells"]:
+        found = difference(results, cell["cell"], best["cell"])
+        if cell is not best and found is not None:
+            (apart if found["differ"] else together).append(cell["cell"])
+    said = f"{best['cell']} has the lowest mean, {best['mean']:.4f}."
+    if apart:
+        said += f" Higher at {LEVEL:.0%}: {', '.join(apart)}."
+    if together:
+        said += f" Not told apart from it: {', '.join(together)}."
+    return said if results["complete"] else f"{said} The study is not complete."
+
+
+def lowest(results: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The cell of the lowest mean, of those with an interval."""
+    known = [cell for cell in results["cells"] if cell["interval"]]
+    return min(known, key=lambda cell: cell["mean"], default=None)
+
+
+def difference(results: Mapping[str, Any], one: str, other: str) -> dict[str, Any] | None:
+    """The paired difference `one - other`."""
+    for found in results["differences"]:
+        if found["cells"] == [one, other]:
+            return found
+        if found["cells"] == [other, one]:
+            low, high = found["interval"]
+            return {**found, "mean": -found["mean"], "interval": [-high, -low]}
+    return None
+
+
+def _against(results: Mapping[str, Any], cell: Mapping[str, Any], best: Any) -> str:
+    found = None if best is None else difference(results, cell["cell"], best["cell"])
+    if found is None:
+        return "-"
+    return f"{found['mean']:+.4f}  {_interval(found['interval'])}"
+
+
+def _interval(bounds: list[float] | None) -> str:
+    return "-" if bounds is None else f"{bounds[0]:.4f} to {bounds[1]:.4f}"
