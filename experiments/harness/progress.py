@@ -46,9 +46,8 @@ def reporting(metrics: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
             return
         said = (step, now)
         left = (total - step) * (now - first[1]) / max(1, step - first[0])
-        say(
-            f"step {step} of {total:.0f}: {record['arm']} loss {record['loss']:.4f}, {left:.0f} s left"
-        )
+        arm, loss = record["arm"], record["loss"]
+        say(f"step {step} of {total:.0f}: {arm} loss {loss:.4f}, {left:.0f} s left")
 
     def show(record: dict[str, Any]) -> None:
         nonlocal first, said
