@@ -123,7 +123,7 @@ def get_config() -> ConfigDict:
             "seeds": (0, 1),  # of initialisation, dropout and data; the first chooses the rate
         }
     )
-    # Of a study, which --budget starts: experiments/harness/search.py has the rules.
+    # Of a study, which --budget starts: experiments/harness/study/search.py has the rules.
     config.study = ConfigDict(
         {
             "factor": 2.0,  # between neighbouring learning rates

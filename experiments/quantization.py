@@ -17,7 +17,8 @@ from ml_collections import ConfigDict
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a checkout, installed or not
 
 from experiments.harness import formats, pictures
-from experiments.harness.main import launch, prepare
+from experiments.harness.main import launch
+from experiments.harness.workdir import prepare
 
 FORMATS = {
     "exact": {},

@@ -11,9 +11,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a checkout, installed or not
 
-from experiments.harness import pictures, study_pictures
+from experiments.harness import pictures
 from experiments.harness.arms import rank_arms, rank_cells
-from experiments.harness.main import Study, main
+from experiments.harness.main import main
+from experiments.harness.study import pictures as study_pictures
+from experiments.harness.study.study import Study
 
 if __name__ == "__main__":
     main(

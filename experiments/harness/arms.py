@@ -25,7 +25,7 @@ class Arm:
       learning_rate: the peak.
       seed: of the initialisation and of dropout.
       data_seed: added to the data's seed; arms of one data_seed get the same batches.
-      cell: what a study compares, its arms but for rate and seed; see `search`.
+      cell: what a study compares, its arms but for rate and seed; see `study`.
       label: the method's name, where an experiment compares methods.
       group: distinguishes arms of one label or target in a picture.
       b_ratio: LoRA+'s ratio of learning rates.

@@ -1,6 +1,5 @@
 """The command line that the experiments share."""
 
-import dataclasses
 import functools
 import hashlib
 import json
@@ -16,15 +15,15 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from configs.budgets import BUDGETS
-from experiments.harness import plan, report, setup, study_report
-from experiments.harness import study as studies
+from experiments.harness import plan, report, setup
 from experiments.harness.arms import Arm
 from experiments.harness.outcome import Outcome
 from experiments.harness.progress import console, counted, reporting
 from experiments.harness.run import Examples, no_more, run
-from lora_jax.data import default_cache_dir
+from experiments.harness.study import study as studies
+from experiments.harness.study.study import Study
+from experiments.harness.workdir import prepare
 from lora_jax.parallel import ending, hosts
-from lora_jax.training import records
 from lora_jax.training.fit import Preempted
 
 Results = dict[str, Any]
@@ -62,14 +61,6 @@ _TIMEOUT = flags.DEFINE_integer(
 )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Study:
-    """What --budget runs: the cells of a config, and their picture."""
-
-    cells: Callable[[ConfigDict], Sequence[Arm]]
-    draw: Callable[[Path, dict], None]
-
-
 def main(
     experiment: str,
     title: str,
@@ -85,7 +76,11 @@ def main(
     def work(config: ConfigDict, workdir: Path) -> None:
         setup.require_filled(config)
         if _BUDGET.value:
-            conduct_study(experiment, title, config, study, workdir)
+            cells = studies.cells_of(config, study)
+            if _PLAN.value:
+                console.print(plan.plan(config, cells), markup=False)
+            else:
+                studies.conduct(experiment, title, config, cells, workdir, study)
             return
         arms = arms_of(config)
         if _PLAN.value:
@@ -185,40 +180,6 @@ def conduct(
     return results
 
 
-def conduct_study(
-    experiment: str, title: str, config: ConfigDict, what: Study, workdir: Path
-) -> None:
-    """Makes the runs that the record in `workdir` lacks, and writes results, table and picture
-    after each."""
-    cells = _chosen_cells(config, what.cells(config))
-    if _PLAN.value:
-        console.print(plan.plan(config, cells), markup=False)
-        return
-    prepare(experiment, config, workdir, ignoring=("study.cells",))
-    console.print(f"[bold]{title}[/bold] with {config.name}: records in {workdir}")
-    command = shlex.join(["python", *sys.argv])
-
-    def recorded(results: Results) -> None:
-        study_report.write(workdir, f"{title}, {config.name}", command, results)
-        what.draw(workdir / f"{experiment}.png", results)
-
-    with reporting(workdir / "metrics.jsonl") as log:
-        results = studies.study(
-            config, cells, workdir, log, lambda found: hosts.on_first(lambda: recorded(found))
-        )
-    console.print(study_report.in_words(results), markup=False)
-
-
-def _chosen_cells(config: ConfigDict, cells: Sequence[Arm]) -> Sequence[Arm]:
-    names = [cell.cell for cell in cells]
-    unknown = [name for name in config.study.cells if name not in names]
-    if unknown:
-        raise ValueError(
-            f"config.study.cells has {unknown[0]!r}: expected some of {', '.join(names)}."
-        )
-    return [cell for cell in cells if cell.cell in (config.study.cells or names)]
-
-
 def _with_budget(experiment: str, given: Any) -> ConfigDict:
     """The config with what --budget sets, under what the command line sets."""
     config, name = given.value, _BUDGET.value
@@ -250,21 +211,6 @@ def _join() -> None:
         f"others end within {_TIMEOUT.value} s; the same commands continue.",
         markup=False,
     )
-
-
-def prepare(
-    experiment: str, config: ConfigDict, workdir: Path, *, ignoring: Sequence[str] = ()
-) -> None:
-    """Keeps compiled programs for the next run, and claims the folder for this one, in which runs
-    may differ in what is ignored."""
-    setup.require_filled(config)
-    settings = records.flat({"experiment": experiment, **config.to_dict()})
-    settings = {name: value for name, value in settings.items() if name not in ignoring}
-    hosts.require_agreement({**settings, "--workdir": str(workdir)})
-    jax.config.update("jax_compilation_cache_dir", str(default_cache_dir() / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    hosts.on_first(lambda: records.claim(workdir, settings))
-    hosts.require_shared(workdir / records.CONFIG)
 
 
 def _short_hash(config: ConfigDict) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.harness.report import environment, machine, table
-from experiments.harness.statistics import LEVEL
+from experiments.harness.study.statistics import LEVEL
 from lora_jax.tables import aligned
 from lora_jax.training import records
 

@@ -4,9 +4,11 @@ Every finished run is a line of `arms.jsonl` in the workdir, and is not run agai
 and picture are written anew after each.
 """
 
+import dataclasses
 import functools
-import itertools
+import shlex
 import shutil
+import sys
 import time
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
@@ -17,25 +19,66 @@ from ml_collections import ConfigDict
 from experiments.harness import adapters, run
 from experiments.harness.arms import Arm
 from experiments.harness.outcome import row
-from experiments.harness.search import (
-    Row,
-    Rules,
-    best_rate,
-    hopeless,
-    is_edge,
-    next_trial,
-    of_cell,
-    rules_of,
-    seeds_at,
-    tried_rates,
-)
-from experiments.harness.statistics import interval, paired
+from experiments.harness.progress import console, reporting
+from experiments.harness.study import report
+from experiments.harness.study.search import Row, Rules, hopeless, next_trial, rules_of
+from experiments.harness.study.summary import Results, results_of
+from experiments.harness.workdir import prepare
 from lora_jax.parallel import hosts
 from lora_jax.training import records
 from lora_jax.training.sweep import Sweep
 
 ARMS = "arms.jsonl"
-Results = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Study:
+    """What --budget runs: the cells of a config, and their picture."""
+
+    cells: Callable[[ConfigDict], Sequence[Arm]]
+    draw: Callable[[Path, dict], None]
+
+
+def conduct(
+    experiment: str,
+    title: str,
+    config: ConfigDict,
+    cells: Sequence[Arm],
+    workdir: Path,
+    what: Study,
+) -> None:
+    """Makes the runs that the record in `workdir` lacks, and writes results, table and picture
+    after each."""
+    prepare(experiment, config, workdir, ignoring=("study.cells",))
+    console.print(f"[bold]{title}[/bold] with {config.name}: records in {workdir}")
+    command = shlex.join(["python", *sys.argv])
+
+    def recorded(results: Results) -> None:
+        report.write(workdir, f"{title}, {config.name}", command, results)
+        what.draw(workdir / f"{experiment}.png", results)
+
+    with reporting(workdir / "metrics.jsonl") as log:
+        results = study(
+            config, cells, workdir, log, lambda found: hosts.on_first(lambda: recorded(found))
+        )
+    console.print(report.in_words(results), markup=False)
+
+
+def cells_of(config: ConfigDict, what: Study) -> Sequence[Arm]:
+    """Those of the study that the config asks for.
+
+    Raises:
+      ValueError: for a name of none.
+    """
+    rules_of(config)
+    cells = what.cells(config)
+    names = [cell.cell for cell in cells]
+    unknown = [name for name in config.study.cells if name not in names]
+    if unknown:
+        raise ValueError(
+            f"config.study.cells has {unknown[0]!r}: expected some of {', '.join(names)}."
+        )
+    return [cell for cell in cells if cell.cell in (config.study.cells or names)]
 
 
 def study(
@@ -62,11 +105,7 @@ def study(
             done["seconds"] = time.time() - started
             rows.append(done)
             hosts.on_first(functools.partial(records.append, workdir / ARMS, done))
-            base = {"name": shared.model.name, "source": shared.model.source}
-            results = {
-                "base": {**base, "val_loss": shared.base_loss},
-                **results_of(rules, cells, rows),
-            }
+            results = results_of(rules, cells, rows)
             recorded(results)
             started = time.time()
     return results
@@ -96,55 +135,5 @@ def _made(
         if record.get("arm") == arm.name and "val_loss" in record
     ]
     hosts.on_first(lambda: shutil.rmtree(workdir / "checkpoints" / arm.folder, ignore_errors=True))
-    return {**row(outcome), "val_curve": curve}
-
-
-def results_of(rules: Rules, cells: Sequence[Arm], rows: Sequence[Row]) -> Results:
-    """What the rows say: a summary of each cell and the paired differences of all pairs."""
-    summary = [_cell(rules, cell, own) for cell in cells if (own := of_cell(cell, rows))]
-    return {
-        "arms": list(rows),
-        "cells": summary,
-        "differences": [
-            found
-            for one, other in itertools.combinations(summary, 2)
-            if (found := _difference(one, other))
-        ],
-        "complete": next_trial(rules, cells, rows) is None,
-        "seconds": sum(row["seconds"] for row in rows),
-    }
-
-
-def _cell(rules: Rules, cell: Arm, rows: Sequence[Row]) -> dict[str, Any]:
-    tried = tried_rates(rows, rules.seeds[0])
-    best = best_rate(tried)
-    losses = seeds_at(rows, best)
-    values = [loss for loss in losses.values() if loss is not None]
-    spread = interval(values) if len(values) > 1 else None
-    return {
-        "cell": cell.cell,
-        "label": cell.label,
-        "group": cell.group,
-        "rank": cell.rank,
-        "targets": cell.targets,
-        "trainable_params": rows[0]["trainable_params"],
-        "learning_rate": best,
-        "edge": is_edge(tried, rules.factor),
-        "tried": len(tried),
-        "losses": losses,
-        "mean": spread.mean if spread else (values[0] if values else None),
-        "interval": [spread.low, spread.high] if spread else None,
-    }
-
-
-def _difference(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any] | None:
-    found = paired(one["losses"], other["losses"])
-    if found is None:
-        return None
-    return {
-        "cells": [one["cell"], other["cell"]],
-        "mean": found.mean,
-        "interval": [found.low, found.high],
-        "seeds": found.count,
-        "differ": found.leaves_out_zero,
-    }
+    base = {"name": shared.model.name, "source": shared.model.source, "val_loss": shared.base_loss}
+    return {**row(outcome), "val_curve": curve, "base": base}
