@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_jax.data import Tokenizer, byte_tokenizer, encode
+from lora_jax.data import PLAIN, Tokenizer, byte_tokenizer, encode, render_messages
 
 TOKENIZER = byte_tokenizer()
 USER = {"role": "user", "content": "Hi?"}
@@ -78,3 +78,12 @@ def test_nothing_to_learn():
 def test_a_template_that_rewrites_what_came_before(template, message):
     with pytest.raises(ValueError, match=message):
         encode([USER, ASSISTANT], TOKENIZER, template)
+
+
+def test_the_plain_template_is_prompt_new_line_response_end():
+    system = {"role": "system", "content": "Be brief."}
+    encoded = encode([system, USER, ASSISTANT], TOKENIZER, PLAIN)
+    assert TOKENIZER.decode(encoded.tokens.tolist()) == "Hi?\nHello.<|im_end|>"
+    assert learned([system, USER, ASSISTANT], PLAIN) == "Hello.<|im_end|>"
+    prompt = render_messages([system, USER], TOKENIZER, PLAIN, add_generation_prompt=True)
+    assert prompt == "Hi?\n"

@@ -76,6 +76,17 @@ def test_e2e_text_layout(load, tmp_path):
     assert list(load("e2e", folder, "test")) == [messages("name : D", "D .")]
 
 
+def test_a_beginning_of_e2es_validation_split_is_a_sample_of_its_meanings(load, tmp_path):
+    lines = [("A", "1"), ("A", "2"), ("A", "3"), ("B", "4"), ("C", "5"), ("C", "6"), ("A", "7")]
+    text = "".join(f"{meaning}||{reference}\n" for meaning, reference in lines)
+    folder = write(tmp_path / "e2e", train_txt=text, valid_txt=text, test_txt=text)
+    found = [record["messages"][-1]["content"] for record in load("e2e", folder, "validation")]
+    assert "".join(found) == "1452637"
+    for split in ("train", "test"):
+        kept = [record["messages"][-1]["content"] for record in load("e2e", folder, split)]
+        assert "".join(kept) == "1234567"  # as the file has them
+
+
 def test_e2e_csv_layout(load, tmp_path):
     folder = write(
         tmp_path / "e2e",

@@ -116,6 +116,13 @@ def test_validation_without_an_answer_is_refused():
         run.setup.mean_loss([(0.0, 0.0), (0.0, 0.0)])
 
 
+def test_an_unknown_template_is_refused():
+    config = configured()
+    config.data.template = "alpaca"
+    with pytest.raises(ValueError, match=r"data\.template='alpaca': expected chat"):
+        run.setup.load_model(config)
+
+
 def test_an_unknown_optimizer_is_refused_before_the_model_is_loaded(tmp_path):
     config = configured(optimizer="adamx")
     config.model.source = "no such model"

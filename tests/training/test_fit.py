@@ -38,6 +38,7 @@ def run(
     steps=None,
     learn="cosine",
     positions=small.LOSS.positions,
+    give_up=None,
 ):
     base = small.params() if base is None else base
     tx = training.adamw(steps=steps or schedule.steps, schedule=learn)
@@ -65,6 +66,7 @@ def run(
         log=keep,
         positions=positions,
         stop_requested=stop_requested,
+        give_up=give_up,
     )
     return states, progress, records
 
@@ -262,3 +264,12 @@ def test_throughput_is_told_where_a_loss_says_what_is_no_padding(tmp_path):
         assert [arm.tokens for arm in progress] == [tokens] * 2
         assert [arm.tokens_per_second is not None for arm in progress] == [tokens > 0] * 2
         assert len(rates) == (2 if tokens else 0)
+
+
+def test_an_arm_is_given_up_where_its_loss_says_so(tmp_path):
+    states, progress, records = run(tmp_path, give_up=lambda step, loss: step == 4)
+    assert [arm.stopped for arm in progress] == ["given up"] * 2
+    assert [int(state.step) for state in states] == [4, 4]
+    assert [r["arm"] for r in records if r.get("event") == "given up"] == list(ARMS)
+    _, progress, _ = run(tmp_path / "last", give_up=lambda step, loss: step == 6)
+    assert [arm.stopped for arm in progress] == [None, None]  # at the last step none is
