@@ -118,9 +118,8 @@ def get_config() -> ConfigDict:
     config.methods = ConfigDict(
         {
             "names": (),  # those to compare; empty: all that experiments/methods.py lists
-            "rank": 8,  # of LoRA, whose trainable parameters are the budget
-            "rate_factors": (0.5, 2.0),  # learning rates, as multiples of each method's own
-            "seeds": (0, 1),  # of initialisation, dropout and data; the first chooses the rate
+            "ranks": (8,),  # of LoRA, whose trainable parameters are the budgets
+            "fixed_rate": 0.0,  # above 0: every method again at this learning rate
         }
     )
     # Of a study, which --budget starts: experiments/harness/study/search.py has the rules.
@@ -130,6 +129,8 @@ def get_config() -> ConfigDict:
             "most": 8,  # rates that a cell may try
             "margin": 0.05,  # nats above the cell's best run at which another is given up; 0: never
             "seeds": (0, 1, 2),  # of initialisation, dropout and data; the first searches
+            # A text file on whose beginning each run's loss is taken too: what it forgets.
+            "other_text": "",
             "cells": (),  # names of those to run; empty: all
         }
     )

@@ -23,6 +23,14 @@ CPU = {
     "train.checkpoint_every": 48,
     "samples.prompts": 0,
 }
+# For many cells.
+SHORT = {
+    "train.steps": 48,
+    "train.warmup_steps": 4,
+    "train.eval_every": 24,
+    "train.checkpoint_every": 48,
+    "data.validation_examples": 32,
+}
 # One epoch of E2E's 42,061 examples.
 GPU = {
     **CPU,
@@ -41,4 +49,9 @@ RANKS = {"sweep.ranks": (8, 1, 2, 4, 16, 64, 256), "sweep.full": True}
 BUDGETS: dict[str, dict[str, dict[str, Any]]] = {
     "rank_sweep": {"cpu": {**CPU, **RANKS}, "gpu": {**GPU, **RANKS}},
     "target_ablation": {"cpu": CPU, "gpu": GPU},
+    # PEFT's own board runs 37 of its 63 entries at 1e-4.
+    "methods": {
+        "cpu": {**CPU, **SHORT, "methods.ranks": (4, 16), "methods.fixed_rate": 1e-4},
+        "gpu": {**GPU, "methods.ranks": (4, 32), "methods.fixed_rate": 1e-4},
+    },
 }

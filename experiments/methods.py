@@ -1,14 +1,14 @@
-"""Which method? All of them on one model, one budget and the same batches.
+"""Which method? All of them on one model, the same budgets and the same batches.
 
-The budget is what LoRA trains at `config.methods.rank` on all linear layers. A method that has a
-size (a rank, a width) gets the one that comes nearest to it in trainable parameters: LoRA-FA, which
-trains B alone, about twice the rank. VeRA, IA3, prompts and prefixes are small by design and keep
-sizes of their own; Full trains everything. Seeds vary the initialisation, dropout and the order of
-the data. The first picks each method's learning rate; the others run at that rate.
+A budget is what LoRA trains at one of `config.methods.ranks` on all linear layers. A method that
+has a size (a rank, a width) gets the one that comes nearest to it in trainable parameters: LoRA-FA,
+which trains B alone, about twice the rank. VeRA, IA3, prompts and prefixes are small by design and
+keep sizes of their own; Full trains everything. Each runs at its own best learning rate and over
+seeds, by the rules of `harness/study/search.py`.
 
     python experiments/methods.py
-    python experiments/methods.py --config.data.seq_len=128 --config.train.steps=8
     python experiments/methods.py --config.methods.names="('LoRA', 'DoRA')"
+    python experiments/methods.py --budget=cpu --config.data.path=E2E
 """
 
 import sys
@@ -19,13 +19,15 @@ from ml_collections import ConfigDict
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a checkout, installed or not
 
 import lora_jax as lora
-from experiments.harness import comparison, pictures
+from experiments.harness import comparison
 from experiments.harness.comparison import MethodArms
 from experiments.harness.main import main
+from experiments.harness.study import pictures
+from experiments.harness.study.study import Study
 
 
 def method_arms(config: ConfigDict) -> dict[str, MethodArms]:
-    """Every method with the learning rate about which it is swept."""
+    """Every method with the learning rate from which the search for its best starts."""
     steps = config.train.steps
     houlsby = "o_proj", "down_proj"
     ia3 = {"k_proj|v_proj": lora.IA3(), "down_proj": lora.IA3(scales="input")}
@@ -58,13 +60,12 @@ def method_arms(config: ConfigDict) -> dict[str, MethodArms]:
     }
 
 
+STUDY = Study(
+    cells=lambda config: comparison.method_cells(config, method_arms(config)),
+    draw=pictures.loss_by_method,
+    completed=comparison.with_costs,
+    sized=True,
+)
+
 if __name__ == "__main__":
-    main(
-        "methods",
-        "Methods",
-        lambda config: comparison.first_arms(config, method_arms(config)),
-        pictures.loss_by_method,
-        sized=True,
-        more=comparison.more_seeds,
-        summarised=comparison.summarised,
-    )
+    main("methods", "Methods", STUDY)

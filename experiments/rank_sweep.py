@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a checkout, inst
 
 from experiments.harness import pictures
 from experiments.harness.arms import rank_arms, rank_cells
-from experiments.harness.main import main
+from experiments.harness.main import Lockstep, main
 from experiments.harness.study import pictures as study_pictures
 from experiments.harness.study.study import Study
 
@@ -21,7 +21,6 @@ if __name__ == "__main__":
     main(
         "rank_sweep",
         "Rank sweep",
-        rank_arms,
-        pictures.loss_by_rank,
-        study=Study(cells=rank_cells, draw=study_pictures.loss_by_rank),
+        Study(cells=rank_cells, draw=study_pictures.loss_by_rank),
+        Lockstep(arms=rank_arms, draw=pictures.loss_by_rank),
     )

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a checkout, inst
 
 from experiments.harness import pictures, plan
 from experiments.harness.arms import target_arms, target_cells
-from experiments.harness.main import main
+from experiments.harness.main import Lockstep, main
 from experiments.harness.study import pictures as study_pictures
 from experiments.harness.study.study import Study
 
@@ -22,11 +22,13 @@ if __name__ == "__main__":
     main(
         "target_ablation",
         "Target ablation",
-        lambda config: target_arms(config, plan.params_per_rank(config)),
-        pictures.loss_by_targets,
-        study=Study(
+        Study(
             cells=lambda config: target_cells(config, plan.params_per_rank(config)),
             draw=study_pictures.loss_by_targets,
+            sized=True,
         ),
-        sized=True,
+        Lockstep(
+            arms=lambda config: target_arms(config, plan.params_per_rank(config)),
+            draw=pictures.loss_by_targets,
+        ),
     )

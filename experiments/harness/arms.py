@@ -26,6 +26,7 @@ class Arm:
       seed: of the initialisation and of dropout.
       data_seed: added to the data's seed; arms of one data_seed get the same batches.
       cell: what a study compares, its arms but for rate and seed; see `study`.
+      fixed_rate: whether a study takes the learning rate as it is.
       label: the method's name, where an experiment compares methods.
       group: distinguishes arms of one label or target in a picture.
       b_ratio: LoRA+'s ratio of learning rates.
@@ -41,6 +42,7 @@ class Arm:
     seed: int
     data_seed: int = 0
     cell: str = ""
+    fixed_rate: bool = False
     label: str = ""
     group: str = ""
     b_ratio: float = 1.0

@@ -1,5 +1,6 @@
 """The command line that the experiments share."""
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -17,9 +18,8 @@ from ml_collections import ConfigDict, config_flags
 from configs.budgets import BUDGETS
 from experiments.harness import plan, report, setup
 from experiments.harness.arms import Arm
-from experiments.harness.outcome import Outcome
 from experiments.harness.progress import console, counted, reporting
-from experiments.harness.run import Examples, no_more, run
+from experiments.harness.run import Examples, run
 from experiments.harness.study import study as studies
 from experiments.harness.study.study import Study
 from experiments.harness.workdir import prepare
@@ -61,32 +61,29 @@ _TIMEOUT = flags.DEFINE_integer(
 )
 
 
-def main(
-    experiment: str,
-    title: str,
-    arms_of: Callable[[ConfigDict], Sequence[Arm]],
-    draw: Callable[[Path, dict], None],
-    *,
-    study: Study,
-    **how: Any,
-) -> None:
-    """Runs a sweep: `arms_of(config)` says what differs, `draw` makes its picture; `how` is
-    `conduct`'s. With --budget it runs the study in its place."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lockstep:
+    """What an experiment runs without --budget: arms that share one step, and their picture."""
+
+    arms: Callable[[ConfigDict], Sequence[Arm]]
+    draw: Callable[[Path, dict], None]
+
+
+def main(experiment: str, title: str, study: Study, lockstep: Lockstep | None = None) -> None:
+    """Runs the study, or without --budget the quicker arms in lockstep where there are some."""
 
     def work(config: ConfigDict, workdir: Path) -> None:
         setup.require_filled(config)
-        if _BUDGET.value:
-            cells = studies.cells_of(config, study)
-            if _PLAN.value:
-                console.print(plan.plan(config, cells), markup=False)
-            else:
-                studies.conduct(experiment, title, config, cells, workdir, study)
-            return
-        arms = arms_of(config)
+        if lockstep is None or _BUDGET.value:
+            arms = studies.cells_of(config, study)
+            start = functools.partial(studies.conduct, what=study)
+        else:
+            arms = lockstep.arms(config)
+            start = functools.partial(conduct, draw=lockstep.draw, sized=study.sized)
         if _PLAN.value:
             console.print(plan.plan(config, arms), markup=False)
         else:
-            conduct(experiment, title, config, arms, workdir, draw, **how)
+            start(experiment, title, config, arms, workdir)
 
     launch(experiment, work, plans=True)
 
@@ -147,8 +144,6 @@ def conduct(
     draw: Callable[[Path, dict], None],
     *,
     sized: bool = False,
-    more: Callable[[ConfigDict, Sequence[Outcome]], Sequence[Arm]] | None = None,
-    summarised: Callable[[ConfigDict, Results, Sequence[Arm]], Results] | None = None,
     examples: Examples | None = None,
 ) -> Results:
     """Runs all arms, leaves records, results, a table and a picture in `workdir`, and returns the
@@ -156,8 +151,6 @@ def conduct(
 
     Args:
       sized: whether arms took their sizes from `config.model.shape`, which then has to be true.
-      more: further arms by what became of those before; see `run`.
-      summarised: adds to the results; its `summary` then takes the place of the table of arms.
       examples: see `run`.
     """
     prepare(experiment, config, workdir)
@@ -165,9 +158,7 @@ def conduct(
         f"[bold]{title}[/bold] with {config.name}: {counted(len(arms))}, records in {workdir}"
     )
     with reporting(workdir / "metrics.jsonl") as log:
-        following = functools.partial(more, config) if more else no_more
-        results = run(config, arms, workdir, log, sized=sized, more=following, examples=examples)
-    results = summarised(config, results, arms) if summarised else results
+        results = run(config, arms, workdir, log, sized=sized, examples=examples)
 
     def record() -> None:
         report.write(workdir, f"{title}, {config.name}", shlex.join(["python", *sys.argv]), results)

@@ -120,40 +120,6 @@ def loss_by_format(path: Path, results: dict[str, Any]) -> None:
         plt.close(figure)
 
 
-def loss_by_method(path: Path, results: dict[str, Any]) -> None:
-    """Each method's validation losses over seeds, beside what a step of it costs."""
-    rows = results["summary"]
-    names = [f"{row['method']}  ({row['trainable_params'] / 1e6:.2f} M)" for row in rows]
-    places = range(len(rows))
-    with plt.rc_context(STYLE):
-        size = (11, 1.4 + 0.3 * len(rows))
-        figure, axes = plt.subplots(1, 3, figsize=size, layout="constrained", sharey=True,
-                                    width_ratios=(2, 1, 1))  # fmt: skip
-        loss, flops, memory = axes
-        for place, row in zip(places, rows, strict=True):
-            if row["val_losses"]:
-                low, high = min(row["val_losses"]), max(row["val_losses"])
-                loss.hlines(place, low, high, color="C0", linewidth=5, alpha=0.3)
-                loss.scatter(row["val_losses"], [place] * len(row["val_losses"]), color="C0", s=18)
-                loss.scatter(row["mean"], place, color=INK, marker="|", s=90)
-        base = results["base"]["val_loss"]
-        loss.axvline(base, color=INK, linestyle="--", linewidth=1, label=f"untuned, {base:.3f}")
-        loss.set_xlim(right=1.05 * base)
-        loss.set(xlabel="validation loss (nats a token) over seeds")
-        _legend(loss)
-        for axis, key, unit, label in (
-            (flops, "flops", 1e9, "GFLOP a step"),
-            (memory, "peak_bytes", 1e6, "MB a step, with base and optimizer"),
-        ):
-            known = [place for place in places if rows[place][key] is not None]
-            axis.barh(known, [rows[place][key] / unit for place in known], color="C0", height=0.55)
-            axis.set(xlabel=label, axisbelow=True)
-        loss.set_yticks(places, names)
-        loss.invert_yaxis()
-        figure.savefig(path, dpi=150)
-        plt.close(figure)
-
-
 def _base_line(axes, results: dict[str, Any]) -> None:
     """The untuned base, so that differences between arms are seen at their true size."""
     loss = results["base"]["val_loss"]

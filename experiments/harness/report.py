@@ -18,9 +18,6 @@ from lora_jax.tables import aligned
 from lora_jax.training import records
 
 HEADER = ("arm", "rank", "targets", "trainable", "%", "train", "val", "perplexity", "tokens/s")
-BY_METHOD = ("method", "size", "trainable", "rate", "val, mean", "over seeds", "seeds", "GFLOP",
-             "temp MB", "peak MB")  # fmt: skip
-MEMORY = ("temp_bytes", "peak_bytes")
 Table = tuple[Sequence[str], list[tuple[str, ...]], list[str]]  # header, cells, notes
 
 
@@ -50,7 +47,7 @@ def write(workdir: Path, title: str, command: str, results: Mapping[str, Any]) -
     """Writes `results.json` and `results.md`, and prints the table."""
     results = {"title": title, "command": command, **results, "environment": environment()}
     records.write_json(workdir / "results.json", results)
-    header, cells, notes = by_method(results) if "summary" in results else by_arm(results)
+    header, cells, notes = by_arm(results)
     text = markdown(title, command, results, [*table(header, cells), "", *notes])
     (workdir / "results.md").write_text(text)
     console.print(f"\n[bold]{title}[/bold]")
@@ -82,35 +79,6 @@ def by_arm(results: Mapping[str, Any]) -> Table:
         )
     note = "Losses are nats a response token; train is the mean of the last ten steps."
     return HEADER, cells, [note]
-
-
-def by_method(results: Mapping[str, Any]) -> Table:
-    """A method a row, at its best learning rate: see `comparison`."""
-    base = results["base"]
-    cells = [(f"{base['name']}, untuned", "", "0", "", _number(base["val_loss"]), *[""] * 5)]
-    for row in results["summary"]:
-        losses = row["val_losses"]
-        cells.append(
-            (
-                row["method"],
-                "" if row["size"] is None else str(row["size"]),
-                f"{row['trainable_params']:,}",
-                "-" if row["learning_rate"] is None else f"{row['learning_rate']:g}",
-                _number(row["mean"]),
-                f"{min(losses):.4f} to {max(losses):.4f}" if losses else "-",
-                str(len(losses)),
-                f"{row['flops'] / 1e9:.1f}",
-                *("" if row[key] is None else f"{row[key] / 1e6:.0f}" for key in MEMORY),
-            )
-        )
-    notes = [
-        results["findings"],
-        "",
-        "Losses are nats a response token, at the learning rate that was best with the first seed. "
-        "FLOPs (10^9) and memory (MB) of one step are the compiler's: its temporaries, and these "
-        "with base, adapter, optimizer and batch; empty where one device cannot take the step.",
-    ]
-    return BY_METHOD, cells, notes
 
 
 def markdown(title: str, command: str, results: Mapping[str, Any], body: Sequence[str]) -> str:

@@ -58,14 +58,6 @@ class Examples:
     validation: data.EncodedSource
 
 
-More = Callable[[Sequence[Outcome]], Sequence[Arm]]
-
-
-def no_more(outcomes: Sequence[Outcome]) -> Sequence[Arm]:
-    del outcomes
-    return ()
-
-
 def run(
     config: ConfigDict,
     arms: Sequence[Arm],
@@ -73,7 +65,6 @@ def run(
     log: Log,
     *,
     sized: bool = False,
-    more: More = no_more,
     examples: Examples | None = None,
 ) -> dict[str, Any]:
     """Trains all arms, on from where an earlier call ended; returns what `results.json` holds.
@@ -84,8 +75,6 @@ def run(
       workdir: where checkpoints and adapters go.
       log: see `fit`.
       sized: see `conduct`.
-      more: asked for further arms whenever all that share a step have ended, until it has none;
-        told what became of those.
       examples: what the config names as data, where that is encoded already.
     """
     started = time.time()
@@ -99,12 +88,8 @@ def run(
     with hosts.preemption() as stop_requested:
         for group in same_step(arms):
             sweep = compiled_once(shared, group[0])
-            ended: list[Outcome] = []
-            while group:
-                for kind in same_kind(group):
-                    ended += train(shared, kind, sweep, stop_requested)
-                group = more(ended)
-            outcomes += ended
+            for kind in same_kind(group):
+                outcomes += train(shared, kind, sweep, stop_requested)
     if all(outcome.diverged for outcome in outcomes):
         raise ValueError(
             "the loss of every arm stopped being a number. Lower config.train.learning_rate, or "
@@ -131,7 +116,7 @@ def prepared(config: ConfigDict, workdir: Path, log: Log, given: Examples | None
         log({"event": "loading", "what": f"data {config.data.source}"})
     examples = given.train if given else setup.training_examples(config, model)
     validation = setup.validation_batches(config, model, given.validation if given else None)
-    base_loss = _untuned_loss(loss, model.params, execution, validation)
+    base_loss = mean_loss(loss, {}, model.params, execution, validation)
     log({"event": "base", "val_loss": base_loss})
     return Shared(
         config=config,
@@ -159,12 +144,13 @@ def step_of(
     )
 
 
-def _untuned_loss(
-    loss: Loss, params: PyTree, execution: Execution, validation: Sequence[data.Batch]
+def mean_loss(
+    loss: Loss, delta: Delta, base: PyTree, execution: Execution, batches: Sequence[data.Batch]
 ) -> float:
+    """Over all that counts in the batches."""
     summed = execution.evaluate(functools.partial(_without_dropout, loss))
     with execution.context():
-        sums = [jax.device_get(summed({}, params, execution.batch(batch))) for batch in validation]
+        sums = [jax.device_get(summed(delta, base, execution.batch(batch))) for batch in batches]
     return setup.mean_loss(sums, loss.unit)
 
 

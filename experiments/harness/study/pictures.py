@@ -56,14 +56,65 @@ def loss_by_targets(path: Path, results: dict[str, Any]) -> None:
         plt.close(figure)
 
 
-def _spread(axes, place: float, cell: Cell, color: str, *, label: str = "") -> None:
-    """Seeds as points beside their mean and its interval."""
+def loss_by_method(path: Path, results: dict[str, Any]) -> None:
+    """Each method's validation losses over seeds, at its best rate and where asked for at one rate
+    for all, beside what it forgets and what a step of it costs."""
+    tuned = [cell for cell in results["cells"] if cell["group"] == "tuned"]
+    fixed = {cell["cell"].split(" at ")[0]: cell for cell in results["cells"] if cell not in tuned}
+    panels = [("mean", 1, "validation loss (nats a token)")]
+    panels += [
+        (key, unit, label)
+        for key, unit, label in (
+            ("forgotten", 1, "nats forgotten on another text"),
+            ("flops", 1e9, "GFLOP a step"),
+            ("peak_bytes", 1e6, "MB a step"),
+        )
+        if any(cell.get(key) for cell in tuned)
+    ]
+    with plt.rc_context(STYLE):
+        size = (5 + 2.4 * len(panels), 1.4 + 0.3 * len(tuned))
+        figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained",
+                                    sharey=True, squeeze=False)  # fmt: skip
+        loss, *others = axes[0]
+        for place, cell in enumerate(tuned):
+            _spread(loss, place, cell, "C0", across=True)
+            if cell["cell"] in fixed:
+                _spread(loss, place + 0.3, fixed[cell["cell"]], "C1", across=True)
+        names = [f"{cell['cell']}  ({cell['trainable_params'] / 1e6:.2f} M)" for cell in tuned]
+        loss.set_yticks(range(len(tuned)), names)
+        loss.invert_yaxis()
+        loss.set(xlabel=panels[0][2])
+        if fixed:
+            loss.scatter([], [], color="C0", label="at its best rate")
+            loss.scatter([], [], color="C1", label="at one rate for all")
+            loss.legend(fontsize=8)
+        for axis, (key, unit, label) in zip(others, panels[1:], strict=True):
+            for place, cell in enumerate(tuned):
+                found = cell.get(key)
+                values = found if isinstance(found, list) else [found] * (found is not None)
+                axis.scatter([v / unit for v in values], [place] * len(values), color="C0", s=18)
+            axis.set(xlabel=label)
+        figure.savefig(path, dpi=150)
+        plt.close(figure)
+
+
+def _spread(
+    axes, place: float, cell: Cell, color: str, *, label: str = "", across: bool = False
+) -> None:
+    """Seeds as points beside their mean and its interval; `across` draws losses from left to
+    right."""
     losses = [loss for loss in cell["losses"].values() if loss is not None]
+    lines = axes.hlines if across else axes.vlines
+
+    def scatter(values: Sequence[float], **how: Any) -> None:
+        pair = ([place] * len(values), values)
+        axes.scatter(*(pair[::-1] if across else pair), **how)
+
     if cell["interval"]:
-        axes.vlines(place, *cell["interval"], color=color, linewidth=5, alpha=0.25)
-    axes.scatter([place] * len(losses), losses, color=color, s=12)
+        lines(place, *cell["interval"], color=color, linewidth=5, alpha=0.25)
+    scatter(losses, color=color, s=12)
     if cell["mean"] is not None:
-        axes.scatter(place, cell["mean"], color=INK, marker="_", s=90)
+        scatter([cell["mean"]], color=INK, marker="|" if across else "_", s=90)
     if label and losses:
         axes.annotate(label, (place, max(losses)), xytext=(0, 6), textcoords="offset points",
                       ha="center", fontsize=8)  # fmt: skip

@@ -1,5 +1,6 @@
 """A study's results as JSON, as a table, and in words."""
 
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,21 @@ from lora_jax.training import records
 
 HEADER = ("cell", "trainable", "best rate", "tried", "seeds", "mean", "95 % interval",
           "against the lowest mean, paired")  # fmt: skip
+COSTS = {  # columns of what is known, and the unit that a number is divided by
+    "forgotten": ("forgotten", 1.0, 3),
+    "flops": ("GFLOP", 1e9, 1),
+    "temp_bytes": ("temp MB", 1e6, 0),
+    "peak_bytes": ("peak MB", 1e6, 0),
+}
 NOTE = (
     "Losses are nats a counted token. Each cell runs at its own best learning rate; * marks one at "
     "the edge of those tried. Intervals are Student's t over seeds; differences are of the same "
     "seeds, and none is corrected for their number: of twenty true ties about one is told apart."
+)
+COSTS_NOTE = (
+    "Forgotten: nats above the untuned base on the beginning of another text, the mean over seeds. "
+    "FLOPs (10^9) and memory (MB) of one step are the compiler's: its temporaries, and these with "
+    "base, adapter, optimizer and batch; empty where one device cannot take the step."
 )
 
 
@@ -22,14 +34,31 @@ def write(workdir: Path, title: str, command: str, results: Mapping[str, Any]) -
     """Writes `results.json` and `results.md`."""
     results = {"title": title, "command": command, **results, "environment": environment()}
     records.write_json(workdir / "results.json", results)
-    lines = [f"# {title}", "", f"`{command}`", "", *table(HEADER, cells(results)), "", NOTE, ""]
+    lines = [f"# {title}", "", f"`{command}`", "", *table(header(results), cells(results)), ""]
+    lines += [NOTE, "", *([COSTS_NOTE, ""] if _costs(results) else [])]
     lines += [findings(results), "", machine(results), ""]
     (workdir / "results.md").write_text("\n".join(lines))
 
 
 def in_words(results: Mapping[str, Any]) -> str:
     """The table and the findings, for a terminal."""
-    return f"\n{aligned([HEADER, *cells(results)])}\n\n{findings(results)}"
+    return f"\n{aligned([header(results), *cells(results)])}\n\n{findings(results)}"
+
+
+def header(results: Mapping[str, Any]) -> tuple[str, ...]:
+    return (*HEADER, *(COSTS[key][0] for key in _costs(results)))
+
+
+def _costs(results: Mapping[str, Any]) -> list[str]:
+    return [key for key in COSTS if any(cell.get(key) for cell in results["cells"])]
+
+
+def _cost(cell: Mapping[str, Any], key: str) -> str:
+    found, (_, unit, digits) = cell.get(key), COSTS[key]
+    if not found:
+        return ""
+    value = statistics.fmean(found) if isinstance(found, list) else found
+    return f"{value / unit:.{digits}f}"
 
 
 def cells(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -45,6 +74,7 @@ def cells(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
             "-" if cell["mean"] is None else f"{cell['mean']:.4f}",
             _interval(cell["interval"]),
             "the lowest" if cell is best else _against(results, cell, best),
+            *(_cost(cell, key) for key in _costs(results)),
         )
         for cell in results["cells"]
     ]

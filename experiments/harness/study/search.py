@@ -66,19 +66,25 @@ def next_trial(rules: Rules, cells: Sequence[Arm], rows: Sequence[Row]) -> Arm |
     for cell in cells:
         own = of_cell(cell, rows)
         tried = tried_rates(own, rules.seeds[0])
-        start = starts.get(cell.step, cell.learning_rate)
-        rate = next_rate(tried, start, rules)
+        rate = _sought(rules, cell, tried, starts.get(cell.step, cell.learning_rate))
         if rate is not None:
             return trial(cell, rate, rules.seeds[0])
         best = best_rate(tried)
         if math.isinf(tried[best]):
             continue
-        starts[cell.step] = best
+        if not cell.fixed_rate:
+            starts[cell.step] = best
         made = seeds_at(own, best)
         for seed in rules.seeds:
             if seed not in made:
                 return trial(cell, best, seed)
     return None
+
+
+def _sought(rules: Rules, cell: Arm, tried: Mapping[float, float], start: float) -> float | None:
+    if cell.fixed_rate:
+        return None if tried else cell.learning_rate
+    return next_rate(tried, start, rules)
 
 
 def next_rate(tried: Mapping[float, float], start: float, rules: Rules) -> float | None:
@@ -143,11 +149,11 @@ def tried_rates(rows: Sequence[Row], seed: int) -> dict[float, float]:
 
 def seeds_at(rows: Sequence[Row], rate: float) -> dict[int, float | None]:
     """The loss of each seed at a rate, None where the run diverged."""
-    return {
-        row["seed"]: row["val_loss"]
-        for row in rows
-        if math.isclose(row["learning_rate"], rate, rel_tol=1e-6)
-    }
+    return {row["seed"]: row["val_loss"] for row in at_rate(rows, rate)}
+
+
+def at_rate(rows: Sequence[Row], rate: float) -> list[Row]:
+    return [row for row in rows if math.isclose(row["learning_rate"], rate, rel_tol=1e-6)]
 
 
 def _known(rate: float, tried: Mapping[float, float]) -> float | None:

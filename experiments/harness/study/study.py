@@ -16,27 +16,49 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments.harness import adapters, run
+from experiments.harness import adapters, run, setup
 from experiments.harness.arms import Arm
-from experiments.harness.outcome import row
+from experiments.harness.forgetting import text_batches
+from experiments.harness.outcome import Outcome, row
 from experiments.harness.progress import console, reporting
 from experiments.harness.study import report
-from experiments.harness.study.search import Row, Rules, hopeless, next_trial, rules_of
+from experiments.harness.study.search import Rules, hopeless, next_trial, rules_of
 from experiments.harness.study.summary import Results, results_of
 from experiments.harness.workdir import prepare
 from lora_jax.parallel import hosts
 from lora_jax.training import records
 from lora_jax.training.sweep import Sweep
+from lora_jax.transform import Delta
 
 ARMS = "arms.jsonl"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class OtherText:
+    """The loss on `config.study.other_text`, and the untuned base's."""
+
+    loss: Callable[[Delta], float]
+    of_base: float
+
+
+Loaded = tuple[run.Shared, OtherText | None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Study:
-    """What --budget runs: the cells of a config, and their picture."""
+    """A question to be settled.
+
+    Attributes:
+      cells: what is compared.
+      draw: the picture, into a file.
+      completed: adds to the results when all runs have been made.
+      sized: whether cells take their sizes from `config.model.shape`, which then has to be true.
+    """
 
     cells: Callable[[ConfigDict], Sequence[Arm]]
-    draw: Callable[[Path, dict], None]
+    draw: Callable[[Path, Results], None]
+    completed: Callable[[ConfigDict, Sequence[Arm], Results], Results] | None = None
+    sized: bool = False
 
 
 def conduct(
@@ -54,13 +76,18 @@ def conduct(
     command = shlex.join(["python", *sys.argv])
 
     def recorded(results: Results) -> None:
-        report.write(workdir, f"{title}, {config.name}", command, results)
-        what.draw(workdir / f"{experiment}.png", results)
+        def record() -> None:
+            report.write(workdir, f"{title}, {config.name}", command, results)
+            what.draw(workdir / f"{experiment}.png", results)
+
+        hosts.on_first(record)
 
     with reporting(workdir / "metrics.jsonl") as log:
-        results = study(
-            config, cells, workdir, log, lambda found: hosts.on_first(lambda: recorded(found))
-        )
+        shared = functools.cache(lambda: _loaded(config, workdir, log, what))
+        results = study(rules_of(config), cells, workdir, shared, recorded)
+    if what.completed:
+        results = what.completed(config, cells, results)
+        recorded(results)
     console.print(report.in_words(results), markup=False)
 
 
@@ -82,48 +109,38 @@ def cells_of(config: ConfigDict, what: Study) -> Sequence[Arm]:
 
 
 def study(
-    config: ConfigDict,
+    rules: Rules,
     cells: Sequence[Arm],
     workdir: Path,
-    log: run.Log,
+    loaded: Callable[[], Loaded],
     recorded: Callable[[Results], None],
 ) -> Results:
-    """Makes the runs that the record lacks; `recorded` hears of the results after each."""
-    rules, rows = rules_of(config), list(records.read(workdir / ARMS))
-    started = time.time()
+    """Makes the runs that the record lacks; `recorded` hears of the results after each. Nothing is
+    loaded where all have been made."""
+    rows = list(records.read(workdir / ARMS))
     results = results_of(rules, cells, rows)
-    if next_trial(rules, cells, rows) is None:
-        recorded(results)
-        return results
-    shared = run.prepared(config, workdir, log)
     sweeps: dict[Hashable, Sweep] = {}
     with hosts.preemption() as stop_requested:
         while (arm := next_trial(rules, cells, rows)) is not None:
+            shared, other_text = loaded()
             if arm.step not in sweeps:
                 sweeps[arm.step] = run.compiled_once(shared, arm)
-            done = _made(shared, rules, arm, rows, sweeps[arm.step], stop_requested)
+            started = time.time()
+            first = arm.seed == rules.seeds[0]
+            give_up = hopeless(rules, arm, rows) if first else None
+            [outcome] = run.train(shared, [arm], sweeps[arm.step], stop_requested, give_up)
+            done = _finished(shared, outcome, other_text)
             done["seconds"] = time.time() - started
             rows.append(done)
             hosts.on_first(functools.partial(records.append, workdir / ARMS, done))
             results = results_of(rules, cells, rows)
             recorded(results)
-            started = time.time()
     return results
 
 
-def _made(
-    shared: run.Shared,
-    rules: Rules,
-    arm: Arm,
-    rows: Sequence[Row],
-    sweep: Sweep,
-    stop_requested: Callable[[], bool],
-) -> dict[str, Any]:
-    """One run, its adapter saved and its checkpoints gone."""
-    first = arm.seed == rules.seeds[0]
-    give_up = hopeless(rules, arm, rows) if first else None
-    [outcome] = run.train(shared, [arm], sweep, stop_requested, give_up)
-    workdir = shared.workdir
+def _finished(shared: run.Shared, outcome: Outcome, other_text: OtherText | None) -> dict[str, Any]:
+    """The row of a run, its adapter saved and its checkpoints gone."""
+    workdir, arm = shared.workdir, outcome.arm
     if not outcome.progress.stopped:
         folder = workdir / "adapters"
         adapters.save(
@@ -136,4 +153,24 @@ def _made(
     ]
     hosts.on_first(lambda: shutil.rmtree(workdir / "checkpoints" / arm.folder, ignore_errors=True))
     base = {"name": shared.model.name, "source": shared.model.source, "val_loss": shared.base_loss}
-    return {**row(outcome), "val_curve": curve, "base": base}
+    made = {**row(outcome), "val_curve": curve, "base": base}
+    if other_text is not None:
+        base["other_loss"] = other_text.of_base
+        made["other_loss"] = None if outcome.diverged else other_text.loss(outcome.delta)
+    return made
+
+
+def _loaded(config: ConfigDict, workdir: Path, log: run.Log, what: Study) -> Loaded:
+    shared = run.prepared(config, workdir, log)
+    if what.sized:
+        setup.require_shape(config, shared.model)
+    path = config.study.other_text
+    if not path:
+        return shared, None
+    batches = text_batches(config, shared.model, Path(path))
+
+    def loss(delta: Delta) -> float:
+        params, execution = shared.model.params, shared.execution
+        return run.mean_loss(shared.loss, delta, params, execution, batches)
+
+    return shared, OtherText(loss=loss, of_base=loss({}))

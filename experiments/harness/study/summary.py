@@ -8,6 +8,7 @@ from experiments.harness.arms import Arm
 from experiments.harness.study.search import (
     Row,
     Rules,
+    at_rate,
     best_rate,
     is_edge,
     next_trial,
@@ -51,12 +52,22 @@ def _cell(rules: Rules, cell: Arm, rows: Sequence[Row]) -> dict[str, Any]:
         "targets": cell.targets,
         "trainable_params": rows[0]["trainable_params"],
         "learning_rate": best,
-        "edge": is_edge(tried, rules.factor),
+        "edge": not cell.fixed_rate and is_edge(tried, rules.factor),
         "tried": len(tried),
         "losses": losses,
+        "forgotten": _forgotten(rows, best),
         "mean": spread.mean if spread else (values[0] if values else None),
         "interval": [spread.low, spread.high] if spread else None,
     }
+
+
+def _forgotten(rows: Sequence[Row], rate: float) -> list[float] | None:
+    """What each seed at a rate lost on the other text, in nats above the untuned base."""
+    return [
+        row["other_loss"] - row["base"]["other_loss"]
+        for row in at_rate(rows, rate)
+        if row.get("other_loss") is not None
+    ] or None
 
 
 def _difference(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any] | None:
