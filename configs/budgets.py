@@ -49,6 +49,10 @@ RANKS = {"sweep.ranks": (8, 1, 2, 4, 16, 64, 256), "sweep.full": True}
 BUDGETS: dict[str, dict[str, dict[str, Any]]] = {
     "rank_sweep": {"cpu": {**CPU, **RANKS}, "gpu": {**GPU, **RANKS}},
     "target_ablation": {"cpu": CPU, "gpu": GPU},
+    "learning_rates": {
+        "cpu": {**CPU, **SHORT, "sweep.ranks": (4, 16, 64)},
+        "gpu": {**GPU, "sweep.ranks": (4, 16, 64, 256)},
+    },
     # PEFT's own board runs 37 of its 63 entries at 1e-4.
     "methods": {
         "cpu": {**CPU, **SHORT, "methods.ranks": (4, 16), "methods.fixed_rate": 1e-4},

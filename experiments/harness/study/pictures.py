@@ -56,6 +56,23 @@ def loss_by_targets(path: Path, results: dict[str, Any]) -> None:
         plt.close(figure)
 
 
+def loss_by_rate(path: Path, results: dict[str, Any]) -> None:
+    """The losses of each search by learning rate, a panel for each group of cells."""
+    groups = list(dict.fromkeys(cell["group"] for cell in results["cells"]))
+    with plt.rc_context(STYLE):
+        size = (1.5 + 2.6 * len(groups), 4.2)
+        figure, axes = plt.subplots(1, len(groups), figsize=size, layout="constrained",
+                                    sharey=True, squeeze=False)  # fmt: skip
+        for axis, group in zip(axes[0], groups, strict=True):
+            cells = [cell for cell in results["cells"] if cell["group"] == group]
+            _by_rate(axis, results, cells, lambda cell: cell["cell"].split(",")[0])
+            axis.set_title(group, fontsize=10)
+            axis.set_ylabel("")
+        axes[0, 0].set_ylabel("validation loss, first seed")
+        figure.savefig(path, dpi=150)
+        plt.close(figure)
+
+
 def loss_by_method(path: Path, results: dict[str, Any]) -> None:
     """Each method's validation losses over seeds, at its best rate and where asked for at one rate
     for all, beside what it forgets and what a step of it costs."""
