@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 import lora_jax as lora
 from experiments.harness import devices, setup
-from experiments.harness.arms import Arm, rank_arms, same_kind
+from experiments.harness.arms import Arm, rank_arms, trained_together
 from experiments.harness.losses import loss_of
 from experiments.harness.plan import abstract_params
 from experiments.harness.run import optimizer, step_of
@@ -108,7 +108,7 @@ def compile_step(config: ConfigDict, machine: Machine) -> Compiled:
 def abstract_step(config: ConfigDict, machine: Machine) -> Step:
     """The step as `experiments.harness.run` builds it, and its arguments by shape and place."""
     everyone, mesh = rank_arms(config), mesh_on(config, machine)
-    arms = same_kind(everyone)[0]
+    arms = trained_together(everyone)[0]
     base = abstract_params(config)
     loss = loss_of(config, setup.shape_of(config), base)
     batch = loss.abstract_batch(config.data.batch_size, config.data.seq_len)
@@ -121,18 +121,18 @@ def abstract_step(config: ConfigDict, machine: Machine) -> Step:
     stacked = mode == "batched"
     state = _states(base, arms, optimizer(config, arms[0]), stacked)
     if AXIS in mesh.shape or mesh.size == 1:
-        whole = NamedSharding(mesh, PartitionSpec())
-        lying = jax.tree.map(lambda _: whole, (state, base))
+        replicated = NamedSharding(mesh, PartitionSpec())
+        shardings = jax.tree.map(lambda _: replicated, (state, base))
     else:
         specs = parallel.match_specs(base, devices.rules(config))
-        lying = (
+        shardings = (
             tuple(parallel.state_shardings(mesh, arm, specs) for arm in state)
             if isinstance(state, tuple)
             else parallel.state_shardings(mesh, state, specs, arms=stacked),
             parallel.base_shardings(mesh, base, specs),
         )
     arguments = (
-        *jax.tree.map(_placed, (state, base), lying),
+        *jax.tree.map(_placed, (state, base), shardings),
         _placed_batch(batch, loss.fields, mesh),
         *[jax.ShapeDtypeStruct((len(arms),), jnp.bool_)] * stacked,
     )

@@ -123,7 +123,7 @@ def same_step(arms: Sequence[Arm]) -> list[Sequence[Arm]]:
     return _grouped(arms, lambda arm: arm.step)
 
 
-def same_kind(arms: Sequence[Arm]) -> list[Sequence[Arm]]:
+def trained_together(arms: Sequence[Arm]) -> list[Sequence[Arm]]:
     """The arms in groups that can train together: of one step and the same batches."""
     return _grouped(arms, lambda arm: (arm.step, arm.data_seed))
 

@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from experiments.harness.arms import Arm, same_kind
+from experiments.harness.arms import Arm, trained_together
 from lora_jax import models, parallel
 from lora_jax.context_mesh import FSDP
 from lora_jax.interop import Place, on_device, quantized, sharded
@@ -118,11 +118,11 @@ def require_even_arms(config: ConfigDict, arms: Sequence[Arm], mode: Mode | None
     spread = config.parallel.arms
     if spread == 1 or resolve_mode(mode or config.sweep.mode) != "batched":
         return
-    for kind in same_kind(arms):
-        if len(kind) % spread:
+    for group in trained_together(arms):
+        if len(group) % spread:
             raise ValueError(
                 f"config.parallel.arms={spread} does not divide the arms that train together, "
-                f"{len(kind)} in number: {', '.join(arm.name for arm in kind)}. Choose "
+                f"{len(group)} in number: {', '.join(arm.name for arm in group)}. Choose "
                 "config.parallel.arms=1, or ranks, learning rates and seeds that make groups it "
                 "divides."
             )

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 import lora_jax as lora
 from experiments.harness import adapters, devices, setup
-from experiments.harness.arms import Arm, same_kind, same_step
+from experiments.harness.arms import Arm, same_step, trained_together
 from experiments.harness.losses import loss_of, require_batches
 from experiments.harness.outcome import Outcome, best, row
 from experiments.harness.samples import sample
@@ -88,8 +88,8 @@ def run(
     with hosts.preemption() as stop_requested:
         for group in same_step(arms):
             sweep = compiled_once(shared, group[0])
-            for kind in same_kind(group):
-                outcomes += train(shared, kind, sweep, stop_requested)
+            for together in trained_together(group):
+                outcomes += train(shared, together, sweep, stop_requested)
     if all(outcome.diverged for outcome in outcomes):
         raise ValueError(
             "the loss of every arm stopped being a number. Lower config.train.learning_rate, or "
@@ -169,7 +169,7 @@ def train(
     stop_requested: Callable[[], bool],
     give_up: Callable[[int, float], bool] | None = None,
 ) -> list[Outcome]:
-    """Trains arms of one kind through one step; `give_up` is `fit`'s."""
+    """Trains arms together through one step; `give_up` is `fit`'s."""
     config, model = shared.config, shared.model
     base, fresh = model.params, [_init_delta(arm, model.params) for arm in arms]
     names = [arm.name for arm in arms]
