@@ -51,27 +51,42 @@ def meteor(outputs: Sequence[Text], references: Sequence[Sequence[Text]]) -> flo
     # The scorer's own options; which encoding Java takes for its pipes depends on the machine.
     command = ["java", "-Dfile.encoding=UTF-8", "-Xmx2G", "-jar", path.name]
     command += ["-", "-", "-stdio", "-l", "en", "-norm"]
-    with tempfile.TemporaryFile() as errors:
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
-        with subprocess.Popen(command, cwd=path.parent, encoding="utf-8", **pipes) as process:
-            try:
-                return _talk(process, outputs, references)
-            except (OSError, ValueError) as error:
-                process.wait()
-                errors.seek(0)
-                said = errors.read().decode(errors="replace").strip()
-                raise RuntimeError(f"{path.name} gave no score: {said or error}") from error
+    with (
+        tempfile.TemporaryFile() as errors,
+        subprocess.Popen(
+            command,
+            cwd=path.parent,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            encoding="utf-8",
+        ) as process,
+    ):
+        assert process.stdin and process.stdout
+        try:
+            return _talk(process.stdin, process.stdout, outputs, references)
+        except (OSError, ValueError) as error:
+            process.kill()
+            process.wait()
+            errors.seek(0)
+            said = errors.read().decode(errors="replace").strip()
+            raise RuntimeError(f"{path.name} gave no score: {said or error}") from error
 
 
-def _talk(process: subprocess.Popen, outputs: Sequence, references: Sequence) -> float:
+def _talk(
+    asked: IO[str],
+    answered: IO[str],
+    outputs: Sequence[Text],
+    references: Sequence[Sequence[Text]],
+) -> float:
     statistics = []
     for output, texts in zip(outputs, references, strict=True):
         hypothesis = " ".join(output).replace("|||", "").replace("  ", " ")
         known = [" ".join(text) for text in texts]
-        _ask(process.stdin, " ||| ".join(["SCORE", *known, hypothesis]))
-        statistics.append(process.stdout.readline().strip())
-    _ask(process.stdin, " ||| ".join(["EVAL", *statistics]))
-    scores = [float(process.stdout.readline()) for _ in range(len(statistics) + 1)]
+        _ask(asked, " ||| ".join(["SCORE", *known, hypothesis]))
+        statistics.append(answered.readline().strip())
+    _ask(asked, " ||| ".join(["EVAL", *statistics]))
+    scores = [float(answered.readline()) for _ in range(len(statistics) + 1)]
     return scores[-1]  # of the corpus; the others are the items'
 
 
