@@ -53,8 +53,8 @@ def answers(
     """The answer to each of `prompts`, taken as they are, by the model with `delta` ({}: the base).
 
     Answers are greedy, where the LoRA paper's are of a beam of 10 (length penalty 0.8, no 4-gram
-    twice), whose scores are higher. As there, an answer has at most 64 tokens and ends before an
-    empty line. All batches are one compiled program: the last is filled up.
+    twice): a score says which. As there, an answer has at most 64 tokens and ends before an empty
+    line. All batches are one compiled program: the last is filled up.
 
     Raises:
       ValueError: no prompts, one without tokens or longer than the context allows, or logits that

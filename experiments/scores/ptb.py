@@ -2,7 +2,9 @@
 (CoreNLP 3.4.1, in lower case) without its punctuation.
 
 That program is the reference: the rules below were found by comparing with what it returns, and are
-as many as texts of E2E, system outputs and English prose need. `tests/parity` runs it beside them.
+as many as English prose needs. Of the 87,961 texts of E2E and of the challenge's systems one
+differs (its "25 L." is looked at together with the next text), of 20,000 with characters and spaces
+put in or taken out at random 187 do. `tests/parity` runs the program beside the rules.
 """
 
 import re
