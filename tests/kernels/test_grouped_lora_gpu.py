@@ -82,7 +82,7 @@ def test_every_token_has_a_row_in_an_item_of_its_segment():
     assert row[:14].tolist() == [n % 8 for n in range(14)]
 
 
-@pytest.mark.parametrize("N, S", [(1, 1), (8, 8), (300, 8), (4096, 8), (4096, 512)])
+@pytest.mark.parametrize("N, S", [(1, 1), (8, 8), (300, 8), (4096, 512)])
 def test_work_follows_tokens_and_the_pages_of_segments(N, S):
     """Rows multiplied are at most those of the tokens, 64 for a wgmma, and those of one item more a
     segment; each item fetches its segment's pages once in either kernel, a tile at a time."""
@@ -90,14 +90,19 @@ def test_work_follows_tokens_and_the_pages_of_segments(N, S):
     assert tile.items * tile.m <= N + S * tile.m and tile.m < max(2 * N / S, 16)
     assert 4096 % (tile.depth * tile.splits) == 0 and 14336 % tile.n == 0
     rng = np.random.default_rng(0)
-    sizes = jnp.asarray(np.bincount(rng.integers(0, S, N), minlength=S).astype(np.int32))
+    sizes = np.bincount(rng.integers(0, S, N), minlength=S).astype(np.int32)
     pages = rng.integers(0, 10**6, (S, 2)).astype(np.int32)
     pages[rng.random(pages.shape) < 0.3] = -1
-    pages, known = mosaic_gpu.known_first(jnp.asarray(pages))
-    items, place = mosaic_gpu.work_items(pages, known, sizes, N, tile)
-    in_blocks = np.asarray(jnp.where(sizes > 0, known, 0)) * (-(-np.asarray(sizes) // tile.m) + 1)
+
+    @jax.jit
+    def items_of(pages, sizes):
+        pages, known = mosaic_gpu.known_first(pages)
+        return known, *mosaic_gpu.work_items(pages, known, sizes, N, tile)
+
+    known, items, place = items_of(pages, sizes)
+    in_blocks = np.where(sizes > 0, known, 0) * (-(-sizes // tile.m) + 1)
     assert items[:, mosaic_gpu.KNOWN].sum() <= in_blocks.sum()
-    used = np.asarray(place)[np.repeat(np.asarray(known), np.asarray(sizes)) > 0]
+    used = np.asarray(place)[np.repeat(known, sizes) > 0]
     assert (used < tile.items * tile.m).all() and len(set(used.tolist())) == len(used)
 
 
