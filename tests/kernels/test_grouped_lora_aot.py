@@ -190,20 +190,22 @@ def test_both_directions_compile_for_an_h100_without_spills(given, capfd, monkey
 
 
 @needs_cuda
-@pytest.mark.parametrize("given", [dict(N=8, S=8), dict(N=2048, S=32)])
+@pytest.mark.parametrize(
+    "given", [dict(N=8, S=8, w=2), dict(N=32, S=32, w=8), dict(N=2048, S=8, w=2)]
+)
 def test_the_hopper_kernel_holds_nothing_of_the_banks_size(given):
     """Beside the arguments: the parts of h, h, and items' rows of y, one more block a segment."""
-    held = []
-    for P in (64, 1000):
-        program = compiled(
-            mesh("h100"), "cuda", BY_NAME, *shapes(**given, d_in=4096, d_out=4096, w=2, P=P)
-        )
-        held.append(program.memory_analysis().temp_size_in_bytes)
-    assert kernels_in(program) == 2
-    assert not re.search(r"= \w+\[1000,8,4096\]\S* (?!parameter)", program.as_text())
-    rows = given["N"] + 64 * given["S"]
-    assert held[0] == held[1] < rows * (4096 * 2 + 16 * 8 * 4)
-    print(given, held)
+
+    def program(f, P):
+        return compiled(mesh("h100"), "cuda", f, *shapes(**given, d_in=4096, d_out=4096, P=P))
+
+    few, many, gathering = program(BY_NAME, 64), program(BY_NAME, 1000), program(grouped_lora, 1000)
+    assert kernels_in(many) == 2
+    assert not re.search(r"= \w+\[1000,8,4096\]\S* (?!parameter)", many.as_text())
+    held, beside, by_xla = (p.memory_analysis().temp_size_in_bytes for p in (few, many, gathering))
+    rows = given["N"] + given["S"] * min(max(given["N"] // given["S"], 8), 64)
+    assert held == beside < rows * (4096 * 2 + given["w"] * 8 * 4 * 9)
+    print(given, held, "XLA:", by_xla)
 
 
 @needs_cuda

@@ -1,7 +1,23 @@
 """`y += (x @ a) @ b` with other pages of ranks for every segment of tokens, in both directions.
 
 `reference.py` is the definition, `gathering.py` the implementation in XLA, `mosaic_gpu.py` (Hopper)
-and `mosaic_tpu.py` are the kernels.
+and `mosaic_tpu.py` are the kernels. All of them cost what tokens and the pages of their segments
+cost, not the bank; `lax.ragged_dot`, with a group for every page, is dense over all pages on CUDA.
+
+Which is right when: no accelerator has timed them yet (`scripts/bench_kernels.py` would). What is
+known is what compilers show for machines that were not there, `tests/kernels/test_grouped_lora_aot`
+(jax 0.12.0.1, bfloat16, d_in = d_out = 4096). For an H100, bytes that a program holds beside its
+arguments:
+
+| tokens | segments | pages of each | XLA | Hopper kernel |
+|---|---|---|---|---|
+| 8 | 8 | 2 | 320 B | 0.5 MB |
+| 32 | 32 | 8 | 16.8 MB | 2.3 MB |
+| 2048 | 8 | 2 | 26.9 MB | 20.5 MB |
+
+In the first case XLA reads pages where they are, in 4 programs; in the others it first copies them,
+or tokens, beside each other. So gathering should be right for few tokens of low ranks, and the
+kernel for more. A TPU's kernel holds less than 1 MB there, and is taken wherever it has tiles.
 """
 
 import importlib

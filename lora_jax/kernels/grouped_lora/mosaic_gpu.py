@@ -1,20 +1,24 @@
 """Grouped LoRA on Hopper, through Pallas' Mosaic GPU backend: two kernels, narrow and widen.
 
-Tokens are cut into aligned blocks, since a swizzled copy starts at a multiple of 8 rows; a work
-item is a block beside one segment that has tokens in it. Narrow multiplies an item's block by its
-segment's pages, `h [m, R]`, with the contraction split over thread blocks where items are few;
-XLA adds the parts and sets ranks of absent pages to 0. Widen multiplies h by the pages of b, a tile
-of columns for each thread block. Both write all rows of an item, and XLA picks each token's row
-from the item of its own segment, in a program that it can fuse with the addition to `x @ W`.
+Tokens are cut into aligned blocks, since a swizzled copy starts at a multiple of 8 rows; an item is
+a block beside one segment that has tokens in it. Narrow multiplies an item's block by its segment's
+pages, `h [m, R]`, with the contraction split over thread blocks where items are few; XLA adds the
+parts and sets ranks of absent pages to 0. Widen multiplies h by the pages of b, a tile of columns
+for each thread block. Both write all rows of an item, and XLA picks each token's row from the item
+of its own segment, in a program that it can fuse with the addition to `x @ W`.
 
-The copy engine fetches pages one by one, by indices read in the kernel, into one operand for the
-tensor cores. wgmma multiplies 64 rows at a time: those beyond m are whatever shared memory held,
-and stay in their own rows. It contracts 16 ranks at a time, so pages of 8 are taken by two; beside
-an odd last one stands the segment's first page, with zeros in h. Pages come known ones first, and
-absent ones are neither fetched nor, but for the 64 x R of narrow, multiplied.
+The copy engine fetches pages one by one, by indices read in the kernel, into one operand of wgmma.
+That multiplies 64 rows at a time: those beyond m are whatever shared memory held, and stay in their
+own rows. It contracts 16 ranks at a time, so pages of 8 are taken by two; beside an odd last one
+stands the segment's first page, with zeros in h. A segment's known pages come first, and absent
+ones are not fetched.
 
-bfloat16 alone: wgmma would shorten float32 to tf32, and takes its right operand transposed, as b
-is, in 16 bits alone.
+There are at most `N / m + S` items, m about the mean length of a segment and at most 64. Each does
+`2 * 64 (R D + K O)` operations for K known ranks, rounded up to what is contracted together, and
+reads m rows of x and its known pages once. P is nowhere among the terms.
+
+bfloat16 alone. wgmma would shorten float32 to tf32, and compiling widen so ends in Mosaic's "Only
+f16 WGMMA supports transposes": b is stored rank first, which is its contracted axis.
 
 Dimension key: N tokens, D = d_in, O = d_out, P pages, W pages of a segment, r ranks of a page,
 R = W r, S segments, I items, m and n the sides of an output tile.
