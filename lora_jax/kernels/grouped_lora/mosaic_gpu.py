@@ -156,13 +156,13 @@ def _swizzled(width):
 
 
 def _kernel(body, shape, dtype, grid, interpret, **scratch):
-    """A kernel of thread blocks of one warpgroup, over a grid of items and their parts."""
+    """A warpgroup for each part of each item. CUDA bounds all axes of a grid but the last."""
     return plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct(shape, dtype),
         scratch_types=scratch,
         grid=grid,
-        grid_names=("item", "part"),
+        grid_names=("part", "item"),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=interpret,
     )
@@ -219,7 +219,7 @@ def _narrow(tile, interpret, items, x, a):
         body,
         (tile.splits, tile.items, tile.m, R),
         jnp.float32,
-        (tile.items, tile.splits),
+        (tile.splits, tile.items),
         interpret,
         x_tile=plgpu.SMEM(
             (tile.stages, WGMMA_ROWS, tile.depth), x.dtype, transforms=_swizzled(SWIZZLED)
@@ -271,7 +271,7 @@ def _widen(tile, interpret, items, h, b):
         body,
         (tile.items, tile.m, O),
         h.dtype,
-        (tile.items, O // tile.n),
+        (O // tile.n, tile.items),
         interpret,
         h_tile=plgpu.SMEM((most, WGMMA_ROWS, depth), h.dtype, transforms=_swizzled(width)),
         b_tile=plgpu.SMEM((most, depth, tile.n), h.dtype, transforms=_swizzled(width)),
