@@ -1,14 +1,15 @@
-"""Times the NF4 matmul beside its peers, on one accelerator and in one run.
+"""Times the kernels beside their peers, on one accelerator and in one run.
 
     pip install -r requirements.txt "jax[cuda13]" && python scripts/bench_kernels.py
 
-Llama-3-8B's matrices in bfloat16, forward (`x @ W`) and backward (`dy @ W.T`). The peers are a
-bfloat16 matmul, XLA's dequantise + dot, and bitsandbytes (in a process of its own) where torch
-finds the GPU. Every answer is checked against float64 first. Then blocks of calls alternate between
-the sides, so that a slower clock slows all of them, and the median block counts. One call follows
-the other on the device, each with another copy of the weight, and the copies together are 4 times
-the last-level cache. Beside each time is the fraction of a limit: the time that memory or
-arithmetic need at the least, whichever is longer, over the time that it took.
+Llama-3-8B's matrices in bfloat16, forward (`x @ W`) and backward (`dy @ W.T`). The peers of the NF4
+matmul are a bfloat16 matmul, XLA's dequantise + dot, and bitsandbytes (in a process of its own)
+where torch finds the GPU; those of grouped LoRA are in `bench_grouped_lora.py`. `--kernels` picks.
+Every answer is checked against float64 first. Then blocks of calls alternate between the sides, so
+that a slower clock slows all of them, and the median block counts. One call follows the other on
+the device, each with another copy of the weight, and the copies together are 4 times the last-level
+cache. Beside each time is the fraction of a limit: the time that memory or arithmetic need at the
+least, whichever is longer, over the time that it took.
 
 `--limits=H100` prints those least times, which are derived and not measured, and ends.
 `--shapes=tiny` runs on any machine, to try the script; its times mean nothing and are not written.
@@ -20,7 +21,6 @@ import importlib.util
 import json
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -29,11 +29,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from bench_bitsandbytes import BLOCK, ask, peer_process
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 RESULTS = Path(__file__).parent / "results"
 
-BLOCK = 64  # weights that share an absmax
 Shapes = dict[str, tuple]
 Limit = tuple[float, float, int]
 TINY: Shapes = {"rows": (1, 8), "matrices": ((256, 512),)}
@@ -132,63 +132,10 @@ def check(side: str, y: np.ndarray, x: np.ndarray, w: np.ndarray) -> None:
         sys.exit(f"bench_kernels: {side} is wrong: {worst:.1f} times the bound.")
 
 
-def bitsandbytes_block(rows: int, K: int, N: int, backward: bool, copies: int) -> Callable:
-    """A block of calls of bitsandbytes' own dispatch, on weights that it packed itself."""
-    import torch
-    from bitsandbytes import functional, matmul_4bit
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    draw = partial(torch.randn, dtype=torch.bfloat16, device=device)
-    x, dy = draw(rows, K).requires_grad_(backward), draw(rows, N)
-    weights = [
-        functional.quantize_4bit(draw(N, K), quant_type="nf4", blocksize=BLOCK)
-        for _ in range(copies)
-    ]
-
-    def forward():
-        return [matmul_4bit(x, packed.t(), quant_state=state) for packed, state in weights]
-
-    ys = forward() if backward else []
-
-    def block() -> float:
-        start = time.perf_counter()
-        if backward:
-            for y in ys:
-                torch.autograd.grad(y, x, dy, retain_graph=True)
-        else:
-            forward()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return (time.perf_counter() - start) / copies
-
-    block()
-    return block
-
-
-def serve_bitsandbytes() -> None:
-    """Answers a line of settings by seconds a call."""
-    block, prepared = None, None
-    for line in sys.stdin:
-        if line != prepared:
-            block, prepared = bitsandbytes_block(*json.loads(line)), line
-        assert block
-        print(json.dumps(block()), flush=True)
-
-
-def peer_process() -> subprocess.Popen | None:
-    if importlib.util.find_spec("bitsandbytes") is None:
-        return None
-    command = [sys.executable, __file__, "--serve"]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-
-def ask(process: subprocess.Popen, setting: list) -> float:
-    assert process.stdin and process.stdout
-    print(json.dumps(setting), file=process.stdin, flush=True)
-    answer = process.stdout.readline()
-    if not answer:
-        sys.exit("bench_kernels: bitsandbytes ended early; its error stands above.")
-    return json.loads(answer)
+def alternate(sides: dict[str, Callable], blocks: int) -> dict[str, float]:
+    """The median seconds of each side's blocks, which alternate."""
+    taken = [{side: block() for side, block in sides.items()} for _ in range(blocks)]
+    return {side: statistics.median(block[side] for block in taken) for side in sides}
 
 
 def measure(shapes: Shapes, limit: Limit | None, implementation: str, blocks: int):
@@ -205,16 +152,12 @@ def measure(shapes: Shapes, limit: Limit | None, implementation: str, blocks: in
                 }
                 if peer is not None:
                     sides["bitsandbytes"] = partial(ask, peer, setting)
-                seconds: dict[str, list[float]] = {side: [] for side in sides}
-                for _ in range(blocks):
-                    for side, block in sides.items():
-                        seconds[side].append(block())
                 record = {"rows": rows, "d_in": K, "d_out": N, "backward": backward}
-                for side, taken in seconds.items():
-                    record[f"{side}_us"] = round(1e6 * statistics.median(taken), 2)
+                for side, seconds in alternate(sides, blocks).items():
+                    record[f"{side}_us"] = round(1e6 * seconds, 2)
                     if limit:
                         least = floor(rows, K, N, packed=PACKED[side], limit=limit)
-                        record[f"{side}_of_limit"] = round(least / statistics.median(taken), 3)
+                        record[f"{side}_of_limit"] = round(least / seconds, 3)
                 records.append(record)
                 print(json.dumps(record), flush=True)
     if peer is not None:
@@ -232,7 +175,7 @@ def table(result: dict) -> str:
     """The records in Markdown."""
     columns = list(result["records"][0])
     lines = [
-        f"{result['device']}, {result['date']}; "
+        f"{result['kernel']}: {result['device']}, {result['date']}; "
         + ", ".join(f"{name} {version}" for name, version in result["versions"].items()),
         "",
         "| " + " | ".join(columns) + " |",
@@ -259,13 +202,12 @@ def least_times(kind: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shapes", choices=("llama3-8b", "tiny"), default="llama3-8b")
+    kernels = ("nf4_matmul", "grouped_lora")
+    parser.add_argument("--kernels", choices=kernels, nargs="+", default=kernels)
     parser.add_argument("--blocks", type=int, default=15, help="blocks of calls a side")
     parser.add_argument("--output", type=Path, help="folder for the record and the table")
     parser.add_argument("--limits", choices=LIMITS, help="print the least times of a device")
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.serve:
-        return serve_bitsandbytes()
     if args.limits:
         return print(least_times(args.limits))
     import jax
@@ -280,21 +222,37 @@ def main() -> None:
         )
     if tiny and args.output:
         sys.exit("bench_kernels: times of --shapes=tiny mean nothing and are not written.")
-    kernel = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}.get(device.platform, "xla")
-    result = {
+    for kernel in args.kernels:
+        result = run(kernel, device, limit, tiny, args.blocks)
+        print(table(result))
+        if args.output:
+            write(result, args.output)
+
+
+def run(kernel: str, device: Any, limit: Limit | None, tiny: bool, blocks: int) -> dict:
+    """The record of one kernel."""
+    import bench_grouped_lora as grouped
+
+    shapes, bench = {
+        "nf4_matmul": (TINY if tiny else LLAMA3_8B, measure),
+        "grouped_lora": (grouped.TINY if tiny else grouped.LLAMA3_8B, grouped.measure),
+    }[kernel]
+    implementation = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}.get(device.platform, "xla")
+    return {
         "device": device.device_kind,
         "date": time.strftime("%Y-%m-%d"),
         "versions": versions(),
         "command": "python " + " ".join(sys.argv),
-        "kernel": kernel,
-        "records": measure(TINY if tiny else LLAMA3_8B, limit, kernel, args.blocks),
+        "kernel": f"{kernel}, {implementation}",
+        "records": bench(shapes, limit, implementation, blocks),
     }
-    print(table(result))
-    if args.output:
-        name = "bench_kernels_" + device.device_kind.lower().replace(" ", "_")
-        args.output.mkdir(parents=True, exist_ok=True)
-        (args.output / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
-        (args.output / f"{name}.md").write_text(table(result))
+
+
+def write(result: dict, folder: Path) -> None:
+    name = f"{result['kernel'].split(',')[0]}_{result['device']}".lower().replace(" ", "_")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"bench_kernels_{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    (folder / f"bench_kernels_{name}.md").write_text(table(result))
 
 
 if __name__ == "__main__":

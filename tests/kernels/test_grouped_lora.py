@@ -173,5 +173,7 @@ def test_a_kernel_asked_for_by_name_never_falls_back():
     p = groups.problem([2, 3], dtype=F32).arrays()
     needs = "'mosaic_tpu' needs a TPU, and this program is for a cpu"
     refuses(needs, *p, implementation="mosaic_tpu")
-    refuses("'triton' is not one of xla, mosaic_tpu", *p, implementation="triton")
+    needs = "'mosaic_gpu' needs a Hopper GPU, and this program is for a cpu"
+    refuses(needs, *p, implementation="mosaic_gpu")
+    refuses("'triton' is not one of xla, mosaic_gpu, mosaic_tpu", *p, implementation="triton")
     grouped_lora(*p, implementation="xla")
