@@ -104,7 +104,7 @@ def make_bank(
       slots: how many adapters it holds at most.
       targets: as of `lora_transform`; name embeddings and output head to make room there too, as
         in `("all-linear", "embed", "lm_head")`. A tied head is the table's transpose.
-      page_size: p; a multiple of 8 where the TPU kernel is to run.
+      page_size: p; a multiple of 8 where a TPU or Hopper kernel is to run.
       widest: the highest rank of an adapter, PiSSA's and OLoRA's twice their own.
       dtype: of the factors; None for that of each weight.
       pre, post: the targets at which inputs (IA3) and outputs (IA3, DoRA) may be scaled, as of
