@@ -14,6 +14,7 @@ from lora_jax.methods import DeltaNode, FullNode
 from lora_jax.weights import as_matrix, dense_float32, scan_layers
 
 Arrays = dict[str, jax.Array]
+STATIC = ("layout", "stack_ndim", "top", "directions")  # arguments of `measured`
 
 
 def each_layer(function: Callable[..., Any], stack_ndim: int, *trees: Any) -> Any:
@@ -46,7 +47,7 @@ def update_of(node: DeltaNode, weight_IO: jax.Array) -> jax.Array:
         return factors[0] @ factors[1]
 
 
-@functools.partial(jax.jit, static_argnames=("layout", "stack_ndim", "top", "directions"))
+@functools.partial(jax.jit, static_argnames=STATIC)
 def measured(
     weight: Any,
     node: DeltaNode,

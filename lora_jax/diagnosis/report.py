@@ -95,7 +95,7 @@ class TargetDiagnosis:
             raise ValueError(f"share={share!r}: expected a number above 0 and at most 1.")
         squares = np.cumsum(np.asarray(self.spectrum, np.float64) ** 2, axis=-1)
         total = squares[..., -1:]
-        below = (squares < share * total * (1 - 1e-12)).sum(-1)
+        below = (squares < share * total * (1 - 1e-6)).sum(-1)
         return np.where(total[..., 0] == 0, 0, below + 1)
 
 
