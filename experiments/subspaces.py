@@ -5,7 +5,8 @@ Of arms that other experiments saved; nothing is trained. --config is the one of
 
     python experiments/subspaces.py --runs=runs/rank_sweep-smollm2_135m-59b499
     python experiments/subspaces.py --runs=RUN,OTHER --arms="r8|r64|full" --text=wikitext2/valid.txt
-    python experiments/subspaces.py --runs=RUN --targets=qv --factors= --ranks=4,16
+    python experiments/subspaces.py --runs=RUN --targets=all-linear   # repairs these alone
+    python experiments/subspaces.py --runs=RUN --factors= --ranks=4,16   # repairs none
 """
 
 import shlex
@@ -25,7 +26,7 @@ from experiments.harness.text_losses import losses_of
 
 RUNS = flags.DEFINE_list("runs", [], "Folders of runs or of adapters.")
 ARMS = flags.DEFINE_string("arms", "", "A regular expression that the arms' names must hold.")
-TARGETS = flags.DEFINE_string("targets", "all-linear", "A preset or a regular expression of paths.")
+TARGETS = flags.DEFINE_string("targets", "qv", "A preset or a regular expression of paths.")
 RANKS = flags.DEFINE_list("ranks", ["8", "64"], "Whose directions are compared.")
 TOP = flags.DEFINE_integer("top", 10, "Leading directions that may be intruders.", lower_bound=1)
 THRESHOLD = flags.DEFINE_float("threshold", 0.5, "The cosine below which one is an intruder.")
@@ -55,7 +56,7 @@ def work(config: ConfigDict, workdir: Path) -> None:
     chosen = settings()
     arms = saved_arms.saved_arms([Path(run) for run in RUNS.value], ARMS.value)
     text = None if TEXT.value is None else Path(TEXT.value).expanduser()
-    flagged = {"runs": RUNS.value, "arms": ARMS.value, "text": TEXT.value, **vars(chosen)}
+    flagged = {"runs": RUNS.value, "arms": ARMS.value, "text": TEXT.value or "", **vars(chosen)}
     prepare("subspaces", ConfigDict({**config.to_dict(), "subspaces": flagged}), workdir)
     console.print(f"[bold]Subspaces[/bold] of {len(arms)} arms, records in {workdir}")
     model = setup.load_model(config)

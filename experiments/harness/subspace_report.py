@@ -12,7 +12,7 @@ from lora_jax.tables import aligned
 from lora_jax.training import records
 
 Results = Mapping[str, Any]
-HEADER = ("arm", "rank", "rate", "seed", "val loss", "|dW| / |W|", "amplification", "eff. rank",
+HEADER = ("arm", "rank", "rate", "seed", "val loss", "norm / weight's", "amplification", "eff. rank",
           "values for 90 %", "intruders a matrix")  # fmt: skip
 NOTE = (
     "Means over all layers of all targets. Amplification is |dW| / |U^T W V| (LoRA 7.3); the "
