@@ -15,7 +15,7 @@ import lora_jax as lora
 from lora_jax import paths
 from lora_jax.diagnosis import spectra, walk
 from lora_jax.diagnosis.measure import STATIC, measured
-from lora_jax.methods import FullNode, LoRANode
+from lora_jax.methods import FullNode, IA3BiasNode, LoRANode
 from lora_jax.quant import FORMATS
 from lora_jax.transform import delta_nodes
 
@@ -372,6 +372,33 @@ def test_a_layout_says_what_a_full_delta_cannot():
         lora.diagnose(base, delta, layouts={"q_proj": None})
 
 
+def test_what_shares_with_a_repaired_node_is_repaired_too():
+    """A bias that an IA3 scales follows its Full; a projection that nobody shares is gone, and one
+    that another VeRA still reads is kept."""
+    base = {"q_proj": cases.normal(60, 7, 5), "bias": cases.normal(61, 5)}
+    _, delta = made(base, lora.IA3(), targets="q_proj")
+    delta["bias"] = IA3BiasNode(of="q_proj")
+    found = lora.diagnose(base, delta, threshold=1.0)
+    repaired = found.repair(0.5)
+    before = lora.merge(base, delta)
+    assert {type(node) for node in repaired.values()} == {FullNode} and found.skipped["bias"]
+    np.testing.assert_allclose(lora.merge(base, repaired)["bias"], before["bias"], atol=1e-6)
+    params = {"q_proj": cases.normal(62, 7, 5), "k_proj": cases.normal(63, 7, 5)}
+    base, delta = made(params, lora.VeRA(rank=4))
+    found = lora.diagnose(base, delta, threshold=1.0)
+    assert set(found.repair(0.5)) == {"q_proj", "k_proj"}
+    intruders = found.targets["k_proj"].intruders
+    none = dataclasses.replace(intruders, is_new=np.zeros_like(intruders.is_new))
+    targets = dict(
+        found.targets, k_proj=dataclasses.replace(found.targets["k_proj"], intruders=none)
+    )
+    partly = dataclasses.replace(found, targets=targets).repair(0.5)
+    assert len(partly) == 3 and partly["k_proj"] is delta["k_proj"]
+    np.testing.assert_array_equal(
+        lora.merge(base, partly)["k_proj"], lora.merge(base, delta)["k_proj"]
+    )
+
+
 def wrong():
     delta, nan = lora_delta(A, B), lora_delta(np.full_like(A, np.nan), B)
     small, vast = {"w": cases.normal(0, 5, 9)}, {"w": jnp.full((12, 9), jnp.inf)}
@@ -393,6 +420,12 @@ def wrong():
     elsewhere = {"others": {"theirs": {"v": delta["w"]}}}
     yield "targets", two, delta, elsewhere, r"others\['theirs'\]: it adapts v, the delta w"
     yield "empty other", BASE, delta, {"others": {"x": {}}}, r"others\['x'\]: it adapts no matrix"
+    heads = {"w": cases.normal(0, 6, 2, 3)}
+    tuned = {"w": FullNode(delta=jnp.ones((6, 2, 3)))}
+    layout = lora.Layout(contracted=(-3,), output=(-2, -1))
+    by_heads = lora.lora_transform(heads, lora.LoRA(rank=1), key=KEY, layouts={"w": layout})[1]
+    unlike = {"others": {"x": by_heads}}
+    yield "other layout", heads, tuned, unlike, r"others\['x'\]: w: it takes the weight as Layout"
     misfit = {"others": {"x": lora_delta(A[:5], B)}}
     yield "other shape", BASE, delta, misfit, r"others\['x'\]: w: the delta was made for"
 

@@ -15,7 +15,7 @@ def draw(path: Path, results: dict[str, Any]) -> None:
     below them amplification by rank, spectra, and what repairs restore."""
     with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(11.5, 11), layout="constrained")
-        rows = figure.subfigures(3, 1, height_ratios=(1, 1, 1.1))
+        rows: Any = figure.subfigures(3, 1, height_ratios=(1, 1, 1.1))
         for row, key, title in (
             (rows[0], "ranks", "Two ranks"),
             (rows[1], "seeds", "Two seeds"),
@@ -76,7 +76,7 @@ def _amplification(axes, results: dict[str, Any]) -> None:
     axes.fill_between(ranks, low, high, color="C0", alpha=0.2, linewidth=0)
     axes.plot(ranks, middle, color="C0", marker="o")
     for rank, value in zip(ranks, middle, strict=True):
-        axes.annotate(f"{value:.2g}", (rank, value), xytext=(0, 7), textcoords="offset points",
+        axes.annotate(f"{value:.3g}", (rank, value), xytext=(0, 7), textcoords="offset points",
                       ha="center")  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
@@ -102,6 +102,7 @@ def _spectra(axes, results: dict[str, Any]) -> None:
         places = range(1, len(values) + 1)
         axes.plot(places, values, color=color, marker="." if len(values) < 9 else None, label=label)
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_yscale("log")
     axes.legend(fontsize=8, loc="lower left", title=_named(_shown_targets(row["targets"])[0]))
 

@@ -12,8 +12,8 @@ from lora_jax.tables import aligned
 from lora_jax.training import records
 
 Results = Mapping[str, Any]
-HEADER = ("arm", "rank", "rate", "seed", "val loss", "norm / weight's", "amplification", "eff. rank",
-          "values for 90 %", "intruders a matrix")  # fmt: skip
+HEADER = ("arm", "rank", "rate", "seed", "val loss", "norm / weight's", "amplification",
+          "eff. rank", "values for 90 %", "intruders a matrix")  # fmt: skip
 NOTE = (
     "Means over all layers of all targets. Amplification is |dW| / |U^T W V| (LoRA 7.3); the "
     'effective rank is Roy and Vetterli\'s; "values for 90 %" are the singular values that hold 90 '

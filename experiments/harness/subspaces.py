@@ -74,9 +74,9 @@ def two_ranks(
 ) -> tuple[tuple[SavedArm, SavedArm] | None, str]:
     """The arms of the two ranks, of one seed where there is one, of the lowest losses; or why there
     are none."""
-    of_rank = [[arm for arm in arms if arm.rank == rank] for rank in ranks]
+    few, many = ([arm for arm in arms if arm.rank == rank] for rank in ranks)
     pairs = sorted(
-        itertools.product(*of_rank),
+        itertools.product(few, many),
         key=lambda pair: (pair[0].seed != pair[1].seed, pair[0].order + pair[1].order),
     )
     known = ", ".join(str(rank) for rank in sorted({a.rank for a in arms if a.rank is not None}))
@@ -204,10 +204,11 @@ def _restored(
     losses: Losses,
 ) -> Results:
     """The losses with the intruders' singular values times each factor."""
-    count = sum(int(row.intruders.count.sum()) for row in found.targets.values())
+    intruders = [row.intruders for row in found.targets.values() if row.intruders]
+    count = sum(int(each.count.sum()) for each in intruders)
     rest = {p: n for p, n in delta_nodes(delta).items() if p not in found.targets}
     points = []
-    for factor in (1.0, *(factor for factor in factors if factor != 1 and count)):
+    for factor in (1.0, *(factor for factor in factors if factor != 1 and count > 0)):
         repaired = paths.nest({**rest, **delta_nodes(found.repair(factor))})
         points.append({"factor": factor, **losses(lora.merge(model.params, repaired))})
     return {"arm": arm.name, "intruders": count, "points": points}

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from experiments.harness import losses, setup
-from lora_jax import data
 from lora_jax.interop import Pretrained
 from lora_jax.training import next_token_batch
 from lora_jax.weights import PyTree
@@ -23,7 +23,7 @@ def losses_of(
     program each."""
     loss = losses.make_loss(config, model.config)
     summed = jax.jit(lambda params, batch: loss({}, params, batch, None))
-    of = {"val_loss": setup.validation_batches(config, model)}
+    of: dict[str, Sequence[Any]] = {"val_loss": setup.validation_batches(config, model)}
     if text is not None:
         of["text_loss"] = text_batches(model, text)
 
@@ -36,7 +36,7 @@ def losses_of(
     return measured
 
 
-def text_batches(model: Pretrained, path: Path) -> Sequence[data.Batch]:
+def text_batches(model: Pretrained, path: Path) -> Sequence[Any]:
     """The first tokens of a text as rows, each of which begins anew.
 
     Raises:

@@ -86,7 +86,7 @@ def diagnose(
             "delta that lora_transform made for matrices."
         )
     theirs = {
-        name: _other(name, other, flat, nodes, layouts or {})
+        name: _other(name, other, flat, axes, layouts or {})
         for name, other in (others or {}).items()
     }
     targets = {}
@@ -147,16 +147,22 @@ def _other(
     name: str,
     other: Delta,
     flat: Mapping[str, Any],
-    nodes: Mapping[str, DeltaNode],
+    axes: Mapping[str, Layout],
     layouts: Mapping[str, Layout | None],
 ) -> dict[str, DeltaNode]:
     with paths.naming(f"others[{name!r}]"):
-        _, found, _ = _updates(flat, other, layouts)
-        if not nodes.keys() & found.keys():
+        theirs, found, _ = _updates(flat, other, layouts)
+        if not axes.keys() & found.keys():
             raise ValueError(
-                f"it adapts {_some(found)}, the delta {_some(nodes)}: there is no target of both "
+                f"it adapts {_some(found)}, the delta {_some(axes)}: there is no target of both "
                 "to compare. Give deltas that share a target."
             )
+        for path in axes.keys() & found.keys():
+            if axes[path] != theirs[path]:
+                raise ValueError(
+                    f"{path}: it takes the weight as {theirs[path]}, the delta as {axes[path]}: "
+                    "name the one that holds in layouts."
+                )
     return found
 
 
