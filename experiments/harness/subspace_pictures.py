@@ -14,8 +14,9 @@ def draw(path: Path, results: dict[str, Any]) -> None:
     """Overlaps as the paper draws them, of two ranks and of two seeds, each beside random updates;
     below them amplification by rank, spectra, and what repairs restore."""
     with plt.rc_context(STYLE):
-        figure = plt.figure(figsize=(11.5, 11), layout="constrained")
-        rows: Any = figure.subfigures(3, 1, height_ratios=(1, 1, 1.1))
+        heights = [0.3 if "missing" in results[key] else 3.6 for key in ("ranks", "seeds")] + [3.9]
+        figure = plt.figure(figsize=(11.5, sum(heights)), layout="constrained")
+        rows: Any = figure.subfigures(3, 1, height_ratios=heights)
         for row, key, title in (
             (rows[0], "ranks", "Two ranks"),
             (rows[1], "seeds", "Two seeds"),
