@@ -14,6 +14,8 @@ from lora_jax.data_inits import eva_start as eva_start
 from lora_jax.data_inits import loftq_start as loftq_start
 from lora_jax.describe import Description as Description
 from lora_jax.describe import describe as describe
+from lora_jax.diagnosis import Diagnosis as Diagnosis
+from lora_jax.diagnosis import diagnose as diagnose
 from lora_jax.layouts import Layout as Layout
 from lora_jax.masks import mask_optimizer as mask_optimizer
 from lora_jax.masks import project_b as project_b

@@ -85,6 +85,11 @@ class DeltaNode:
 
     # Beside a product.
 
+    def factors(self) -> tuple[jax.Array, jax.Array] | None:
+        """`a [d_in, r]` and `b [r, d_out]` in float32, of one layer's matrix, where merging adds
+        `a @ b` and does nothing else; None otherwise."""
+        return None
+
     def bind(
         self, base: AnyWeight, dropout_key: jax.Array | None, adapter_ids: Shared | None
     ) -> AnyWeight:

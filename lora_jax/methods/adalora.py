@@ -159,6 +159,10 @@ class AdaLoRANode(Additive):
         h = h * jnp.broadcast_to((self.e * self.scale).astype(h.dtype), h.shape)
         return product.widen(h, self.b)
 
+    def factors(self) -> tuple[jax.Array, jax.Array]:
+        values = (self.e * self.scale).astype(jnp.float32)
+        return self.a.astype(jnp.float32) * values[None], self.b.astype(jnp.float32)
+
     @classmethod
     def penalty(cls, nodes: Sequence["AdaLoRANode"]) -> jax.Array:
         total = jnp.float32(0)

@@ -79,6 +79,10 @@ class DoRANode(LowRank):
         wide = checkpoint_name(product(x_drop, base), UNSCALED)
         return y + scaled(wide, factor - 1) + scaled(self.branch(x_drop, product), factor)
 
+    def factors(self) -> None:
+        """Merging rescales the weight's own columns too."""
+        return None
+
     def unmerge(self, merged: jax.Array) -> jax.Array:
         """Solves for the length n of each column of V: `||n d - u||^2 = ||w||^2`, with d the merged
         column over its magnitude and u its update. A column whose update is longer than itself is

@@ -96,7 +96,16 @@ class LoHaNode(Additive):
     layout: Layout = static(Layout())
 
     def branch(self, x: Any, product: Product) -> jax.Array:
-        a = (self.a1[:, :, None] * self.a2[:, None, :]).reshape(self.a1.shape[0], -1)
-        b = (self.b1[:, None, :] * self.b2[None, :, :]).reshape(-1, self.b1.shape[-1])
+        a, b = self._one_pair()
         h = product.narrow(x, a)
         return product.widen(h * self.scale.astype(h.dtype), b)
+
+    def factors(self) -> tuple[jax.Array, jax.Array]:
+        a, b = self._one_pair()
+        return a.astype(jnp.float32), b.astype(jnp.float32) * self.scale.astype(jnp.float32)
+
+    def _one_pair(self) -> tuple[jax.Array, jax.Array]:
+        """`a [d_in, r * r]` and `b [r * r, d_out]` of one LoRA, but for the scale."""
+        a = (self.a1[:, :, None] * self.a2[:, None, :]).reshape(self.a1.shape[0], -1)
+        b = (self.b1[:, None, :] * self.b2[None, :, :]).reshape(-1, self.b1.shape[-1])
+        return a, b

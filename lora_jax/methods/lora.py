@@ -174,6 +174,17 @@ class LowRank(Additive):
             return added
         return added - self._low_rank(x, product, self.a0, self.b0)
 
+    def factors(self) -> tuple[jax.Array, jax.Array] | None:
+        """At the init the differences are zero, and not only rounding."""
+        a, b = self.a.astype(jnp.float32), self.b.astype(jnp.float32)
+        scale = self.scale.astype(jnp.float32)
+        if self.a0 is None or self.b0 is None:
+            return a, b * scale
+        a0, b0 = self.a0.astype(jnp.float32), self.b0.astype(jnp.float32)
+        # a b - a0 b0 = (a - a0) b + a0 (b - b0)
+        columns, rows = [a - a0, a0], [b * scale, (b - b0) * scale]
+        return jnp.concatenate(columns, axis=-1), jnp.concatenate(rows, axis=0)
+
     def _low_rank(self, x: Any, product: Product, a: jax.Array, b: Any) -> jax.Array:
         h = product.narrow(x, a)
         return product.widen(h * self.scale.astype(h.dtype), b)

@@ -133,3 +133,10 @@ class VeRANode(Additive):
         h = h * jnp.broadcast_to(self.lambda_d.astype(h.dtype), h.shape)
         wide = product.widen(h, pair.b)
         return wide * jnp.broadcast_to(self.lambda_b.astype(wide.dtype), wide.shape)
+
+    def factors(self) -> tuple[jax.Array, jax.Array]:
+        pair = cast(Shared, self.pair).value
+        a, b, d, out = (
+            leaf.astype(jnp.float32) for leaf in (pair.a, pair.b, self.lambda_d, self.lambda_b)
+        )
+        return a * d[None], b * out[None]
