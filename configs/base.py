@@ -131,6 +131,9 @@ def get_config() -> ConfigDict:
             "seeds": (0, 1, 2),  # of initialisation, dropout and data; the first searches
             # A text file on whose beginning each run's loss is taken too: what it forgets.
             "other_text": "",
+            # Whether full fine-tuning's updates are saved, for subspaces.py: each is as large as
+            # the model in float32.
+            "save_full": False,
             "cells": (),  # names of those to run; empty: all
         }
     )

@@ -44,7 +44,7 @@ GPU = {
     "train.checkpoint_every": 300,
     "train.log_every": 10,
 }
-RANKS = {"sweep.ranks": (8, 1, 2, 4, 16, 64, 256), "sweep.full": True}
+RANKS = {"sweep.ranks": (8, 1, 2, 4, 16, 64, 256), "sweep.full": True, "study.save_full": True}
 
 BUDGETS: dict[str, dict[str, dict[str, Any]]] = {
     "rank_sweep": {"cpu": {**CPU, **RANKS}, "gpu": {**GPU, **RANKS}},

@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from experiments.harness import losses, setup
+from experiments.harness.other_text import text_batches
 from lora_jax.interop import Pretrained
-from lora_jax.training import next_token_batch
 from lora_jax.weights import PyTree
 
 ROWS, LENGTH = 8, 256  # of the other text
@@ -25,7 +24,7 @@ def losses_of(
     summed = jax.jit(lambda params, batch: loss({}, params, batch, None))
     of: dict[str, Sequence[Any]] = {"val_loss": setup.validation_batches(config, model)}
     if text is not None:
-        of["text_loss"] = text_batches(model, text)
+        of["text_loss"] = text_batches(model, text, rows=ROWS, length=LENGTH)
 
     def measured(params: PyTree) -> dict[str, float]:
         return {
@@ -34,19 +33,3 @@ def losses_of(
         }
 
     return measured
-
-
-def text_batches(model: Pretrained, path: Path) -> Sequence[Any]:
-    """The first tokens of a text as rows, each of which begins anew.
-
-    Raises:
-      ValueError: for a file that is not there, or too short.
-    """
-    if not path.is_file():
-        raise ValueError(f"--text={path}: there is no such file.")
-    wanted = ROWS * (LENGTH + 1)
-    tokens = model.tokenizer.encode(path.read_text()[: 20 * wanted])[:wanted]
-    if len(tokens) < wanted:
-        raise ValueError(f"--text={path} has {len(tokens)} tokens: expected at least {wanted}.")
-    rows = np.asarray(tokens, np.int32).reshape(ROWS, LENGTH + 1)
-    return [next_token_batch(rows)]

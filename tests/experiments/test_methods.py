@@ -8,7 +8,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import smollm2_135m, tiny
-from experiments.harness import comparison, costs
+from experiments.harness import comparison, costs, setup
+from experiments.harness.other_text import text_batches
 from experiments.harness.study import pictures, report, study
 from experiments.methods import STUDY, method_arms
 
@@ -128,19 +129,16 @@ def test_methods_of_all_kinds(tmp_path, monkeypatch):
     assert all(cell["interval"] for cell in results["cells"])
 
 
-def test_another_text_must_fill_a_row(tmp_path):
-    from experiments.harness import setup
-    from experiments.harness.forgetting import text_batches
-
-    config = configured()
-    model = setup.load_model(config)
+def test_another_text_must_fill_a_batch(tmp_path):
+    model = setup.load_model(configured())
+    sizes = {"rows": 2, "length": 128}
     (tmp_path / "short.txt").write_text("Too short.")
-    with pytest.raises(ValueError, match="10 tokens do not fill 2 x 128"):
-        text_batches(config, model, tmp_path / "short.txt")
-    with pytest.raises(ValueError, match="expected a text file"):
-        text_batches(config, model, tmp_path / "none.txt")
+    with pytest.raises(ValueError, match="10 tokens, which do not fill a batch of 2 x 129"):
+        text_batches(model, tmp_path / "short.txt", **sizes)
+    with pytest.raises(ValueError, match="expected a file of UTF-8 text"):
+        text_batches(model, tmp_path / "none.txt", **sizes)
     (tmp_path / "long.txt").write_text("Long enough. " * 60)
-    batches = text_batches(config, model, tmp_path / "long.txt")
+    batches = text_batches(model, tmp_path / "long.txt", **sizes)
     assert len(batches) == 3 and batches[0]["tokens"].shape == (2, 128)
     for batch in batches:
         assert (batch["tokens"][:, 1:] == batch["targets"][:, :-1]).all()

@@ -16,9 +16,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments.harness import adapters, run, setup
+from experiments.harness import adapters, full_updates, run, setup
 from experiments.harness.arms import Arm
-from experiments.harness.forgetting import text_batches
+from experiments.harness.other_text import text_batches
 from experiments.harness.outcome import Outcome, row
 from experiments.harness.progress import console, reporting
 from experiments.harness.study import report
@@ -146,6 +146,8 @@ def _finished(shared: run.Shared, outcome: Outcome, other_text: OtherText | None
         adapters.save(
             shared.config, shared.model, [outcome], folder, shared.fingerprint, shared.log
         )
+        if shared.config.study.save_full:
+            full_updates.save_all(workdir / full_updates.FOLDER, [outcome], shared.fingerprint)
     curve = [
         (record["step"], record["val_loss"])
         for record in records.read(workdir / "metrics.jsonl")
@@ -167,7 +169,8 @@ def _loaded(config: ConfigDict, workdir: Path, log: run.Log, what: Study) -> Loa
     path = config.study.other_text
     if not path:
         return shared, None
-    batches = text_batches(config, shared.model, Path(path))
+    rows, length = config.data.batch_size, config.data.seq_len
+    batches = text_batches(shared.model, Path(path), rows=rows, length=length)
 
     def loss(delta: Delta) -> float:
         params, execution = shared.model.params, shared.execution
