@@ -12,6 +12,7 @@ from lora_jax.interop.model import Pretrained
 from lora_jax.methods import LoRA
 from lora_jax.serving.bank import Bank, make_bank
 from lora_jax.serving.normal_form import NormalForm, normal_form
+from lora_jax.serving.packing import NoRoomError
 from lora_jax.serving.placement import Placement
 from lora_jax.serving.pool import Pool
 from lora_jax.targets import as_rules, match_rules
@@ -48,7 +49,13 @@ class PeftStore:
         return normal_form(params, jax.device_get(peft.load_adapter(folder, params, self._names)))
 
     def put(self, name: str, adapter: Any) -> None:
-        self._pooled().add_forms(name, adapter)
+        try:
+            self._pooled().add_forms(name, adapter)
+        except NoRoomError as error:
+            raise ValueError(
+                f"{error} A server's bank has room for LoRA of --max-rank on all linear weights, "
+                "and for what is in --adapters when it starts."
+            ) from None
 
     def drop(self, name: str) -> None:
         self._pooled().remove(name)
