@@ -180,7 +180,7 @@ def parts_of(arguments: argparse.Namespace, adapters: Mapping[str, Path]) -> Par
         chunk=arguments.chunk,
         max_length=arguments.max_length,
         max_waiting=arguments.max_waiting,
-        mesh=placement and placement.mesh,
+        mesh=None if placement is None else placement.mesh,
     )
     served = ServedModel(
         name=model.name,
