@@ -36,6 +36,8 @@ from lora_jax.serving.api.served_model import ServedModel
 from lora_jax.serving.api.server import Server, check_exposure, listen, serve
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from lora_jax.interop import Pretrained
     from lora_jax.serving.placement import Placement
 
@@ -157,10 +159,12 @@ def parts_of(arguments: argparse.Namespace, adapters: Mapping[str, Path]) -> Par
     from lora_jax.data.sources import default_cache_dir
     from lora_jax.serving.engine import Engine as RealEngine
     from lora_jax.serving.peft_store import PeftStore, make_pool
+    from lora_jax.serving.placement import mesh_of
 
+    mesh = mesh_of(arguments.parallel)
     jax.config.update("jax_compilation_cache_dir", str(default_cache_dir() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    model, placement = placed(arguments)
+    model, placement = placed(arguments, mesh)
     store = PeftStore(model)
     pool = make_pool(
         model.params,
@@ -180,7 +184,7 @@ def parts_of(arguments: argparse.Namespace, adapters: Mapping[str, Path]) -> Par
         chunk=arguments.chunk,
         max_length=arguments.max_length,
         max_waiting=arguments.max_waiting,
-        mesh=None if placement is None else placement.mesh,
+        mesh=mesh,
     )
     served = ServedModel(
         name=model.name,
@@ -191,14 +195,16 @@ def parts_of(arguments: argparse.Namespace, adapters: Mapping[str, Path]) -> Par
     return Parts(served, engine, store, engine.warm_up)
 
 
-def placed(arguments: argparse.Namespace) -> tuple["Pretrained", "Placement | None"]:
-    """The model on the devices of --parallel, and where that is."""
+def placed(
+    arguments: argparse.Namespace, mesh: "Mesh | None"
+) -> tuple["Pretrained", "Placement | None"]:
+    """The model on the devices of a mesh, and where that is."""
     import jax.numpy as jnp
 
     from lora_jax.interop import load, on_device, quantized, shapes_alone
-    from lora_jax.serving.placement import Placement, mesh_of
+    from lora_jax.serving.placement import Placement
 
-    mesh, dtype = mesh_of(arguments.parallel), jnp.dtype(arguments.dtype)
+    dtype = jnp.dtype(arguments.dtype)
     if mesh is None:
         place = quantized(arguments.quantize) if arguments.quantize else on_device
         return load(arguments.model, dtype=dtype, place=place), None
