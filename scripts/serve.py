@@ -7,15 +7,23 @@
 adapter_config.json is an adapter, which requests choose by their `model`: the folder's name, or the
 base's own name for the base alone. A folder that cannot be served is reported and left out.
 POST /v1/load_lora_adapter {"lora_name", "lora_path"} and /v1/unload_lora_adapter {"lora_name"}
-change them while the server runs; what was loaded so is not there after a restart.
+change them while the server runs. What was loaded so is written to DIR/loaded_adapters.json, and is
+there after a restart until it is unloaded; without --adapters it is not. A folder in DIR that was
+unloaded is served again by the next start.
+
+    python scripts/serve.py --adapters=DIR --parallel=tensor
+
+splits every product over all devices, as `config.parallel.mode` does in training; the number of
+devices must divide what it splits.
 SIGTERM ends the server when its requests have ended, at the latest after --grace seconds.
 """
 
 import argparse
+import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a checkout, installed or not
 
@@ -23,8 +31,15 @@ from lora_jax.serving.api.catalog import Catalog, Store, folders
 from lora_jax.serving.api.driver import Driver, Engine
 from lora_jax.serving.api.generation import Service
 from lora_jax.serving.api.limits import Limits
+from lora_jax.serving.api.loaded_file import LoadedFile
 from lora_jax.serving.api.served_model import ServedModel
 from lora_jax.serving.api.server import Server, check_exposure, listen, serve
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from lora_jax.interop import Pretrained
+    from lora_jax.serving.placement import Placement
 
 
 class Parts(NamedTuple):
@@ -34,6 +49,9 @@ class Parts(NamedTuple):
     engine: Engine
     store: Store
     warm_up: Callable[[], Any] = lambda: None
+
+
+Make = Callable[[argparse.Namespace, Mapping[str, Path]], Parts]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     add("--model", default="smollm2-135m", help="The base: a folder, a .gguf file, or a name.")
     add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     add("--quantize", choices=["nf4", "fp4"], help="The base's linears.")
+    add("--parallel", default="single", metavar="MODE", help="single, or tensor: all devices.")
     add("--host", default="127.0.0.1", help="Others than loopback need a key.")
     add("--port", type=_from(0, 65535), default=8000, help="0 takes a free one.")
     add("--api-key", "--api_key", help="Asked for by every path but /health.")
@@ -74,16 +93,17 @@ def _from(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
     return read
 
 
-def run(arguments: argparse.Namespace, make: Callable[[argparse.Namespace], Parts]) -> int:
+def run(arguments: argparse.Namespace, make: Make) -> int:
     """Serves until a signal; the process's exit status."""
     check_exposure(arguments.host, arguments.api_key)
     if arguments.adapters is not None and not arguments.adapters.is_dir():
         raise ValueError(f"--adapters={arguments.adapters} is no folder.")
     listen(arguments.host, arguments.port).close()  # before what takes long
-    parts = make(arguments)
-    catalog = Catalog(parts.model.name, parts.store)
-    if arguments.adapters is not None:
-        take_in(catalog, arguments.adapters)
+    loaded = arguments.adapters and LoadedFile(arguments.adapters)
+    adapters = {} if loaded is None else at_start(arguments.adapters, loaded)
+    parts = make(arguments, adapters)
+    catalog = Catalog(parts.model.name, parts.store, loaded)
+    take_in(catalog, adapters)
     say("compiling every step that a request may need; the next start reads most of them")
     parts.warm_up()
     driver = Driver(parts.engine, on_failure=lambda: server.fail())
@@ -110,41 +130,49 @@ def run(arguments: argparse.Namespace, make: Callable[[argparse.Namespace], Part
     return 1 if driver.failed else 0
 
 
-def take_in(catalog: Catalog, parent: Path) -> None:
-    """Every adapter in `parent` that can be served; the others are reported."""
-    for folder in folders(parent):
+def at_start(parent: Path, loaded: LoadedFile) -> dict[str, Path]:
+    """The folders in `parent`, and what a server loaded while it ran, which comes first."""
+    found, again = folders(parent), loaded.read()
+    for name in found.keys() & again.keys():
+        if found[name].absolute() != again[name]:
+            say(f"left out: {found[name]}: {loaded.path} has another folder of this name")
+    return found | again
+
+
+def take_in(catalog: Catalog, adapters: Mapping[str, Path]) -> None:
+    """Every adapter that can be served; the others are reported."""
+    for name, folder in adapters.items():
         try:
-            catalog.take_in(folder.name, folder)
+            catalog.take_in(name, folder)
         except (OSError, ValueError) as error:
-            say(f"left out: {folder.name}: {error}")
+            say(f"left out: {name}: {error}")
 
 
 def say(line: str) -> None:
     print(f"serve: {line}", flush=True)
 
 
-def parts_of(arguments: argparse.Namespace) -> Parts:
-    """The model, and an engine over a pool with room for adapters such as those in DIR."""
+def parts_of(arguments: argparse.Namespace, adapters: Mapping[str, Path]) -> Parts:
+    """The model, and an engine over a pool with room for adapters such as these."""
     import jax
-    import jax.numpy as jnp
 
     from lora_jax.data.sources import default_cache_dir
-    from lora_jax.interop import load, quantized
     from lora_jax.serving.engine import Engine as RealEngine
     from lora_jax.serving.peft_store import PeftStore, make_pool
+    from lora_jax.serving.placement import mesh_of
 
+    mesh = mesh_of(arguments.parallel)
     jax.config.update("jax_compilation_cache_dir", str(default_cache_dir() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    place: dict[str, Any] = {"place": quantized(arguments.quantize)} if arguments.quantize else {}
-    model = load(arguments.model, dtype=jnp.dtype(arguments.dtype), **place)
+    model, placement = placed(arguments, mesh)
     store = PeftStore(model)
-    deltas = store.read_ahead(folders(arguments.adapters) if arguments.adapters else [])
     pool = make_pool(
         model.params,
-        deltas,
+        store.read_ahead(adapters.values()),
         rows=arguments.rows,
         slots=arguments.slots,
         max_rank=arguments.max_rank,
+        placement=placement,
     )
     store.put_into(pool)
     engine = RealEngine(
@@ -156,6 +184,7 @@ def parts_of(arguments: argparse.Namespace) -> Parts:
         chunk=arguments.chunk,
         max_length=arguments.max_length,
         max_waiting=arguments.max_waiting,
+        mesh=mesh,
     )
     served = ServedModel(
         name=model.name,
@@ -166,7 +195,26 @@ def parts_of(arguments: argparse.Namespace) -> Parts:
     return Parts(served, engine, store, engine.warm_up)
 
 
-def main(argv: list[str], make: Callable[[argparse.Namespace], Parts] = parts_of) -> int:
+def placed(
+    arguments: argparse.Namespace, mesh: "Mesh | None"
+) -> tuple["Pretrained", "Placement | None"]:
+    """The model on the devices of a mesh, and where that is."""
+    import jax.numpy as jnp
+
+    from lora_jax.interop import load, on_device, quantized, shapes_alone
+    from lora_jax.serving.placement import Placement
+
+    dtype = jnp.dtype(arguments.dtype)
+    if mesh is None:
+        place = quantized(arguments.quantize) if arguments.quantize else on_device
+        return load(arguments.model, dtype=dtype, place=place), None
+    family = load(arguments.model, dtype=dtype, place=shapes_alone).config.family
+    placement = Placement(mesh, family.sharding)
+    model = load(arguments.model, dtype=dtype, place=placement.place(arguments.quantize))
+    return dataclasses.replace(model, params=placement.params(model.params)), placement
+
+
+def main(argv: list[str], make: Make = parts_of) -> int:
     try:
         return run(parser().parse_args(argv), make)
     except (ValueError, OSError) as error:

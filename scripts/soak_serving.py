@@ -5,21 +5,26 @@
 
 Whole answers, streams, clients that hang up and bad bodies, over the base and its adapters, in an
 order that --seed fixes. Every answer is held to the first one of the same body. Prints one JSON
-object: counts, seconds (p50 and p99), and the memory of the server's process as /metrics says it.
-Ends with 1 where an answer was lost or another one, an error unexpected, or memory grew.
+object, and writes it to --output: counts, seconds (p50 and p99), and the memory of the server's
+process as /metrics says it. Ends with 1 where an answer was lost or another one, an error
+unexpected, or memory grew.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import http.client
+import importlib.metadata
 import json
+import os
+import platform
 import random
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -256,16 +261,31 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--bodies", type=int, default=100, help="Different ones.")
     made.add_argument("--tokens", type=int, default=48, help="Of an answer at most.")
     made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--output", type=Path, help="Also write the report here, as JSON.")
     return made
 
 
+def where(argv: list[str]) -> dict[str, Any]:
+    """What a record needs beside its figures; device and versions are those of this process."""
+    names = ("jax", "jaxlib", "starlette", "uvicorn")
+    return {
+        "command": " ".join(["python", "scripts/soak_serving.py", *argv]),
+        "device": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "versions": {name: importlib.metadata.version(name) for name in names},
+    }
+
+
 def main(argv: list[str]) -> int:
+    arguments = parser().parse_args(argv)
     try:
-        report = soak(parser().parse_args(argv))
+        report = soak(arguments)
+        record = json.dumps(where(argv) | report, indent=2)
+        if arguments.output:
+            arguments.output.write_text(record + "\n")
     except (OSError, ValueError) as error:
         print(f"soak_serving: {error}", file=sys.stderr)
         return 1
-    print(json.dumps(report, indent=2))
+    print(record)
     return 0 if report["ok"] else 1
 
 

@@ -1,5 +1,6 @@
 """Continuous batching: requests in, events out."""
 
+import contextlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -32,7 +33,7 @@ class Engine:
     for a fixed set of shapes.
 
     Args:
-      model: its params may be quantised, and placed on a mesh as training's are.
+      model: its params may be quantised, and placed on a mesh as training's are (`placement`).
       adapters: a pool over these params; None serves the base alone.
       rows: how many requests run at once.
       page_size, pages: positions a page, and pages for all requests.
@@ -92,6 +93,7 @@ class Engine:
         self._counts = dict.fromkeys(
             ("steps", "prompt_tokens", "new_tokens", "shared_tokens", "finished", "cancelled"), 0
         )
+        self._mesh = mesh
         self._shardings = None if mesh is None else _shardings(mesh, model.config)
         self._pages = paged_cache.init_pages(
             model.config, pages, page_size, model.params["embed"].dtype
@@ -212,7 +214,9 @@ class Engine:
             jitted = steps.jitted(config, bind, self.max_length, self._shardings)
             batch = self._on_device(empty_batch(shape))
             arguments = (self._model.params, self._adapters.bank, self._pages, batch)
-            self._readers[shape] = jitted.lower(*arguments).compile()
+            with self._on_mesh():
+                lowered = jitted.lower(*arguments)
+            self._readers[shape] = lowered.compile()
         return self._readers[shape]
 
     def _chooser(self, rows: int) -> Any:
@@ -222,8 +226,16 @@ class Engine:
             logits = self._readers[shape].out_info[1]
             jitted = jax.jit(choose_each, out_shardings=self._shardings and self._shardings[1])
             how = self._on_device(empty_sampling(rows))
-            self._choosers[rows] = jitted.lower(logits, how).compile()
+            with self._on_mesh():
+                lowered = jitted.lower(logits, how)
+            self._choosers[rows] = lowered.compile()
         return self._choosers[rows]
+
+    def _on_mesh(self) -> contextlib.AbstractContextManager:
+        """What steps are lowered in: models and kernels read the mesh from it."""
+        if self._mesh is None:
+            return contextlib.nullcontext()
+        return jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh)
 
     def _on_device(self, batch: Any) -> Any:
         return batch if self._shardings is None else jax.device_put(batch, self._shardings[1])

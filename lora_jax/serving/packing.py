@@ -14,6 +14,10 @@ from lora_jax.serving.bank import Bank, Place, Target
 from lora_jax.serving.normal_form import NormalForm
 
 
+class NoRoomError(ValueError):
+    """A bank was made without room for such an adapter."""
+
+
 class Packed(NamedTuple):
     """An adapter on the host in a bank's format: factors for each page, and vectors, by path."""
 
@@ -25,8 +29,8 @@ def pack(bank: Bank, forms: Mapping[str, NormalForm]) -> Packed:
     """The adapter in the bank's pages and dtype, on the host.
 
     Raises:
-      ValueError: for a target, a rank or a scale that the bank has no room for, and for an adapter
-        of another base.
+      NoRoomError: for a target, a rank or a scale that the bank has no room for.
+      ValueError: for an adapter of another base.
     """
     for path, form in forms.items():
         _check(path, form, bank)
@@ -154,14 +158,14 @@ def _page(ranks: np.ndarray, size: int, dtype: Any) -> np.ndarray:
 
 def _check(path: str, form: NormalForm, bank: Bank) -> None:
     if path not in bank.targets:
-        raise ValueError(
+        raise NoRoomError(
             f"{path}: the adapter changes it, and the bank has no room there; it has at "
             f"{', '.join(paths.nearest(path, bank.targets))}. Make the bank with this target."
         )
     target = bank.targets[path]
     most = bank.widest * bank.page_size
     if form.rank > most:
-        raise ValueError(
+        raise NoRoomError(
             f"{path}: the adapter's factors are of rank {form.rank}, and the bank's widest adapter "
             f"is of rank {most}. Make the bank with widest={form.rank}."
         )
@@ -172,7 +176,7 @@ def _check(path: str, form: NormalForm, bank: Bank) -> None:
             continue
         if room is None:
             side = "inputs" if name == "pre" else "outputs"
-            raise ValueError(
+            raise NoRoomError(
                 f"{path}: the adapter scales {side}, and the bank has no room for that there. Make "
                 f"the bank with {name}={path!r}, or a rule that matches it."
             )

@@ -2,13 +2,14 @@
 
 import collections
 import dataclasses
+from collections.abc import Mapping
 from typing import cast
 
 import jax
 
 from lora_jax.serving.adapters import BankFull, Lease, UnavailableError
 from lora_jax.serving.bank import Bank, Place, Rows
-from lora_jax.serving.normal_form import normal_form
+from lora_jax.serving.normal_form import NormalForm, normal_form
 from lora_jax.serving.packing import Packed, pack, put
 from lora_jax.serving.served import bind
 from lora_jax.transform import Delta
@@ -61,7 +62,15 @@ class Pool:
           ValueError: for an adapter of another base, one without a normal form, or one that an
             empty bank has no room for. The former adapter then keeps the name.
         """
-        adapter = pack(self.bank, normal_form(self._base, delta))
+        self.add_forms(name, normal_form(self._base, delta))
+
+    def add_forms(self, name: str, forms: Mapping[str, NormalForm]) -> None:
+        """`add` of an adapter's `normal_form`, which any thread can compute.
+
+        Raises:
+          ValueError: for one that an empty bank has no room for.
+        """
+        adapter = pack(self.bank, forms)
         if len(adapter.pages) > self.bank.pages:
             raise ValueError(
                 f"{name}: an adapter of {len(adapter.pages)} pages does not fit a bank of "

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.decoder import output_head, read_on
+from lora_jax.serving import placement
 from lora_jax.serving.paged_cache import PagedCache, Pages
 from lora_jax.weights import PyTree
 
@@ -59,6 +60,7 @@ def read(
       pages: keys and values; donate them, and the step writes in place.
       batch: the rows.
     """
+    base = placement.by_device(base, config.family.sharding)
     weights = bind(base, bank, batch.adapter_pages, batch.adapter_slots)
     size = min(max_length, batch.table.shape[1] * pages.k.shape[2])
     cache = PagedCache(pages, batch.table, batch.lengths, batch.counts, size)

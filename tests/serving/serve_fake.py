@@ -8,7 +8,7 @@ from served import MODEL
 from scripts.serve import Parts, main
 
 
-def parts(arguments):
+def parts(arguments, adapters):
     engine = FakeEngine(rows=arguments.rows, max_waiting=arguments.max_waiting, seconds=0.002)
     return Parts(MODEL, engine, engine)
 

@@ -37,15 +37,14 @@ def adapter_folder(parent: Path, name: str, **config) -> Path:
 
 
 @contextlib.contextmanager
-def service(
-    engine: FakeEngine, *, model=MODEL, limits=None, api_key=None, adapters=("red", "blue")
-):
-    """A service whose engine runs."""
+def service(engine: FakeEngine, *, model=MODEL, limits=None, api_key=None, catalog=None):
+    """A service whose engine runs, with the adapters of `catalog`, or red and blue."""
     driver = Driver(engine)
-    catalog = Catalog(model.name, engine)
-    for name in adapters:
-        engine.put(name, name)
-        catalog.add(name, Path(name))
+    if catalog is None:
+        catalog = Catalog(model.name, engine)
+        for name in ("red", "blue"):
+            engine.put(name, name)
+            catalog.add(name, Path(name))
     driver.start()
     try:
         yield Service(

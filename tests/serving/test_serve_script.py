@@ -7,11 +7,11 @@ import pytest
 from fake_engine import FakeEngine
 from served import MODEL, adapter_folder, served
 
-from lora_jax.serving.api.catalog import Catalog
+from lora_jax.serving.api.catalog import Catalog, folders
 from scripts import serve, soak_serving
 
 
-def never(arguments):
+def never(arguments, adapters):
     raise AssertionError("what is expensive comes last")
 
 
@@ -56,7 +56,7 @@ def test_adapters_that_cannot_be_served_are_reported_and_left_out(capsys, tmp_pa
     (tmp_path / "notes").mkdir()
     (tmp_path / "file").touch()
     catalog = Catalog(MODEL.name, engine)
-    serve.take_in(catalog, tmp_path)
+    serve.take_in(catalog, folders(tmp_path))
     assert [known.name for known in catalog] == ["blue", "red"] and set(engine.adapters) == {
         "blue",
         "red",

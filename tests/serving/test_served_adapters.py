@@ -1,13 +1,17 @@
 """PEFT's folders behind the API: each answer is what `generate` says with that adapter alone."""
 
+import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
+import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
 import lora_jax as lora
 from lora_jax.interop import peft
+from lora_jax.models import decoder
+from lora_jax.serving import Engine, NormalForm, peft_store
 from lora_jax.serving.api.app import app
 from lora_jax.serving.api.catalog import Catalog
 from lora_jax.serving.api.driver import Driver
@@ -32,9 +36,6 @@ def moved(leaf, key):
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    from lora_jax.serving import peft_store
-    from lora_jax.serving.engine import Engine
-
     parent = tmp_path_factory.mktemp("adapters")
     model = serving_models.model_of(serving_models.LLAMA)
     names, key = peft.model_names(model.config), jax.random.key(3)
@@ -106,13 +107,57 @@ def test_an_adapter_that_is_loaded_again_says_the_same(served):
         assert unload.status_code == 200
 
 
-def test_what_a_server_cannot_compute_says_so(served):
-    service, _, parent = served
-    model = serving_models.model_of(serving_models.LLAMA)
-    names, key = peft.model_names(model.config), jax.random.key(0)
-    _, delta = lora.lora_transform(model.params, lora.LoRA(rank=2), targets=["embed"], key=key)
-    peft.save_adapter(parent / "table", delta, model.params, names, num_kv_heads=2)
-    load = {"lora_name": "table", "lora_path": str(parent / "table")}
-    response = TestClient(app(service)).post("/v1/load_lora_adapter", json=load)
-    assert response.status_code == 400 and response.json()["error"]["param"] == "lora_path"
-    assert "no room there" in response.json()["error"]["message"]
+WITHOUT_ROOM = {
+    "of a table": (lora.LoRA(rank=2), "embed", "has no room there"),
+    "that scales other outputs": (lora.DoRA(rank=2), "lm_head", "has no room there"),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_ROOM)
+def test_an_adapter_without_room_says_how_to_make_some(served, name):
+    method, target, reason = WITHOUT_ROOM[name]
+    error = refusal(served, name, serving_models.LLAMA, method, target)
+    assert reason in error and "--max-rank" in error and "--adapters" in error
+
+
+def test_a_rank_without_room_says_how_to_make_some(served):
+    _, alone, _ = served
+    wide = NormalForm(*(np.zeros((2, 17, 16), np.float32) for _ in "ab"))
+    store = peft_store.PeftStore(alone.model)
+    store.put_into(peft_store.make_pool(alone.model.params, [], rows=2, slots=3, max_rank=16))
+    with pytest.raises(ValueError, match="of rank 17, .* of rank 16.* --max-rank"):
+        store.put("wide", {"layers/attn/q_proj": wide})
+
+
+OTHER_BASES = {
+    "wider": {"hidden_size": 32},
+    "deeper": {"num_layers": 3},
+    "shallower": {"num_layers": 1},
+    "of other weights": {},
+}
+
+
+@pytest.mark.parametrize("name", OTHER_BASES)
+def test_an_adapter_of_another_base_is_refused(served, name):
+    config = dataclasses.replace(serving_models.LLAMA, **OTHER_BASES[name])
+    error = refusal(served, name, config, lora.LoRA(rank=2), "all-linear", seed=1)
+    assert "--max-rank" not in error and name in error  # of the folder
+
+
+def refusal(served, name, config, method, target, seed=0):
+    """What a server says of an adapter of this base, and that it answers the others on."""
+    service, alone, parent = served
+    params = decoder.init(config, key=jax.random.key(seed))
+    _, delta = lora.lora_transform(params, method, targets=[target], key=jax.random.key(0))
+    names, heads = peft.model_names(config), config.num_kv_heads
+    peft.save_adapter(parent / name, delta, params, names, num_kv_heads=heads)
+    client = TestClient(app(service))
+    load = {"lora_name": name, "lora_path": str(parent / name)}
+    response = client.post("/v1/load_lora_adapter", json=load)
+    error = response.json()["error"]
+    assert response.status_code == 400 and error["param"] == "lora_path"
+    assert error["code"] == "adapter_not_served" and service.catalog.get(name) is None
+    body = {"model": "lora", "prompt": "abcd", "max_tokens": 9, "temperature": 0}
+    answer = client.post("/v1/completions", json=body).json()["choices"][0]["text"]
+    assert answer == text_of(alone, "abcd", "lora", 9)
+    return error["message"]

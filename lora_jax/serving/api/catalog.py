@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lora_jax.serving.api.driver import Driver
-from lora_jax.serving.api.errors import ApiError, invalid, model_not_found, shown
+from lora_jax.serving.api.errors import ApiError, invalid, model_not_found, not_recorded, shown
+from lora_jax.serving.api.loaded_file import LoadedFile
 
 CONFIG = "adapter_config.json"
 
@@ -41,12 +42,16 @@ class Known:
 
 
 class Catalog:
-    """The adapters' names. Used in the event loop's thread, but for `take_in`."""
+    """The adapters' names. Used in the event loop's thread, but for `take_in`.
 
-    def __init__(self, base: str, store: Store):
+    What is loaded and unloaded while the engine runs is written to `loaded`, if there is one,
+    before the client has its answer.
+    """
+
+    def __init__(self, base: str, store: Store, loaded: LoadedFile | None = None):
         self.base = base
         self.created = int(time.time())
-        self._store = store
+        self._store, self._loaded = store, loaded
         self._known: dict[str, Known] = {}
         self._moving: set[str] = set()
         self._reading = asyncio.Lock()  # one folder at a time, beside prompts that are tokenized
@@ -76,6 +81,7 @@ class Catalog:
 
     async def load(self, name: str, folder: Path, driver: Driver) -> None:
         """Adds an adapter while the engine runs. Raises ApiError with the field and the reason."""
+        folder = Path(os.path.abspath(folder))  # links stay: what they lead to may change
         try:
             check_name(name, self.base)
         except ValueError as error:
@@ -91,24 +97,44 @@ class Catalog:
             async with self._reading:
                 adapter = await asyncio.to_thread(self._store.read, folder)
             await driver.run(lambda: self._store.put(name, adapter))
+            await self._record_loaded(name, folder, driver)
+            self.add(name, folder)
         except (OSError, ValueError) as error:
             raise invalid("lora_path", str(error), "adapter_not_served") from None
         finally:
             self._moving.discard(name)
-        self.add(name, folder)
 
     async def unload(self, name: str, driver: Driver) -> None:
         """Removes a name at once, and the adapter's arrays when its last request has ended."""
         if name not in self._known:
             message = f"The adapter {shown(name)} is not loaded."
             raise ApiError(404, message, param="lora_name", code="adapter_not_found")
-        del self._known[name]
+        known = self._known.pop(name)
         self._moving.add(name)
         try:
+            await self._record_unloaded(known)
             while not await driver.run(lambda: self._dropped(name, driver)):
                 await asyncio.sleep(0.02)
         finally:
             self._moving.discard(name)
+
+    async def _record_loaded(self, name: str, folder: Path, driver: Driver) -> None:
+        if self._loaded is None:
+            return
+        try:
+            await asyncio.to_thread(self._loaded.add, name, folder)
+        except (OSError, ValueError) as error:
+            await driver.run(lambda: self._store.drop(name))
+            raise not_recorded(f"{shown(name)} was not loaded", error) from None
+
+    async def _record_unloaded(self, known: Known) -> None:
+        if self._loaded is None:
+            return
+        try:
+            await asyncio.to_thread(self._loaded.remove, known.name)
+        except (OSError, ValueError) as error:
+            self._known[known.name] = known
+            raise not_recorded(f"{shown(known.name)} is still loaded", error) from None
 
     def _dropped(self, name: str, driver: Driver) -> bool:
         if driver.in_use(name):
@@ -128,6 +154,6 @@ def check_name(name: str, base: str) -> None:
         raise ValueError(f"{shown(name)} is no name: at most 200 printable characters.")
 
 
-def folders(parent: Path) -> list[Path]:
+def folders(parent: Path) -> dict[str, Path]:
     """The folders in `parent` that hold an adapter's config, by name."""
-    return sorted(path for path in parent.iterdir() if (path / CONFIG).is_file())
+    return {path.name: path for path in sorted(parent.iterdir()) if (path / CONFIG).is_file()}

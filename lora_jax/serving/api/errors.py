@@ -73,6 +73,13 @@ def ended(reason: str) -> ApiError:
     return ApiError(503, "The server is shutting down.", code="shutting_down")
 
 
+def not_recorded(what: str, error: Exception) -> ApiError:
+    """Of a change that a restart would not know of."""
+    reason = error.strerror if isinstance(error, OSError) else str(error)
+    message = f"{what}: the list of adapters for the next start cannot be written: {reason}."
+    return ApiError(500, message, code="not_recorded", headers={"x-should-retry": "false"})
+
+
 def generation_failed() -> ApiError:
     message = "The model's logits are not numbers, or its adapter is gone: nothing to answer with."
     return ApiError(500, message, code="generation_failed", headers={"x-should-retry": "false"})
