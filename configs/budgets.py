@@ -53,6 +53,9 @@ BUDGETS: dict[str, dict[str, dict[str, Any]]] = {
         "cpu": {**CPU, **SHORT, "sweep.ranks": (4, 16, 64)},
         "gpu": {**GPU, "sweep.ranks": (4, 16, 64, 256)},
     },
+    # Of the arms that the rank sweep saved.
+    "subspaces": {"cpu": CPU, "gpu": GPU},
+    "e2e_scores": {"cpu": CPU, "gpu": GPU},
     # PEFT's own board runs 37 of its 63 entries at 1e-4.
     "methods": {
         "cpu": {**CPU, **SHORT, "methods.ranks": (4, 16), "methods.fixed_rate": 1e-4},

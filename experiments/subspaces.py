@@ -20,9 +20,10 @@ from ml_collections import ConfigDict
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a checkout, installed or not
 
 from experiments.harness import saved_arms, setup, subspace_pictures, subspace_report, subspaces
-from experiments.harness.main import launch, prepare
+from experiments.harness.main import launch
 from experiments.harness.progress import console
 from experiments.harness.text_losses import losses_of
+from experiments.harness.workdir import prepare
 
 RUNS = flags.DEFINE_list("runs", [], "Folders of runs or of adapters.")
 ARMS = flags.DEFINE_string("arms", "", "A regular expression that the arms' names must hold.")
