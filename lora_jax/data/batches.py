@@ -182,7 +182,18 @@ def eval_batches(
     """
     if not isinstance(source, EncodedSource):
         source = encode_source(itertools.islice(source, limit), tokenizer, seq_len=seq_len)
-    examples = source.examples[:limit]
+    return _in_order(source.examples[:limit], batch_size, seq_len, pack)
+
+
+def one_a_row(examples: Sequence[Example], *, batch_size: int, seq_len: int) -> list[Batch]:
+    """Examples in their order, each in a row of its own; the last batch is filled up with rows of
+    padding."""
+    return _in_order(examples, batch_size, seq_len, pack=False)
+
+
+def _in_order(
+    examples: Sequence[Example], batch_size: int, seq_len: int, pack: bool
+) -> list[Batch]:
     dataset = grain.MapDataset.source(examples).to_iter_dataset(_IN_MEMORY)
     rows = pack_rows(dataset, fields=examples[0], rows=batch_size, seq_len=seq_len, pack=pack)
     batches = list(rows.batch(batch_size))

@@ -18,6 +18,8 @@ from test_peft import config_of
 import lora_jax as lora
 from lora_jax import training
 from lora_jax.interop.model_tensors import assemble, leaves_of, names_of
+from lora_jax.training import policy
+from lora_jax.training.losses.target_log_probs import sequences
 from lora_jax.transform import delta_nodes
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "trl.npz"
@@ -124,3 +126,45 @@ def test_the_installed_trl(name):
     import trl_model
 
     assert_same(compute(name), trl_model.compute(name))
+
+
+def grpo(arrays, *, dr):
+    """The loss of given log-probabilities, as `losses/grpo.py` puts it together."""
+
+    def loss(log_probs):
+        losses = policy.clipped(
+            log_probs, arrays["sampler"], arrays["advantages"][:, None], low=0.2, high=0.25
+        ) + arrays["beta"] * policy.k3(log_probs, arrays["reference"])
+        batch = {"loss_mask": arrays["mask"], "segment_ids": arrays["mask"].astype(np.int32)}
+        found = sequences(jnp.where(arrays["mask"], losses, 0), batch)
+        rows = (found.lengths > 0).sum()
+        return (found.log_probs / losses.shape[1] if dr else found.means).sum() / rows
+
+    return jax.value_and_grad(loss)(jnp.asarray(arrays["policy"]))
+
+
+@pytest.mark.parametrize("dr", [False, True])
+def test_the_recorded_grpo(dr):
+    with np.load(GOLDEN) as file:
+        theirs = file[f"grpo:{dr}:loss"], file[f"grpo:{dr}:gradient"]
+        worth = file[f"grpo:{dr}:advantages"]
+    arrays = trl_cases.rollouts()
+    for ours, expected in zip(grpo(arrays, dr=dr), theirs, strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-6)
+    ours = policy.group_advantages(arrays["rewards"], scale=not dr)
+    np.testing.assert_allclose(ours, worth, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dr", [False, True])
+def test_the_installed_grpo(dr):
+    pytest.importorskip("trl", reason="requirements-parity.txt is not installed")
+    import trl_model
+
+    arrays = trl_cases.rollouts()
+    theirs = trl_model.grpo(arrays, dr=dr)
+    for ours, expected in zip(grpo(arrays, dr=dr), theirs, strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-6)
+    ours = policy.group_advantages(arrays["rewards"], scale=not dr)
+    expected = trl_model.advantages(arrays["rewards"], scale=not dr)
+    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)

@@ -47,3 +47,25 @@ def judged() -> list[dict]:
         for i, p in enumerate(pairs())
         for side in [("chosen", "rejected")[i % 2]]
     ]
+
+
+def rollouts() -> dict[str, np.ndarray]:
+    """Log-probabilities of twelve answers, in groups of three, under policy, sampler and reference,
+    and their advantages."""
+    words, shape = np.random.Philox(13), (12, 7)
+
+    def draw(*shape):
+        raw = words.random_raw(int(np.prod(shape))).reshape(shape)
+        return (raw >> np.uint64(40)).astype(np.float32) / np.float32(1 << 24)
+
+    policy = -4 * draw(*shape)
+    lengths = 1 + words.random_raw(12) % np.uint64(7)
+    return {
+        "policy": policy,
+        "sampler": policy + 0.8 * draw(*shape) - np.float32(0.4),
+        "reference": policy + draw(*shape) - np.float32(0.5),
+        "mask": np.arange(7)[None] < lengths[:, None],
+        "advantages": 2 * draw(12) - 1,
+        "rewards": np.where(draw(4, 3) < 0.2, np.nan, draw(4, 3)).astype(np.float32),
+        "beta": np.float32(0.3),
+    }

@@ -13,17 +13,17 @@ import small
 from pairs import both, packed, pairs, start
 
 import lora_jax as lora
-from lora_jax import parallel, training
+from lora_jax import data, parallel, training
+from lora_jax.data.pair_records import pair
 from lora_jax.models import SHARDING
 from lora_jax.training import checkpoints, preference
 from lora_jax.training.losses.settings import Number
 from lora_jax.training.losses.target_log_probs import sequences
+from lora_jax.training.stored_reference import require_reference, store_reference
 from lora_jax.training.sweep import make_sweep
 
 BATCH = pairs()
 READ = training.target_log_probs(small.CONFIG, chunk=8)
-MAKERS = {name: entry.make for name, entry in training.LOSSES.items() if name != "next_token"}
-BESIDE_REFERENCE = ("dpo", "dpo_norm", "ipo", "kto")
 GIVEN = {
     "dpo": {"beta": 0.7, "label_smoothing": 0.2},
     "dpo_norm": {"beta": 3.0, "label_smoothing": 0.1},
@@ -32,6 +32,8 @@ GIVEN = {
     "orpo": {"beta": 0.3},
     "kto": {"beta": 0.2, "desirable_weight": 1.3, "undesirable_weight": 0.7},
 }
+MAKERS = {name: training.LOSSES[name].make for name in GIVEN}
+BESIDE_REFERENCE = ("dpo", "dpo_norm", "ipo", "kto")
 
 
 def judged(batch):
@@ -158,10 +160,10 @@ def test_sequences_are_the_segments_of_a_row():
     found = sequences(values, row)
     assert found.lengths.shape == (1, 2, 40)
     for slot in range(2):
-        for pair in range(3):
-            mine = row["segment_ids"][0, slot] == pair + 1
-            assert found.log_probs[0, slot, pair] == values[0, slot][mine].sum()
-            assert found.lengths[0, slot, pair] == row["loss_mask"][0, slot][mine].sum()
+        for i in range(3):
+            mine = row["segment_ids"][0, slot] == i + 1
+            assert found.log_probs[0, slot, i] == values[0, slot][mine].sum()
+            assert found.lengths[0, slot, i] == row["loss_mask"][0, slot][mine].sum()
     assert not found.lengths[..., 3:].any()
 
 
@@ -290,13 +292,38 @@ def test_a_reference_of_another_base_is_refused():
         of(delta, base, BATCH, None, reference=base)
     stored = READ(lora.bind(base, {}), BATCH)
     batch = BATCH | {"reference_log_probs": stored}
-    training.require_reference(READ, base, batch)
+    require_reference(READ, base, batch)
     with pytest.raises(ValueError, match="of row 0 differ .* another base or adapter|row [12]"):
-        training.require_reference(READ, base, batch, reference=delta)
+        require_reference(READ, base, batch, reference=delta)
     worse = batch | {"reference_log_probs": stored.at[1, 0, 5].set(jnp.nan)}
     with pytest.raises(ValueError, match="of row 1 differ .* by nan"):
-        training.require_reference(READ, base, worse)
+        require_reference(READ, base, worse)
     with pytest.raises(ValueError, match="the batch lacks reference_log_probs: it holds tokens"):
-        training.require_reference(READ, base, BATCH)
+        require_reference(READ, base, BATCH)
     with pytest.raises(ValueError, match="the loss dpo needs the field 'reference_log_probs'"):
         loss("dpo", stored_reference=True)(delta, base, BATCH, None)
+
+
+def test_a_reference_is_stored_with_the_examples_and_packed_with_them():
+    """The same loss as with the reference computed in the step, from text to the step."""
+    config = dataclasses.replace(small.CONFIG, vocab_size=259, context_length=128)
+    base, delta = start(base=small.llama.init(config, key=jax.random.key(0)))
+    tokenizer = data.byte_tokenizer()
+    record = {"prompt": "p", "chosen": "yes", "rejected": "n"}
+    rows = [pair(record), pair(record | {"chosen": "maybe so"}), pair(record | {"prompt": "q"})]
+    encoded = data.encode_pairs(rows, tokenizer, seq_len=100)
+    read = training.target_log_probs(config)
+    stored = store_reference(read, base, encoded, batch_size=2, seq_len=100)
+    assert stored.examples[0].keys() - encoded.examples[0].keys() == {
+        "0/reference_log_probs", "1/reference_log_probs"
+    }  # fmt: skip
+    [plain_batch], [batch] = (
+        data.eval_batches(source, tokenizer, batch_size=2, seq_len=100)
+        for source in (encoded, stored)
+    )
+    assert batch["segment_ids"].max() == 3 and batch["reference_log_probs"].shape == (2, 2, 100)
+    require_reference(read, base, batch)
+    computed = training.dpo_loss(config)(delta, base, plain_batch, None)
+    kept = training.dpo_loss(config, stored_reference=True)(delta, base, batch, None)
+    chex.assert_trees_all_close(kept, computed, rtol=1e-5)
+    assert int(kept[1]) == 3

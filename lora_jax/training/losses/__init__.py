@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from lora_jax.training.losses.dpo import dpo_loss, dpo_norm_loss, ipo_loss
+from lora_jax.training.losses.grpo import dr_grpo_loss, grpo_loss
 from lora_jax.training.losses.kto import kto_loss
 from lora_jax.training.losses.loss import Loss
 from lora_jax.training.losses.next_token import next_token_loss
@@ -16,7 +17,8 @@ class Entry(NamedTuple):
 
     Attributes:
       make: `(config, *, remat, unroll, chunk, attention) -> Loss`.
-      batches: the name of the batches that it takes: "next-token", "preference", "judged".
+      batches: the name of the batches that it takes: "next-token", "preference", "judged" or
+        "rollouts".
     """
 
     make: Callable[..., Loss]
@@ -31,4 +33,6 @@ LOSSES = {
     "simpo": Entry(simpo_loss, batches="preference"),
     "orpo": Entry(orpo_loss, batches="preference"),
     "kto": Entry(kto_loss, batches="judged"),
+    "grpo": Entry(grpo_loss, batches="rollouts"),
+    "dr_grpo": Entry(dr_grpo_loss, batches="rollouts"),
 }

@@ -25,6 +25,7 @@ def target_log_probs(
     unroll: int = 1,
     chunk: int = 128,
     attention: Implementation | None = None,
+    temperature: float = 1.0,
 ) -> TargetLogProbs:
     """The function `(weights, batch) -> log_probs`, float32, of each position's target; 0 where
     `loss_mask` is false.
@@ -37,9 +38,15 @@ def target_log_probs(
       config: the model's shape.
       remat, unroll, attention: see `hidden_states`.
       chunk: see `token_losses`.
+      temperature: of the distribution; logits are divided by it.
     """
     read = final_states(config, remat=remat, unroll=unroll, attention=attention)
-    how: Any = {"chunk": chunk, "read_out": read_out_of(config)}
+    logits = read_out_of(config)
+
+    def read_out(rows, head):
+        return logits(rows, head) / temperature
+
+    how: Any = {"chunk": chunk, "read_out": logits if temperature == 1 else read_out}
 
     def log_probs(weights, batch):
         shape = jnp.shape(batch["tokens"])
