@@ -3,7 +3,7 @@
 A record asks for a description of a few facts, as that of `restaurants` does. The chosen answer
 states all of them; the rejected one, worded anew, leaves one out, states another value, or adds a
 fact that was not given. So what is preferred can be counted by a rule, `restaurant_check.mistakes`,
-and length says little about it. Nothing is downloaded and the same records come out everywhere.
+and length says little about it. Nothing is downloaded and the records are the same everywhere.
 """
 
 from collections.abc import Callable, Iterator

@@ -6,6 +6,7 @@ The words are those of the corpus, looked up the longest first, so that "not fam
 
 import functools
 import re
+from collections.abc import Mapping
 
 from lora_jax.data import restaurant_words as words
 from lora_jax.data.restaurant_text import Facts
@@ -33,13 +34,13 @@ def _phrases() -> tuple[re.Pattern[str], dict[str, tuple[str, str]]]:
         for phrase in phrases:
             meanings[phrase.removeprefix("is ").lower()] = slot, value
 
-    worded = (
-        ("price", words.PRICE_BEFORE, words.PRICE_THING, words.PRICE_IS),
-        ("rating", words.RATING_BEFORE, words.RATING_THING, words.RATING_IS),
-        ("family", words.FAMILY_BEFORE, words.FAMILY_IS),
-        ("area", words.AREA_WHERE),
+    worded: tuple[tuple[str, tuple[Mapping[str, tuple[str, ...]], ...]], ...] = (
+        ("price", (words.PRICE_BEFORE, words.PRICE_THING, words.PRICE_IS)),
+        ("rating", (words.RATING_BEFORE, words.RATING_THING, words.RATING_IS)),
+        ("family", (words.FAMILY_BEFORE, words.FAMILY_IS)),
+        ("area", (words.AREA_WHERE,)),
     )
-    for slot, *tables in worded:
+    for slot, tables in worded:
         for table in tables:
             for value, phrases in table.items():
                 add(slot, value, *phrases)

@@ -1,4 +1,4 @@
-"""A token from logits: the likeliest, or drawn from all of them or from a nucleus."""
+"""A token from logits: the likeliest, or sampled from all of them or from a nucleus."""
 
 import math
 

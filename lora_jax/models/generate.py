@@ -86,11 +86,11 @@ def sample(
     key: jax.Array,
     temperature: float = 1.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """Sampled tokens, as `generate` returns them, and the log-probability that each was drawn with,
-    `[B, max_new_tokens]` float32: of logits divided by the temperature. Behind a row's end, and
-    where there is no token, it means nothing.
+    """Sampled tokens, as `generate` returns them, and the log-probability that each was sampled
+    with, `[B, max_new_tokens]` float32: of logits divided by the temperature. Behind a row's end,
+    and where there is no token, it means nothing.
 
-    Arguments and errors are those of `generate`; a temperature of 0 draws nothing and is refused.
+    Arguments and errors are those of `generate`; a temperature of 0 samples nothing and is refused.
     """
     if temperature == 0:
         raise ValueError("temperature=0 takes the likeliest token: there is nothing to sample.")

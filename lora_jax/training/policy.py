@@ -29,9 +29,9 @@ def group_advantages(rewards: jax.Array, *, scale: bool) -> jax.Array:
     """
     rewards = jnp.asarray(rewards, jnp.float32)
     counted = ~jnp.isnan(rewards)
-    number = jnp.maximum(counted.sum(-1, keepdims=True), 1)
-    mean = jnp.where(counted, rewards, 0).sum(-1, keepdims=True) / number
-    centred = jnp.where(counted, rewards - mean, 0)
+    number = jnp.maximum(counted.sum(-1, keepdims=True), 1).astype(jnp.float32)
+    mean = jnp.where(counted, rewards, 0.0).sum(-1, keepdims=True) / number
+    centred = jnp.where(counted, rewards - mean, 0.0)
     if not scale:
         return centred
     variance = (centred**2).sum(-1, keepdims=True) / jnp.maximum(number - 1, 1)
@@ -41,12 +41,12 @@ def group_advantages(rewards: jax.Array, *, scale: bool) -> jax.Array:
 def clipped(
     policy: jax.Array, sampler: jax.Array, advantages: jax.Array, *, low: Any, high: Any
 ) -> jax.Array:
-    """The loss of each token, with the ratio of its probability to that with which it was drawn:
+    """The loss of each token, with the ratio of its probability to that with which it was sampled:
 
         q    = exp(log p - log p_sampler)
         loss = -min(q A, clip(q, 1 - low, 1 + high) A)
 
-    A ratio that has left the range on the side that the advantage wants has no gradient.
+    A ratio that has left the range on the side that the advantage favours has no gradient.
 
     Source: Schulman et al. 2017, arXiv:1707.06347, equation 7.
     """

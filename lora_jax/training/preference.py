@@ -24,7 +24,7 @@ class Sequences(NamedTuple):
     @property
     def means(self) -> jax.Array:
         """The mean log-probability of a token; 0 for what is no answer."""
-        return self.log_probs / jnp.maximum(self.lengths, 1)
+        return self.log_probs / jnp.asarray(jnp.maximum(self.lengths, 1), jnp.float32)
 
 
 class Pairs(NamedTuple):
@@ -141,7 +141,7 @@ def kto_baseline(policy: Sequences, reference: Sequences) -> jax.Array:
     """
     counted = policy.lengths > 0
     ratio = jnp.where(counted, policy.log_probs - reference.log_probs, 0.0)
-    mean = ratio.sum() / jnp.maximum(counted.sum(), 1)
+    mean = ratio.sum() / jnp.maximum(counted.sum(), 1).astype(jnp.float32)
     return jax.lax.stop_gradient(jnp.maximum(mean, 0.0))
 
 

@@ -18,7 +18,7 @@ from lora_jax.weights import PyTree
 PolicyStep = Callable[
     [TrainState, PyTree, Sequence[Example]], tuple[TrainState, StepMetrics, Rollout]
 ]
-_DRAWS = 0x70_6F_6C  # what the key of the answers has beside that of dropout
+_SAMPLING = 0x70_6F_6C  # folded into the key: dropout has the one without
 
 
 def policy_step(
@@ -32,8 +32,8 @@ def policy_step(
 ) -> PolicyStep:
     """The function `(state, base, examples) -> (state, metrics, rollout)`.
 
-    Answers are drawn by `state.delta`, the policy that the first update starts from, with a key
-    that follows from the state's seed and step: a resumed run draws the same ones. Before it, the
+    Answers are sampled by `state.delta`, the policy that the first update starts from, with a key
+    that follows from the state's seed and step: a resumed run samples the same ones. Before it, the
     probabilities that the sampler saw are compared with the trainer's. It consumes the state.
 
     Args:
@@ -57,7 +57,7 @@ def policy_step(
     def step_policy(state, base, examples):
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
         with execution.context():
-            rollout = roll_out(state.delta, base, examples, jax.random.fold_in(key, _DRAWS))
+            rollout = roll_out(state.delta, base, examples, jax.random.fold_in(key, _SAMPLING))
             placed = execution.batch(rollout.batch)
             require_current(trainer(state.delta, base, rollout.batch), rollout.batch, tolerance)
             for _ in range(updates):
@@ -68,7 +68,7 @@ def policy_step(
 
 
 def require_current(log_probs: Any, batch: Batch, tolerance: float) -> None:
-    """Checks that answers were drawn by the policy whose `log_probs` these are.
+    """Checks that answers were sampled by the policy whose `log_probs` these are.
 
     Raises:
       ValueError: for a mean difference a token of more than `tolerance` nats: the sampler lags
@@ -80,6 +80,6 @@ def require_current(log_probs: Any, batch: Batch, tolerance: float) -> None:
     if not mean <= tolerance:
         raise ValueError(
             f"sampler and trainer differ by {mean:.3g} nats a token, more than {tolerance:g}: the "
-            "answers were drawn by another policy than the one that learns from them, such as that "
-            "of a step before, in another dtype, or at another temperature."
+            "answers were sampled by another policy than the one that learns from them, such as "
+            "that of a step before, in another dtype, or at another temperature."
         )

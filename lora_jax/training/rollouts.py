@@ -1,4 +1,4 @@
-"""Answers drawn from the current policy, with their rewards, as a batch of `grpo_loss`."""
+"""Answers sampled from the current policy, with their rewards, as a batch of `grpo_loss`."""
 
 import dataclasses
 import logging
@@ -23,7 +23,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How answers are drawn.
+    """How answers are sampled.
 
     Attributes:
       group: answers to each prompt, at least 2.
@@ -90,7 +90,7 @@ def make_rollout(
         )
 
     @jax.jit
-    def drawn(delta, base, prompts, lengths, key):
+    def sampled(delta, base, prompts, lengths, key):
         return sample(
             bind(base, delta),
             prompts,
@@ -113,7 +113,7 @@ def make_rollout(
         for row, i in enumerate(each):
             prompts[row, : len(ids[i])] = ids[i]
         tokens, log_probs = map(
-            np.asarray, drawn(delta, base, jnp.asarray(prompts), jnp.asarray(counts), key)
+            np.asarray, sampled(delta, base, jnp.asarray(prompts), jnp.asarray(counts), key)
         )
         lengths = _lengths(tokens, tokenizer.eos_id)
         completions = [

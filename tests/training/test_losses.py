@@ -48,6 +48,8 @@ def test_a_loss_takes_the_batch_that_it_declares(name):
     }
     for batch in (abstract(name), abstract(name, more=array(3)), wide):
         assert traced(loss, batch) == (scalar, scalar)
+    with jax.numpy_dtype_promotion("strict"):
+        assert traced(loss, abstract(name)) == (scalar, scalar)
     settings = {key: setting.value for key, setting in loss.settings.items()}
     assert loss.settings_of(**settings).keys() == settings.keys()
     made = training.LOSSES[name].make(

@@ -71,16 +71,16 @@ def mean(of, delta, base, batch, **settings):
 
 
 @functools.cache
-def found(name):
-    """Values and gradients of one loss by one program: the equation's, ours, ours packed, and ours
-    with a reference of each sort."""
+def found(name, references):
+    """Values and gradients of one loss by one program: the equation's, ours, ours packed, and, if
+    so wanted, ours with a reference of each sort."""
     base, delta = start()
     other = start(shift=-0.01)[1]
     batch = batch_of(name)
     every = {"plain": functools.partial(plain, name, reference={}), "ours": None}
     ours = functools.partial(mean, loss(name))
     every["ours"] = ours
-    if name in BESIDE_REFERENCE:
+    if references:
         stored = functools.partial(mean, loss(name, stored_reference=True))
 
         def kept(delta, base, batch, reference):
@@ -97,7 +97,7 @@ def found(name):
     @jax.jit
     def all_of_them(delta, base, batch, in_one_row):
         values = {key: jax.value_and_grad(fn)(delta, base, batch) for key, fn in every.items()}
-        if name != "kto":
+        if name != "kto" and not references:
             values["packed"] = jax.value_and_grad(ours)(delta, base, in_one_row)
         return values
 
@@ -105,20 +105,33 @@ def found(name):
     return all_of_them(delta, base, batch, row), delta
 
 
-@pytest.mark.parametrize("name", MAKERS)
-def test_values_and_gradients_are_those_of_the_equations(name):
-    values, delta = found(name)
+def agree(name, references):
+    values, delta = found(name, references)
+    moves = lora.trainable_mask(delta)
     for key, (value, grads) in values.items():
         expected, slopes = values["other plain" if "other" in key else "plain"]
         chex.assert_trees_all_close(value, expected, rtol=2e-5)
         masked = [
-            jax.tree.map(lambda g, m: g if m else jnp.zeros_like(g), tree,
-                         lora.trainable_mask(delta))
+            jax.tree.map(lambda g, m: g if m else jnp.zeros_like(g), tree, moves)
             for tree in (grads, slopes)
-        ]  # fmt: skip
+        ]
         chex.assert_trees_all_close(*masked, rtol=2e-4, atol=2e-6)
-    if name in BESIDE_REFERENCE:
-        assert abs(values["other"][0] - values["ours"][0]) > 1e-4
+    return values
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_values_and_gradients_are_those_of_the_equations(name):
+    """Also of pairs that are packed into one row."""
+    agree(name, references=False)
+
+
+@pytest.mark.parametrize(
+    "name", [n if n == "dpo" else pytest.param(n, marks=pytest.mark.slow) for n in BESIDE_REFERENCE]
+)
+def test_the_reference_is_the_base_or_an_adapter_or_stored(name):
+    """All with the same numbers."""
+    values = agree(name, references=True)
+    assert abs(values["other"][0] - values["ours"][0]) > 1e-4
 
 
 def test_equations_by_hand():

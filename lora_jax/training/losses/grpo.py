@@ -1,4 +1,4 @@
-"""GRPO and Dr. GRPO: rewarded answers, beside the group that each was drawn with."""
+"""GRPO and Dr. GRPO: rewarded answers, beside the group that each was sampled with."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from lora_jax.training.losses import reference
 from lora_jax.training.losses.fields import Field
 from lora_jax.training.losses.loss import Loss
 from lora_jax.training.losses.next_token import FIELDS, filled_positions
-from lora_jax.training.losses.settings import Number, defaults
+from lora_jax.training.losses.settings import Number, Setting, defaults
 from lora_jax.training.losses.target_log_probs import sequences, target_log_probs
 from lora_jax.transform import bind
 
@@ -36,15 +36,15 @@ def grpo_loss(
         policy.clipped(...) + kl * policy.k3(...)
 
     A batch holds the fields of `next_token_loss`, and at each position `sampler_log_probs`, with
-    which its target was drawn, and `advantages`, that of its answer. With `kl` the reference is the
-    base, in one more forward pass, or as `dpo_loss` has it; without it there is none.
+    which its target was sampled, and `advantages`, that of its answer. With `kl` the reference is
+    the base, in one more forward pass, or as `dpo_loss` has it; without it there is none.
 
     Args:
       config: the model's shape.
       clip, clip_high: how far a ratio may go below and above 1; `clip_high` None is `clip`.
         Settings.
       kl: the weight of the divergence from the reference, a setting unless it is 0.
-      temperature: with which the answers were drawn.
+      temperature: with which the answers were sampled.
       stored_reference: see `dpo_loss`.
       **how: remat, unroll, chunk, attention; see `target_log_probs`.
 
@@ -97,7 +97,7 @@ def dr_grpo_loss(
 
 
 def _loss(name, config, summed, clip, clip_high, kl, temperature, stored, **how) -> Loss:
-    settings = {
+    settings: dict[str, Setting] = {
         "clip": Number(clip, least=0, most=1),
         "clip_high": Number(clip if clip_high is None else clip_high, least=0),
         "kl": Number(kl, least=0),

@@ -36,7 +36,7 @@ def kto_loss(
     does.
 
     The baseline is that of the rows that are computed together: of a micro-batch where steps
-    accumulate, of a device's rows under `pmap`, of the batch on a mesh. It wants several answers.
+    accumulate, of a device's rows under `pmap`, of the batch on a mesh. It needs several answers.
 
     Args:
       config: the model's shape.

@@ -16,7 +16,7 @@ def simpo_loss(config: DecoderConfig, *, beta: float = 2.0, gamma: float = 1.0, 
     Args:
       config: the model's shape.
       beta: scales the margin, a setting.
-      gamma: the margin that is wanted, after scaling, a setting. The paper takes half of beta,
+      gamma: the target margin, after scaling, a setting. The paper takes half of beta,
         or more.
       **how: remat, unroll, chunk, attention; see `target_log_probs`.
 
