@@ -6,6 +6,7 @@ import numpy as np
 import small
 
 import lora_jax as lora
+from lora_jax import training
 from lora_jax.models import llama
 from lora_jax.training.preference import Pairs, Sequences
 
@@ -62,3 +63,31 @@ def start(rank=2, shift=0.02, base=None):
     base = small.params() if base is None else base
     _, delta = lora.lora_transform(base, lora.LoRA(rank=rank), key=jax.random.key(0))
     return base, jax.tree.map(lambda x: x + shift, delta)
+
+
+BATCH = pairs()
+READ = training.target_log_probs(small.CONFIG, chunk=8)
+GIVEN = {
+    "dpo": {"beta": 0.7, "label_smoothing": 0.2},
+    "dpo_norm": {"beta": 3.0, "label_smoothing": 0.1},
+    "ipo": {"beta": 0.4},
+    "simpo": {"beta": 2.5, "gamma": 0.6},
+    "orpo": {"beta": 0.3},
+    "kto": {"beta": 0.2, "desirable_weight": 1.3, "undesirable_weight": 0.7},
+}
+MAKERS = {name: training.LOSSES[name].make for name in GIVEN}
+BESIDE_REFERENCE = ("dpo", "dpo_norm", "ipo", "kto")
+
+
+def judged(batch):
+    """The same rows for KTO, where the second answer of a row is one to another prompt."""
+    good = np.arange(len(batch["tokens"])) % 2 == 0
+    return batch | {"desirable": np.tile(good[:, None], (1, batch["tokens"].shape[-1]))}
+
+
+def batch_of(name, batch=BATCH):
+    return judged(batch) if name == "kto" else batch
+
+
+def loss(name, **more):
+    return MAKERS[name](small.CONFIG, chunk=8, **GIVEN[name], **more)
