@@ -11,6 +11,7 @@ from lora_jax.training.losses.loss import Batch
 from lora_jax.training.losses.target_log_probs import TargetLogProbs
 from lora_jax.training.rewards import Example
 from lora_jax.training.rollouts import RollOut, Rollout
+from lora_jax.training.rounding import tolerance_of
 from lora_jax.training.step import StepMetrics, TrainState, TrainStep
 from lora_jax.transform import bind
 from lora_jax.weights import PyTree
@@ -27,7 +28,7 @@ def policy_step(
     read: TargetLogProbs,
     *,
     updates: int = 1,
-    tolerance: float = 1e-2,
+    tolerance: float | None = None,
     execution: Execution | None = None,
 ) -> PolicyStep:
     """The function `(state, base, examples) -> (state, metrics, rollout)`.
@@ -41,7 +42,8 @@ def policy_step(
       roll_out: from `make_rollout`.
       read: from `target_log_probs(config, temperature=...)`, with the temperature of both.
       updates: how many to make on the same answers; from the second on, clipping matters.
-      tolerance: by how many nats a token, on average, sampler and trainer may differ.
+      tolerance: by how many nats a token, on average, sampler and trainer may differ; None takes
+        `tolerance_of(base)`: a lag of one step can hide in the roundings of bfloat16.
       execution: how the step runs; None on one device.
 
     Raises:
@@ -59,7 +61,8 @@ def policy_step(
         with execution.context():
             rollout = roll_out(state.delta, base, examples, jax.random.fold_in(key, _SAMPLING))
             placed = execution.batch(rollout.batch)
-            require_current(trainer(state.delta, base, rollout.batch), rollout.batch, tolerance)
+            most = tolerance_of(base) if tolerance is None else tolerance
+            require_current(trainer(state.delta, base, rollout.batch), rollout.batch, most)
             for _ in range(updates):
                 state, metrics = run(state, base, placed)
         return state, metrics, rollout

@@ -12,6 +12,7 @@ from lora_jax.paths import described
 from lora_jax.training.losses.loss import Batch
 from lora_jax.training.losses.reference import STORED
 from lora_jax.training.losses.target_log_probs import TargetLogProbs
+from lora_jax.training.rounding import tolerance_of
 from lora_jax.transform import Delta, bind
 from lora_jax.weights import PyTree
 
@@ -60,7 +61,7 @@ def require_reference(
     batch: Batch,
     *,
     reference: Delta | None = None,
-    tolerance: float = 1e-2,
+    tolerance: float | None = None,
 ) -> None:
     """Checks that a batch's stored log-probabilities are this reference's, by computing them: a
     pass over one batch, before a run.
@@ -70,12 +71,14 @@ def require_reference(
       base: the frozen tree.
       batch: with `reference_log_probs`.
       reference: the adapter of the reference; None for the base.
-      tolerance: nats by which an answer's mean may differ, as other hardware and dtypes make it.
+      tolerance: nats a token by which a row may differ on average; None takes
+        `tolerance_of(base)`.
 
     Raises:
       ValueError: for a batch without them; naming the row and the difference, where they are those
         of another base or adapter.
     """
+    most = tolerance_of(base) if tolerance is None else tolerance
     if STORED not in batch:
         raise ValueError(
             f"the batch lacks {STORED}: it holds {', '.join(map(str, batch))}. Compute them once, "
@@ -89,9 +92,9 @@ def require_reference(
     gaps = np.abs(np.asarray(ours) - np.asarray(found)).reshape(shape[0], -1)
     means = np.where(counted, gaps, 0).sum(-1) / np.maximum(counted.sum(-1), 1)
     row = int(np.argmax(np.where(np.isnan(means), np.inf, means)))
-    if not means[row] <= tolerance:
+    if not means[row] <= most:
         raise ValueError(
             f"{STORED} of row {row} differ from this reference's by {means[row]:.3g} nats a token, "
-            f"more than {tolerance:g}: they are those of another base or adapter, or of other "
+            f"more than {most:g}: they are those of another base or adapter, or of other "
             "tokens. Compute them again, by store_reference."
         )

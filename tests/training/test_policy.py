@@ -20,6 +20,7 @@ from lora_jax.training import policy
 from lora_jax.training.reinforce import policy_step
 from lora_jax.training.rewards import scored
 from lora_jax.training.rollouts import Sampling, fitting_prompts, make_rollout, prompt_text
+from lora_jax.training.rounding import tolerance_of
 
 TOKENIZER = data.byte_tokenizer()
 CONFIG = dataclasses.replace(small.CONFIG, vocab_size=259, context_length=128)
@@ -195,6 +196,12 @@ def test_answers_that_lag_behind_by_one_step_are_refused():
     late, _, _ = step(late, base, EXAMPLES)
     with pytest.raises(ValueError, match="sampler and trainer differ by .* another policy"):
         step(late, base, EXAMPLES)
+
+
+def test_narrow_floats_may_differ_by_more():
+    base, _ = start()
+    assert tolerance_of(base) == tolerance_of(lora.quantize(base, "nf4", block_size=16)) == 0.01
+    assert tolerance_of(base | {"embed": base["embed"].astype(jnp.bfloat16)}) == 0.2
 
 
 @pytest.mark.slow
