@@ -5,6 +5,7 @@ import itertools
 import cases
 import jax
 import jax.numpy as jnp
+import jaxprs
 import numpy as np
 import pytest
 from cases import assert_close
@@ -211,6 +212,21 @@ def test_log_probabilities_by_position(head, chunk):
     assert_close(*both_ways(ours, theirs, trained), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("chunk", [3, 100])
+def test_log_probabilities_under_a_frozen_head_need_no_second_product(chunk):
+    """Whose gradient by the rows comes with the logits: in value, gradient, and products."""
+
+    def ours(hidden):
+        return weighed(token_log_probs(hidden, TABLE.T, TARGETS, MASK, chunk=chunk))
+
+    def theirs(hidden):
+        return weighed(naive_log_probs(hidden, TABLE.T))
+
+    both = (jax.jit(jax.value_and_grad(loss))(HIDDEN) for loss in (ours, theirs))
+    assert_close(*both, rtol=1e-4, atol=1e-5)
+    assert len(jaxprs.of("dot_general", jax.grad(ours), HIDDEN)) == 2  # logits, and back to rows
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [0, 1])
 def test_log_probabilities_where_hardly_any_counts(count):
@@ -229,19 +245,20 @@ def test_log_probabilities_over_a_mesh():
     hidden, mask = cases.normal(5, 4, 8, 6), jnp.arange(8)[None] < jnp.array([[8], [3], [0], [5]])
     targets = jnp.arange(32).reshape(4, 8) % 11
 
-    def gradients(hidden, table):
-        def loss(hidden, table):
-            found = token_log_probs(hidden, table, targets, mask, chunk=3)
-            return (found.sum(-1) ** 2).sum(), found
+    def loss(hidden, table):
+        found = token_log_probs(hidden, table, targets, mask, chunk=3)
+        return (found.sum(-1) ** 2).sum(), found
 
-        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(hidden, table)
-
+    gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    of_rows = jax.grad(loss, has_aux=True)  # under a frozen head
     alone = jax.jit(gradients)(hidden, TABLE.T)
     mesh = parallel.make_mesh({"fsdp": 2, "sequence": 4})
     with jax.set_mesh(mesh):
         placed = jax.device_put(hidden, parallel.batch_sharding(mesh))
         together = jax.jit(gradients)(placed, TABLE.T)
+        frozen, _ = jax.jit(of_rows)(placed, TABLE.T)
     assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    assert_close(frozen, alone[1][0], rtol=1e-4, atol=1e-5)
 
 
 def capped(rows, head):

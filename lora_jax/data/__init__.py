@@ -14,6 +14,9 @@ from lora_jax.data.encode import render_messages as render_messages
 from lora_jax.data.jsonl import HeldOut as HeldOut
 from lora_jax.data.packing import Batch as Batch
 from lora_jax.data.packing import Example as Example
+from lora_jax.data.pairs import EncodedPairs as EncodedPairs
+from lora_jax.data.pairs import encode_judged as encode_judged
+from lora_jax.data.pairs import encode_pairs as encode_pairs
 from lora_jax.data.records import Record as Record
 from lora_jax.data.sources import default_cache_dir as default_cache_dir
 from lora_jax.data.sources import load_source as load_source

@@ -1,8 +1,9 @@
 """Batches of fixed shape from a source of conversations.
 
-A batch holds tokens, targets, segment_ids, positions (int32) and loss_mask (bool), all [B, T];
-`targets` is the next token of the same example, `loss_mask` is true where it counts, `segment_ids`
-number a row's examples from 1 with 0 for padding, and `positions` restart in each of them.
+A batch holds tokens, targets, segment_ids, positions (int32) and loss_mask (bool), all [B, T], or
+[B, 2, T] of pairs, and whatever other fields its examples have; `targets` is the next token of the
+same example, `loss_mask` is true where it counts, `segment_ids` number a row's examples from 1 with
+0 for padding, and `positions` restart in each of them.
 """
 
 import itertools
@@ -16,7 +17,7 @@ import grain
 import numpy as np
 
 from lora_jax.data.encode import encode
-from lora_jax.data.packing import Batch, Example, next_token_example, pack_rows
+from lora_jax.data.packing import Batch, Example, length_of, next_token_example, pack_rows
 from lora_jax.data.records import Record
 from lora_jax.data.tokenizer import Tokenizer
 
@@ -61,6 +62,11 @@ def encode_records(source: Iterable[Record], tokenizer: Tokenizer) -> list[Examp
     """
     examples = []
     for index, record in enumerate(source):
+        if "messages" not in record:
+            raise ValueError(
+                f"Example {index} is no conversation but holds {', '.join(record)}: pairs are "
+                "encoded by encode_pairs, for a loss of preferences."
+            )
         try:
             examples.append(next_token_example(encode(record["messages"], tokenizer)))
         except ValueError as error:
@@ -77,13 +83,13 @@ def fitting(examples: Sequence[Example], seq_len: int) -> EncodedSource:
     Raises:
       ValueError: none fits.
     """
-    lengths = [len(example["tokens"]) for example in examples]
+    lengths = [length_of(example) for example in examples]
     if min(lengths) > seq_len:
         raise ValueError(
             f"None of the {len(lengths)} examples fits a context of {seq_len} tokens; the shortest "
             f"takes {min(lengths)}, the longest {max(lengths)}: raise seq_len."
         )
-    kept = [example for example in examples if len(example["tokens"]) <= seq_len]
+    kept = [example for example in examples if length_of(example) <= seq_len]
     return EncodedSource(examples=kept, skipped=len(examples) - len(kept))
 
 
@@ -124,7 +130,7 @@ def train_batches(
         )
     shard = grain.MapDataset.source(examples).shuffle(seed=seed)[process_index::process_count]
     endless = shard.repeat().to_iter_dataset(_IN_MEMORY)
-    rows = pack_rows(endless, rows=batch_size, seq_len=seq_len, pack=pack)
+    rows = pack_rows(endless, fields=examples[0], rows=batch_size, seq_len=seq_len, pack=pack)
     batches = rows.batch(batch_size, drop_remainder=True)
     if place is None:
         return iter(batches)
@@ -154,7 +160,8 @@ def count_batches(
     )
     count = seen = 0
     while seen < wanted:
-        seen += int(next(batches)["segment_ids"].max(axis=1).sum())
+        segments = next(batches)["segment_ids"]
+        seen += int(segments.reshape(len(segments), -1).max(axis=1).sum())
         count += 1
     return count
 
@@ -175,13 +182,24 @@ def eval_batches(
     """
     if not isinstance(source, EncodedSource):
         source = encode_source(itertools.islice(source, limit), tokenizer, seq_len=seq_len)
-    examples = source.examples[:limit]
+    return _in_order(source.examples[:limit], batch_size, seq_len, pack)
+
+
+def one_a_row(examples: Sequence[Example], *, batch_size: int, seq_len: int) -> list[Batch]:
+    """Examples in their order, each in a row of its own; the last batch is filled up with rows of
+    padding."""
+    return _in_order(examples, batch_size, seq_len, pack=False)
+
+
+def _in_order(
+    examples: Sequence[Example], batch_size: int, seq_len: int, pack: bool
+) -> list[Batch]:
     dataset = grain.MapDataset.source(examples).to_iter_dataset(_IN_MEMORY)
-    rows = pack_rows(dataset, rows=batch_size, seq_len=seq_len, pack=pack)
+    rows = pack_rows(dataset, fields=examples[0], rows=batch_size, seq_len=seq_len, pack=pack)
     batches = list(rows.batch(batch_size))
     batches[-1] = {name: _fill(array, batch_size) for name, array in batches[-1].items()}
     return batches
 
 
 def _fill(array: np.ndarray, rows: int) -> np.ndarray:
-    return np.pad(array, ((0, rows - len(array)), (0, 0)))
+    return np.pad(array, ((0, rows - len(array)), *[(0, 0)] * (array.ndim - 1)))

@@ -44,8 +44,11 @@ def render_messages(
     )
 
 
-def encode(messages: Messages, tokenizer: Tokenizer, template: str | None = None) -> Encoded:
-    """Tokens of the full conversation; the loss counts every assistant turn and nothing else.
+def encode(
+    messages: Messages, tokenizer: Tokenizer, template: str | None = None, *, first: int = 0
+) -> Encoded:
+    """Tokens of the full conversation; the loss counts every assistant turn from message `first`
+    on and nothing else.
 
     A turn runs from the end of the generation prompt to the end-of-turn token that the template
     puts after the message.
@@ -58,7 +61,7 @@ def encode(messages: Messages, tokenizer: Tokenizer, template: str | None = None
     ids, offsets = tokenizer.encode_with_offsets(text)
     starts = np.array([start for start, _ in offsets], np.int64)
     mask = np.zeros(len(ids), bool)
-    for start, stop in _assistant_spans(messages, text, tokenizer, template):
+    for start, stop in _assistant_spans(messages, text, tokenizer, template, first):
         mask |= (starts >= start) & (starts < stop)
     if not mask.any():
         raise ValueError(
@@ -68,11 +71,11 @@ def encode(messages: Messages, tokenizer: Tokenizer, template: str | None = None
 
 
 def _assistant_spans(
-    messages: Messages, text: str, tokenizer: Tokenizer, template: str | None
+    messages: Messages, text: str, tokenizer: Tokenizer, template: str | None, first: int
 ) -> list[tuple[int, int]]:
     spans = []
     for index, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if index < first or message["role"] != "assistant":
             continue
         prompt = render_messages(messages[:index], tokenizer, template, add_generation_prompt=True)
         last = index == len(messages) - 1

@@ -1,7 +1,8 @@
-"""Any JSONL file of prompts with responses, or of conversations.
+"""Any JSONL file of prompts with responses, of conversations, or of pairs of answers.
 
 A line is `{"prompt": ..., "response": ...}` (`completion` is read as `response`) or
-`{"messages": [{"role": ..., "content": ...}, ...]}` with at least one assistant message.
+`{"messages": [{"role": ..., "content": ...}, ...]}` with at least one assistant message, or a pair,
+`{"prompt": ..., "chosen": ..., "rejected": ...}` of texts or of lists of messages.
 """
 
 import hashlib
@@ -13,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lora_jax.data.pair_records import pair
 from lora_jax.data.records import (
     TRAIN,
     VALIDATION,
@@ -134,6 +136,8 @@ def _read(path: Path) -> Iterator[Record]:
 def _record(row: Any) -> Record:
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, found {type(row).__name__}.")
+    if "chosen" in row or "rejected" in row:
+        return pair(row)
     if "messages" in row:
         return {"messages": _messages(row["messages"])}
     response = row.get("response", row.get("completion"))

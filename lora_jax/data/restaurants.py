@@ -26,7 +26,15 @@ SIZES = {TRAIN: 4000, VALIDATION: 400, TEST: 400}
 
 _T = TypeVar("_T")
 _SEED = 20240
-_SLOTS = ("type", "food", "price", "rating", "area", "family", "near")
+VALUES = {
+    "type": restaurant_words.TYPES,
+    "food": restaurant_words.FOODS,
+    "price": restaurant_words.PRICES,
+    "rating": restaurant_words.RATINGS,
+    "area": restaurant_words.AREAS,
+    "family": restaurant_words.YES_NO,
+    "near": restaurant_words.LANDMARKS,
+}
 _SLOT_COUNTS = (3, 4, 4, 5, 5, 5, 6, 6, 7, 8)
 
 
@@ -45,12 +53,12 @@ def _reader(split: str) -> Callable[[], Iterator[Record]]:
 
 
 def _generate(wanted: str) -> Iterator[Record]:
-    pick = _picker(_SEED)
+    pick = picker(_SEED)
     seen: set[str] = set()
     for split, size in SIZES.items():
         remaining = size
         while remaining:
-            facts = _facts(pick)
+            facts = draw_facts(pick)
             prompt, text = meaning(facts), describe(facts, pick)
             if prompt in seen:
                 continue
@@ -67,22 +75,13 @@ def meaning(facts: Facts) -> str:
     return ", ".join(f"{slot}[{value}]" for slot, value in facts.items())
 
 
-def _facts(pick: Pick) -> Facts:
-    words = restaurant_words
-    values = {
-        "type": words.TYPES,
-        "food": words.FOODS,
-        "price": words.PRICES,
-        "rating": words.RATINGS,
-        "area": words.AREAS,
-        "family": words.YES_NO,
-        "near": words.LANDMARKS,
-    }
+def draw_facts(pick: Pick) -> Facts:
+    """A name and two to seven other facts."""
     chosen: set[str] = set()
     count = pick(_SLOT_COUNTS)
     while len(chosen) < count - 1:
-        chosen.add(pick(_SLOTS))
-    return {"name": _name(pick)} | {s: pick(values[s]) for s in _SLOTS if s in chosen}
+        chosen.add(pick(tuple(VALUES)))
+    return {"name": _name(pick)} | {s: pick(VALUES[s]) for s in VALUES if s in chosen}
 
 
 def _name(pick: Pick) -> str:
@@ -92,7 +91,8 @@ def _name(pick: Pick) -> str:
     return f"{pick(words.OWNERS)}'s {pick(words.ROOMS)}"
 
 
-def _picker(seed: int) -> Pick:
+def picker(seed: int) -> Pick:
+    """Draws options in an order that follows from the seed alone."""
     # Raw bits only: numpy keeps these the same for ever, its distributions it may change.
     bits = np.random.Philox(key=seed)
 

@@ -1,14 +1,15 @@
 """Where records come from: one function for every source.
 
 A source is a frozen sequence of records, read at random; a record is a conversation,
-`{"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}`.
+`{"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}`, or a pair
+of answers, `{"prompt": [messages], "chosen": [messages], "rejected": [messages]}`.
 """
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_jax.data import e2e, jsonl, restaurants
+from lora_jax.data import e2e, jsonl, preferences, restaurants
 from lora_jax.data.records import Record
 
 TFDS_PREFIX = "tfds:"
@@ -22,17 +23,22 @@ def load_source(
     cache_dir: str | os.PathLike[str] | None = None,
     prompt_field: str | None = None,
     response_field: str | None = None,
+    chosen_field: str | None = None,
+    rejected_field: str | None = None,
     validation_path: str | os.PathLike[str] | None = None,
     held_out: jsonl.HeldOut | None = None,
 ) -> Sequence[Record]:
     """The records of one split.
 
     Args:
-      name: "restaurants" (generated), "e2e" (the folder `path`), "jsonl" (the file or folder
-        `path`), or "tfds:NAME" for a dataset of the TFDS catalogue.
+      name: "restaurants" or "preferences" (generated: conversations, or pairs), "e2e" (the folder
+        `path`), "jsonl" (the file or folder `path`), or "tfds:NAME" for a dataset of the TFDS
+        catalogue.
       split: "train", "validation" or "test"; of a TFDS dataset also "train[:10%]" and the like.
       cache_dir: where prepared data is kept; `$LORA_JAX_CACHE`, else `~/.cache/lora_jax`.
-      prompt_field, response_field: the two fields of a TFDS dataset to use.
+      prompt_field, response_field: the two fields of a TFDS dataset to use;
+      chosen_field, rejected_field: or those of its pairs, with `prompt_field` where these are
+        answers and not full conversations.
       validation_path: of "jsonl", a file of validation examples.
       held_out: of "jsonl" without one, which examples are the validation split.
 
@@ -54,18 +60,27 @@ def load_source(
             name.removeprefix(TFDS_PREFIX),
             split,
             cache,
-            prompt_field=prompt_field,
-            response_field=response_field,
+            {
+                "prompt": prompt_field,
+                "response": response_field,
+                "chosen": chosen_field,
+                "rejected": rejected_field,
+            },
         )
     if name == "restaurants":
         corpus = restaurants.corpus()
+    elif name == "preferences":
+        corpus = preferences.corpus()
     elif name == "e2e":
         corpus = e2e.corpus(_given(path, name))
     elif name == "jsonl":
         own = None if validation_path is None else Path(validation_path).expanduser()
         corpus = jsonl.corpus(_given(path, name), validation_path=own, held_out=held_out)
     else:
-        raise ValueError(f"Unknown source {name!r}: expected restaurants, e2e, jsonl or tfds:NAME.")
+        raise ValueError(
+            f"Unknown source {name!r}: expected restaurants, e2e, jsonl or tfds:NAME, or of pairs "
+            "preferences."
+        )
     if split not in corpus.splits:
         raise ValueError(
             f"Source {name} has no split {split!r}; it has {', '.join(corpus.splits)}."

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,13 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.models.choosing import NONE as NONE
+from lora_jax.models.choosing import check_sampling as check_sampling
+from lora_jax.models.choosing import choose as choose
+from lora_jax.models.choosing import nucleus as nucleus
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.decoder import extend, output_head, start_cache
 from lora_jax.models.family import Params
 from lora_jax.models.leading import leading
 from lora_jax.paths import is_known, one_key
-
-NONE = -1  # stands where a token should, and there is none
 
 
 def generate(
@@ -55,27 +56,89 @@ def generate(
       ValueError: if prompt and answer exceed the model's context; for a length or a token that is
         out of range, an invalid temperature or top_p, or sampling without a key.
     """
+
+    def pick(hidden_BD: jax.Array, key: jax.Array):
+        return _pick(params, hidden_BD, key, config, temperature, top_p), ()
+
+    tokens, _ = _continued(
+        params,
+        prompts,
+        lengths,
+        config,
+        max_new_tokens=max_new_tokens,
+        eos_id=eos_id,
+        key=key,
+        temperature=temperature,
+        top_p=top_p,
+        pick=pick,
+    )
+    return tokens
+
+
+def sample(
+    params: Params,
+    prompts: jax.Array,
+    lengths: jax.Array,
+    config: DecoderConfig,
+    *,
+    max_new_tokens: int,
+    eos_id: int,
+    key: jax.Array,
+    temperature: float = 1.0,
+) -> tuple[jax.Array, jax.Array]:
+    """Sampled tokens, as `generate` returns them, and the log-probability that each was sampled
+    with, `[B, max_new_tokens]` float32: of logits divided by the temperature. Behind a row's end,
+    and where there is no token, it means nothing.
+
+    Arguments and errors are those of `generate`; a temperature of 0 samples nothing and is refused.
+    """
+    if temperature == 0:
+        raise ValueError("temperature=0 takes the likeliest token: there is nothing to sample.")
+
+    def pick(hidden_BD: jax.Array, key: jax.Array):
+        logits_BV = config.family.read_out(hidden_BD, output_head(params), config)
+        token_B = choose(logits_BV, key, temperature=temperature)
+        log_probs_BV = jax.nn.log_softmax(logits_BV.astype(jnp.float32) / temperature)
+        taken_B1 = jnp.maximum(token_B, 0)[:, None]
+        return token_B, jnp.take_along_axis(log_probs_BV, taken_B1, axis=-1)[:, 0]
+
+    return _continued(
+        params,
+        prompts,
+        lengths,
+        config,
+        max_new_tokens=max_new_tokens,
+        eos_id=eos_id,
+        key=key,
+        temperature=temperature,
+        top_p=1.0,
+        pick=pick,
+    )
+
+
+def _continued(
+    params, prompts, lengths, config, *, max_new_tokens, eos_id, key, temperature, top_p, pick
+):
+    """The new tokens `[B, N]`, and what `pick`, `(hidden [B, D], key) -> (tokens [B], more [B])`,
+    returned beside each."""
     check_sampling(temperature, top_p)
     keys, prompts, possible_B = _checked(
         params, prompts, lengths, config, max_new_tokens, key, temperature
     )
     batch, width = prompts.shape
-
-    def pick(hidden_BD: jax.Array, key: jax.Array) -> jax.Array:
-        return _pick(params, hidden_BD, key, config, temperature, top_p)
-
     last_BD, cache = _read_prompts(params, prompts, lengths, config, width + max_new_tokens)
 
     def step(carry: Any, key: jax.Array):
         cache, hidden_BD, done_B, token_B = carry
-        token_B = jnp.where(done_B, token_B, pick(hidden_BD, key))
+        picked_B, more = pick(hidden_BD, key)
+        token_B = jnp.where(done_B, token_B, picked_B)
         hidden_BTD, cache = extend(params, token_B[:, None], cache, config)
         done_B = done_B | (token_B == eos_id) | (token_B == NONE)
-        return (cache, hidden_BTD[:, 0], done_B, token_B), token_B
+        return (cache, hidden_BTD[:, 0], done_B, token_B), (token_B, more)
 
     start = (cache, last_BD, ~possible_B, jnp.full(batch, NONE, jnp.int32))
-    _, tokens = jax.lax.scan(step, start, keys)
-    return tokens.T
+    _, (tokens, more) = jax.lax.scan(step, start, keys)
+    return jax.tree.map(jnp.transpose, (tokens, more))
 
 
 def stream(
@@ -138,55 +201,6 @@ def _read_prompts(params, prompts, lengths, config, room):
     # Padding wrote after a row's end: ahead of its positions, where it is overwritten before it is
     # read.
     return last_BD, dataclasses.replace(cache, lengths=lengths)
-
-
-def choose(
-    logits: jax.Array, key: jax.Array | None, *, temperature: float = 0.0, top_p: float = 1.0
-) -> jax.Array:
-    """A token for each row of `logits [B, V]`; the likeliest at temperature 0 or `top_p` 0. A row
-    has none, and gets -1, where a logit is NaN, or all are -inf; sampled, also where one is inf.
-
-    Raises:
-      ValueError: for a temperature below 0, a `top_p` outside [0, 1], or a key that is none.
-    """
-    check_sampling(temperature, top_p)
-    logits = logits.astype(jnp.float32)
-    largest = jnp.max(logits, axis=-1)
-    if temperature == 0 or top_p == 0:
-        return jnp.where(largest > -jnp.inf, jnp.argmax(logits, axis=-1), NONE).astype(jnp.int32)
-    # The largest becomes 0 first, which no temperature, however small, takes to infinity.
-    smallest = float(jnp.finfo(jnp.float32).tiny)
-    logits = (logits - largest[..., None]) / max(temperature, smallest)
-    if top_p < 1:
-        logits = nucleus(logits, top_p)
-    drawn = jax.random.categorical(one_key(key), logits, axis=-1)
-    return jnp.where(jnp.isfinite(largest), drawn, NONE).astype(jnp.int32)
-
-
-def nucleus(logits: jax.Array, top_p: float) -> jax.Array:
-    """`logits [..., V]` with -inf outside the smallest set of tokens whose probabilities sum to at
-    least `top_p`: never empty, and of equal ones at its border those with the lowest ids."""
-    order = jnp.argsort(logits, axis=-1, descending=True, stable=True)
-    probabilities = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
-    total = jnp.cumsum(probabilities, axis=-1)
-    before = jnp.pad(total[..., :-1], [(0, 0)] * (logits.ndim - 1) + [(1, 0)])
-    kept = (before < top_p).at[..., 0].set(True)
-    kept = jnp.put_along_axis(jnp.zeros_like(kept), order, kept, axis=-1, inplace=False)
-    return jnp.where(kept, logits, -jnp.inf)
-
-
-def check_sampling(temperature: float, top_p: float) -> None:
-    """Raises ValueError for what cannot be sampled with."""
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise ValueError(
-            f"temperature={temperature}: expected a finite number of at least 0, which takes the "
-            "most likely token."
-        )
-    if not 0 <= top_p <= 1:
-        raise ValueError(
-            f"top_p={top_p}: expected a probability from 0, the most likely token alone, to 1, all "
-            "of them."
-        )
 
 
 def _checked(

@@ -14,7 +14,7 @@ from lora_jax.methods import DeltaNode
 from lora_jax.weights import PyTree
 
 Save = Callable[[int, PyTree, Any], None]
-LAYOUT = 2  # of what is saved; raised when it changes. Version 0.1.0 wrote none.
+LAYOUT = 3  # of what is saved; raised when it changes. Version 0.1.0 wrote none.
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import numpy as np
 from lora_jax import paths
 from lora_jax.masks import trainable_mask
 from lora_jax.training.step import TrainState
-from lora_jax.transform import Delta, delta_nodes
+from lora_jax.transform import delta_nodes
 from lora_jax.weights import PyTree
 
 ROUNDING = 1e-3  # by which frozen leaves may differ that another device type computed
@@ -55,20 +55,20 @@ def require_same_init(
     """
     for name, ours, theirs in zip(arms, given, restored, strict=True):
         differing = [] if int(ours.seed) == int(theirs.seed) else ["its seed"]
-        frozen = _frozen(ours.delta), _frozen(theirs.delta)
+        frozen = _frozen(ours), _frozen(theirs)
         differing += [path for path in frozen[0] if not _close(frozen[0][path], frozen[1][path])]
         if differing:
             raise ValueError(
                 f"the checkpoint in {folder} is of another run: arm {name!r} was begun with other "
                 f"settings there, as {differing[0]} shows. Choose another --workdir, or go back to "
-                "the seed, alpha and initialisation that it was made with."
+                "the seed, alpha, settings and initialisation that it was made with."
             )
 
 
-def _frozen(delta: Delta) -> dict[str, jax.Array]:
-    """The leaves that no step moves."""
-    found = {}
-    for path, node in delta_nodes(delta).items():
+def _frozen(state: TrainState) -> dict[str, jax.Array]:
+    """The leaves that no step moves, of the loss's settings and of the delta."""
+    found = paths.flatten({"settings": dict(state.settings)})
+    for path, node in delta_nodes(state.delta).items():
         moves = paths.flatten(trainable_mask(node))
         for name, leaf in paths.flatten(node).items():
             if not moves[name] and name.split("/")[0] not in node.statistics:

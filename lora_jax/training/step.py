@@ -1,7 +1,8 @@
 """One step of training a delta over a frozen base, as pure functions."""
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.struct
@@ -28,12 +29,14 @@ class TrainState:
       opt_state: the optimizer's state of its trained leaves, its learning rate included.
       step: int32, updates made.
       seed: uint32, from which each step derives its dropout key.
+      settings: what the loss is called with by keyword, such as DPO's beta; nothing moves them.
     """
 
     delta: Delta
     opt_state: PyTree
     step: jax.Array
     seed: jax.Array
+    settings: Mapping[str, Any] = flax.struct.field(default_factory=dict)
 
 
 @flax.struct.dataclass
@@ -57,6 +60,7 @@ def init_state(
     *,
     learning_rate: float | None = None,
     seed: int,
+    settings: Mapping[str, Any] | None = None,
 ) -> TrainState:
     """The state before the first step. `tx` moves what `trainable_mask(delta)` allows.
 
@@ -65,6 +69,8 @@ def init_state(
       tx: the optimizer, such as `training.optimizer("adamw", steps=100)`.
       learning_rate: set in the optimizer's state; None leaves the optimizer's own.
       seed: of dropout.
+      settings: what the loss is called with by keyword, `loss.settings_of(beta=0.3)`; None leaves
+        the loss's own.
 
     Raises:
       ValueError: for a rate, where the optimizer keeps none in its state, or a seed that is not
@@ -73,7 +79,13 @@ def init_state(
     opt_state = mask_optimizer(tx, delta).init(delta)
     if learning_rate is not None:
         opt_state = with_learning_rate(opt_state, learning_rate)
-    return TrainState(delta=delta, opt_state=opt_state, step=jnp.int32(0), seed=_seed(seed))
+    return TrainState(
+        delta=delta,
+        opt_state=opt_state,
+        step=jnp.int32(0),
+        seed=_seed(seed),
+        settings=jax.tree.map(jnp.asarray, dict(settings or {})),
+    )
 
 
 def _seed(seed: Any) -> jax.Array:
@@ -127,7 +139,8 @@ def train_step(
 
     Args:
       loss_sum: gives a batch's summed loss and its count: a `Loss`, such as
-        `next_token_loss(config)`, or any function `(delta, base, batch, dropout_key)`.
+        `next_token_loss(config)`, or any function `(delta, base, batch, dropout_key)`, which gets
+        the state's settings by keyword.
       tx: the optimizer.
       accumulate: into how many micro-batches the batch is cut. Their losses are summed before
         they are divided, so that the result is that of the full batch, however its tokens
@@ -142,7 +155,8 @@ def train_step(
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
         if axis_name is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-        sums = _summed_gradients(loss_sum, state.delta, base, batch, key, accumulate)
+        of_state = functools.partial(loss_sum, **state.settings) if state.settings else loss_sum
+        sums = _summed_gradients(of_state, state.delta, base, batch, key, accumulate)
         total, count, grads = sums if axis_name is None else jax.lax.psum(sums, axis_name)
         divisor = jnp.where(count > 0, count, 1)
         return jax.tree.map(lambda g: g / divisor, grads), total / divisor, count

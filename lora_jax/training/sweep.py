@@ -22,7 +22,7 @@ from lora_jax.transform import Delta
 from lora_jax.weights import PyTree
 
 Mode = Literal["auto", "batched", "in_turn"]
-Evaluate = Callable[[Delta, PyTree, Batch], tuple[jax.Array, jax.Array]]
+Evaluate = Callable[..., tuple[jax.Array, jax.Array]]  # (delta, base, batch, **settings)
 
 
 class Sweep(NamedTuple):
@@ -33,7 +33,8 @@ class Sweep(NamedTuple):
       unpack: the inverse.
       step: `(packed, base, batch, running) -> (packed, metrics)`. `running` is a bool for each arm;
         one that has stopped keeps its state. Metrics carry a leading axis of arms.
-      evaluate: `(packed, base, batch) -> (loss sums, counts)`, each `[arms]`.
+      evaluate: `(packed, base, batch) -> (loss sums, counts)`, each `[arms]`, of each arm with its
+        own settings.
     """
 
     pack: Callable[[Sequence[TrainState]], PyTree]
@@ -97,6 +98,7 @@ def batched_step(step: TrainStep, execution: Execution) -> Callable:
             opt_state=(),
             step=jnp.stack([state.step for state in states]),
             seed=jnp.stack([state.seed for state in states]),
+            settings=_stacked([state.settings for state in states]),
         )
         gradients = each_arm(step.gradients, in_axes=(0, None, None))
         grads, losses, counts = gradients(together, base, batch)
@@ -119,14 +121,17 @@ def _batched(step: TrainStep, evaluate: Evaluate, execution: Execution) -> Sweep
     step_all = batched_step(step, execution)
     each_arm = functools.partial(jax.vmap, spmd_axis_name=execution.arms_axis)
 
-    def evaluate_deltas(deltas, base, batch):
+    def evaluate_arms(arms, base, batch):
+        deltas, settings = arms
         if isinstance(deltas, list):
-            deltas = execution.shard_arms(stack(deltas))
-        return each_arm(evaluate, in_axes=(0, None, None))(deltas, base, batch)
+            deltas, settings = execution.shard_arms(stack(deltas)), _stacked(settings)
+        return each_arm(of_arm, in_axes=(0, None, None))((deltas, settings), base, batch)
 
-    evaluate_all = execution.evaluate(evaluate_deltas)
+    of_arm = _of_arm(evaluate)
+    evaluate_all = execution.evaluate(evaluate_arms)
 
     def pack(states: Sequence[TrainState]) -> PyTree:
+        _require_same_settings(states)
         if alike(states):
             return execution.states(_stacked(states), True)
         return tuple(execution.states(state, False) for state in states)
@@ -137,7 +142,8 @@ def _batched(step: TrainStep, evaluate: Evaluate, execution: Execution) -> Sweep
 
     def evaluate_batch(states, base, batch):
         with execution.context():
-            return evaluate_all(deltas_of(states), base, execution.batch(batch))
+            arms = deltas_of(states), _settings_of(states)
+            return evaluate_all(arms, base, execution.batch(batch))
 
     def unpack(states: PyTree) -> list[TrainState]:
         return list(states) if isinstance(states, tuple) else arms_of(states, states.seed.shape[0])
@@ -147,7 +153,7 @@ def _batched(step: TrainStep, evaluate: Evaluate, execution: Execution) -> Sweep
 
 def _in_turn(step: TrainStep, evaluate: Evaluate, execution: Execution) -> Sweep:
     step_one = execution.step(step, False)
-    evaluate_one = execution.evaluate(evaluate)
+    evaluate_one = execution.evaluate(_of_arm(evaluate))
     apart = _Apart(step, execution)
     stopped = StepMetrics(jnp.float32(jnp.nan), jnp.float32(jnp.nan), jnp.float32(0))
 
@@ -169,10 +175,15 @@ def _in_turn(step: TrainStep, evaluate: Evaluate, execution: Execution) -> Sweep
                 state.delta if same else apart.padded(states, i).delta
                 for i, state in enumerate(states)
             ]
-            return _stacked([evaluate_one(delta, base, placed) for delta in deltas])
+            arms = zip(deltas, _settings_of(states), strict=True)
+            return _stacked([evaluate_one(arm, base, placed) for arm in arms])
+
+    def pack(states: Sequence[TrainState]) -> PyTree:
+        _require_same_settings(states)
+        return [execution.states(state, False) for state in states]
 
     return Sweep(
-        pack=lambda states: [execution.states(state, False) for state in states],
+        pack=pack,
         unpack=list,
         step=step_each,
         evaluate=evaluate_each,
@@ -210,6 +221,34 @@ def deltas_of(packed: PyTree) -> PyTree:
     if isinstance(packed, list | tuple):
         return [state.delta for state in packed]
     return packed.delta
+
+
+def _settings_of(packed: PyTree) -> PyTree:
+    """The settings of a sweep's packed states, as `deltas_of` returns the deltas."""
+    if isinstance(packed, list | tuple):
+        return [state.settings for state in packed]
+    return packed.settings
+
+
+def _of_arm(evaluate: Evaluate) -> Callable:
+    """`evaluate` of `((delta, settings), base, batch)`: all that it takes by place."""
+
+    def of_arm(arm, base, batch):
+        delta, settings = arm
+        return evaluate(delta, base, batch, **settings)
+
+    return of_arm
+
+
+def _require_same_settings(states: Sequence[TrainState]) -> None:
+    first, *others = [sorted(state.settings) for state in states]
+    for index, names in enumerate(others, start=1):
+        if names != first:
+            raise ValueError(
+                f"arm {index} has settings of its own for {', '.join(names) or 'nothing'}, arm 0 "
+                f"for {', '.join(first) or 'nothing'}: one step serves all arms, so give every "
+                "arm a value of each."
+            )
 
 
 def arms_of(tree: PyTree, count: int) -> list[Any]:

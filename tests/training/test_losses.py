@@ -48,6 +48,10 @@ def test_a_loss_takes_the_batch_that_it_declares(name):
     }
     for batch in (abstract(name), abstract(name, more=array(3)), wide):
         assert traced(loss, batch) == (scalar, scalar)
+    with jax.numpy_dtype_promotion("strict"):
+        assert traced(loss, abstract(name)) == (scalar, scalar)
+    settings = {key: setting.value for key, setting in loss.settings.items()}
+    assert loss.settings_of(**settings).keys() == settings.keys()
     made = training.LOSSES[name].make(
         small.CONFIG, remat="full", unroll=2, chunk=4, attention="xla"
     )
@@ -67,8 +71,9 @@ def test_a_batch_of_another_form_is_refused_by_name(name, field):
     shown = rf"the loss {name}.*'{field}'"
     refuses(rf"the loss {name} needs.*'{field}', \[rows.*which the batch lacks: it holds \w+",
             {key: value for key, value in good.items() if key != field})  # fmt: skip
-    refuses(f"{shown} holds float32, expected (integers|bool)",
-            good | {field: array(*x.shape, dtype=jnp.float32)})  # fmt: skip
+    wrong = jnp.int32 if x.dtype == jnp.float32 else jnp.float32
+    refuses(f"{shown} holds {wrong.__name__}, expected (integers|bool|floats)",
+            good | {field: array(*x.shape, dtype=wrong)})  # fmt: skip
     refuses(f"{shown} has shape .*, expected .*rows", good | {field: array(*x.shape, 1)})
     refuses(f"{shown} has shape .*, expected .*rows", good | {field: array(dtype=x.dtype)})
     other = next(key for key in good if key != field)

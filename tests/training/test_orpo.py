@@ -7,34 +7,15 @@ import numpy as np
 import optax
 import pytest
 import small
+from pairs import pairs, start
 
 import lora_jax as lora
 from lora_jax import training
 from lora_jax.models import llama
-from lora_jax.training.losses.orpo import log_odds
+from lora_jax.training.preference import log_odds
 
-BETA, PROMPT, LENGTH = 0.3, 4, 10
+BETA = 0.3
 LOSS = training.orpo_loss(small.CONFIG, beta=BETA, chunk=8)
-
-
-def pairs(rows=4):
-    """Answers of several lengths to one prompt a pair; the last row is padding."""
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, small.CONFIG.vocab_size, (rows, 2, LENGTH + 1), dtype=np.int32)
-    tokens[:, 1, :PROMPT] = tokens[:, 0, :PROMPT]
-    lengths = rng.integers(PROMPT + 1, LENGTH + 1, (rows, 2, 1))
-    lengths[-1] = 0
-    at = np.arange(LENGTH, dtype=np.int32)
-    filled = at < lengths
-    return {
-        "tokens": np.where(filled, tokens[..., :-1], 0),
-        "targets": np.where(filled, tokens[..., 1:], 0),
-        "loss_mask": filled & (at >= PROMPT - 1),
-        "segment_ids": filled.astype(np.int32),
-        "positions": np.where(filled, at, 0),
-    }
-
-
 BATCH = pairs()
 
 
@@ -52,12 +33,6 @@ def plain(delta, base, batch):
             chosen, rejected = (p / (1 - p) for p in map(jnp.exp, log_p))
             losses.append(-log_p[0] - BETA * jnp.log(jax.nn.sigmoid(jnp.log(chosen / rejected))))
     return sum(losses) / len(losses), len(losses)
-
-
-def start():
-    base = small.params()
-    _, delta = lora.lora_transform(base, lora.LoRA(rank=2), key=jax.random.key(0))
-    return base, jax.tree.map(lambda x: x + 0.02, delta)
 
 
 def stepped(batch, **options):
