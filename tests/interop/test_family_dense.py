@@ -1,0 +1,141 @@
+"""Each dense family, and each change of a Llama's, computes what transformers recorded, in full
+rows, packed rows and a cache."""
+
+import dataclasses
+from pathlib import Path
+
+import dense_families
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from dense_families import CASES, FAMILIES, GREEDY, NOT_GENERATED, PROMPT, TOKENS
+
+import lora_jax as lora
+from lora_jax import models
+from lora_jax.interop import load_gguf, load_huggingface, save_gguf, save_huggingface
+from lora_jax.models import decoder
+from lora_jax.models.generate import generate
+
+B, T = TOKENS.shape
+VARIANTS = [name for name in CASES if name not in FAMILIES]
+EACH = [*FAMILIES, *(pytest.param(name, marks=pytest.mark.sampled) for name in VARIANTS)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made: dict[str, Path] = {}
+
+    def write(name):
+        if name not in made:
+            made[name] = dense_families.write(tmp_path_factory.mktemp("family") / "m", name)
+        return made[name]
+
+    return write
+
+
+def computed(params, config):
+    """Logits `[B, T, V]` of the texts in full rows, packed into one, and through a cache."""
+    tokens = jnp.asarray(TOKENS)
+
+    @jax.jit
+    def each(params):
+        head = models.output_head(params)
+        packed = models.forward(
+            params,
+            tokens.reshape(1, -1),
+            config,
+            positions=jnp.tile(jnp.arange(T), B)[None],
+            segment_ids=jnp.repeat(jnp.arange(B), T)[None],
+        )
+        cache, parts = decoder.start_cache(params, config, B, T), []
+        for piece in jnp.split(tokens, [11, 12], axis=1):
+            hidden, cache = decoder.extend(params, piece, cache, config)
+            parts.append(config.family.read_out(hidden, head, config))
+        whole = models.forward(params, tokens, config)
+        return whole, packed.reshape(whole.shape), jnp.concatenate(parts, axis=1)
+
+    return [np.asarray(logits) for logits in each(params)]
+
+
+def greedy(model):
+    lengths = jnp.array([PROMPT.shape[1]])
+    options = {"max_new_tokens": GREEDY, "eos_id": -1}
+    found = generate(model.params, jnp.asarray(PROMPT), lengths, model.config, **options)
+    return found[0].tolist()
+
+
+def relative(ours, theirs):
+    return np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_logits_recorded_from_transformers(folder, name):
+    model = load_huggingface(folder(name))
+    whole, packed, cached = computed(model.params, model.config)
+    recorded = dense_families.golden(name)
+    assert relative(whole[:, -1, :6], recorded["logits"]) <= 1e-4
+    assert relative(packed, whole) <= 1e-4 and relative(cached, whole) <= 1e-4
+    if name in FAMILIES:
+        assert greedy(model) == recorded["tokens"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_folders_and_ggufs_come_back(folder, tmp_path, name):
+    """Of a GGUF's own, the numbers that float16 holds; a family without one says so."""
+    model = load_huggingface(folder(name))
+    half = jax.tree.map(lambda x: x.astype(jnp.float16).astype(jnp.float32), model.params)
+    anew = dataclasses.replace(model, source="none", params=half)
+    save_huggingface(tmp_path / "out", anew)
+    again = load_huggingface(tmp_path / "out")
+    assert again.config == model.config
+    jax.tree.map(np.testing.assert_array_equal, again.params, half)
+    if reason := dense_families.NO_GGUF.get(name):
+        with pytest.raises(ValueError, match=reason):
+            save_gguf(tmp_path / "m.gguf", anew)
+        return
+    save_gguf(tmp_path / "m.gguf", anew)
+    again = load_gguf(tmp_path / "m.gguf")
+    expected = model.config
+    if "mistral" in name:  # llama.cpp slides no window in it
+        expected = dataclasses.replace(expected, context_length=7)
+    assert again.config == expected
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3), again.params, half)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_adapted_it_computes_what_merged_it_computes(folder, name):
+    model = load_huggingface(folder(name))
+    base, delta = lora.lora_transform(model.params, lora.LoRA(rank=2), key=jax.random.key(0))
+    delta = jax.tree.map(lambda x: x + 0.05, delta)
+    forward = jax.jit(lambda weights: models.forward(weights, jnp.asarray(TOKENS), model.config))
+    assert relative(forward(lora.bind(base, delta)), forward(lora.merge(base, delta))) <= 1e-4
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_random_params_have_the_tree_of_a_checkpoint(folder, name):
+    model = load_huggingface(folder(name))
+    drawn = jax.eval_shape(lambda key: models.init(model.config, key=key), jax.random.key(0))
+    assert jax.tree.map(jnp.shape, drawn) == jax.tree.map(jnp.shape, model.params)
+
+
+def torch_and_transformers():
+    pytest.importorskip("torch", reason="requirements-parity.txt is not installed")
+    pytest.importorskip("transformers", reason="requirements-parity.txt is not installed")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_transformers_agrees(folder, tmp_path, name):
+    """On logits and greedy tokens, and on a folder that is written anew."""
+    torch_and_transformers()
+    model = load_huggingface(folder(name))
+    theirs = dense_families.their_model(folder(name))
+    logits = dense_families.their_logits(theirs, TOKENS)
+    whole, packed, cached = computed(model.params, model.config)
+    for ours in (whole, packed, cached):
+        assert relative(ours, logits) <= 1e-4
+    if name not in NOT_GENERATED:
+        assert greedy(model) == dense_families.their_tokens(theirs)
+    save_huggingface(tmp_path / "out", dataclasses.replace(model, source="none"))
+    written = dense_families.their_model(tmp_path / "out")
+    assert relative(dense_families.their_logits(written, TOKENS), logits) <= 1e-6
