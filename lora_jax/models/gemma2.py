@@ -16,9 +16,11 @@ Source: Gemma 2 (arXiv:2408.00118, section 2).
 """
 
 import dataclasses
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from lora_jax.models import leaves
 from lora_jax.models.blocks import Heads, attention_heads
@@ -37,8 +39,12 @@ from lora_jax.models.config_json import ModelType, Stated
 from lora_jax.models.decoder import forward as forward
 from lora_jax.models.decoder import hidden_states as hidden_states
 from lora_jax.models.decoder import init as init
-from lora_jax.models.family import Family, Parameter, Params
+from lora_jax.models.family import GGUF, Family, Parameter, Params
 from lora_jax.models.gemma_blocks import capped_read_out, finish, rms_norm, scaled_embed
+from lora_jax.models.gemma_gguf import gemma_metadata, gguf_scalar, gguf_windows
+
+_CAPS = {"attn": 50.0, "final": 30.0}
+_PERIOD, _WIDE = 2, 46  # of windows in llama.cpp, and the layers of its 27B
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,6 +121,38 @@ def _config_json(config: Gemma2Config) -> dict[str, Any]:
     }
 
 
+def _from_gguf(
+    architecture: str,
+    fields: dict[str, Any],
+    metadata: Mapping[str, Any],
+    tensors: Collection[str],
+) -> Gemma2Config:
+    del architecture, tensors
+    caps = [metadata.get(f"{name}_logit_softcapping", cap) for name, cap in _CAPS.items()]
+    if not all(isinstance(cap, float) and cap > 0 for cap in caps):
+        raise ValueError(f"the caps of attention and logits are {caps}, expected positive floats.")
+    return Gemma2Config(
+        **fields,
+        attention_cap=float(str(np.float32(caps[0]))),
+        logit_cap=float(str(np.float32(caps[1]))),
+        attention_scalar=gguf_scalar(fields, _WIDE),
+        windows=gguf_windows(fields, metadata, _PERIOD),
+    )
+
+
+def _gguf_metadata(config: Gemma2Config) -> dict[str, int | float]:
+    caps = config.attention_cap, config.logit_cap
+    if None in caps or not config.tie_embeddings:
+        raise ValueError(
+            f"caps of {caps} and tie_embeddings={config.tie_embeddings}: llama.cpp computes a "
+            "gemma2 with both caps and a tied head. Write a Hugging Face folder, "
+            "save_huggingface(folder, model)."
+        )
+    named = zip(_CAPS, caps, strict=True)
+    keys = {f"{name}_logit_softcapping": float(cap) for name, cap in named if cap}
+    return gemma_metadata(config, _PERIOD, _WIDE) | keys
+
+
 FAMILY = Family(
     parameters=parameters,
     project=project,
@@ -153,6 +191,15 @@ FAMILY = Family(
         )
     },
     config_json=_config_json,
+    gguf=GGUF(
+        architectures=("gemma2",),
+        architecture_of=lambda config: "gemma2",
+        read=_from_gguf,
+        metadata=_gguf_metadata,
+        reads=frozenset(
+            {"attention.sliding_window", "attn_logit_softcapping", "final_logit_softcapping"}
+        ),
+    ),
     shapes={
         "gemma-2-2b": Gemma2Config(
             vocab_size=256_000,

@@ -41,9 +41,43 @@ def _scaled(**rope) -> dict:
     return _of("llama", rope_scaling=rope)
 
 
+_GEMMA = _COMMON | {
+    "head_dim": 8,
+    "sliding_window": 5,
+    "tie_word_embeddings": True,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "cache_implementation": "hybrid",
+}
 _SHORT, _LONG = [1.0, 1.1, 1.3, 1.6], [1.0, 2.0, 4.0, 7.0]
 # A llama with each scaling of RoPE, and each model type with what it reads beyond a Llama's.
 CASES = {
+    "gemma2": _GEMMA
+    | {
+        "model_type": "gemma2",
+        "query_pre_attn_scalar": 8,
+        "attn_logit_softcapping": 1.5,
+        "final_logit_softcapping": 2.0,
+    },
+    # Pieces of a RoPE as transformers 4 writes them, and as 5 does.
+    "gemma3": _GEMMA
+    | {
+        "model_type": "gemma3_text",
+        "query_pre_attn_scalar": 8,
+        "num_hidden_layers": 7,
+        "rope_local_base_freq": 10_000.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+    },
+    "gemma3, other": {key: value for key, value in _GEMMA.items() if key != "rope_theta"}
+    | {
+        "model_type": "gemma3_text",
+        "query_pre_attn_scalar": 5,
+        "final_logit_softcapping": 2.0,
+        "layer_types": ["full_attention", "sliding_attention"] * 2,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 500.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+        },
+    },
     "biases": _of("llama", attention_bias=True, mlp_bias=True),
     "qwen3 biases": _of("qwen3", attention_bias=True, head_dim=16),
     "mistral window": _of("mistral", sliding_window=7),
@@ -88,13 +122,14 @@ CASES = {
         factor=3.0,
     ),
 }
-FAMILIES = ()  # those that are tested in full
+FAMILIES = ("gemma2", "gemma3")  # those that are tested in full
 # Whose cached keys transformers leaves with the frequencies of shorter rows.
 NOT_GENERATED = ("dynamic",)
 # Why they have no GGUF.
 _NO_PLACE = "GGUF has no place for"
 NO_GGUF = {
     "qwen3 biases": "llama.cpp reads no biases of attention",
+    "gemma3, other": "llama.cpp computes a gemma3 with",
     "ministral": "llama.cpp has no layers with a window beside",
     "qwen2 windows": "llama.cpp has no layers with a window beside",
     "qwen3 windows": "llama.cpp has no layers with a window beside",

@@ -14,6 +14,7 @@ from dense_families import CASES, FAMILIES, GREEDY, NOT_GENERATED, PROMPT, TOKEN
 import lora_jax as lora
 from lora_jax import models
 from lora_jax.interop import load_gguf, load_huggingface, save_gguf, save_huggingface
+from lora_jax.interop import peft as ours
 from lora_jax.models import decoder
 from lora_jax.models.generate import generate
 
@@ -65,8 +66,8 @@ def greedy(model):
     return found[0].tolist()
 
 
-def relative(ours, theirs):
-    return np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max()
+def relative(found, expected):
+    return np.abs(np.asarray(found) - np.asarray(expected)).max() / np.abs(expected).max()
 
 
 @pytest.mark.parametrize("name", EACH)
@@ -132,10 +133,52 @@ def test_transformers_agrees(folder, tmp_path, name):
     theirs = dense_families.their_model(folder(name))
     logits = dense_families.their_logits(theirs, TOKENS)
     whole, packed, cached = computed(model.params, model.config)
-    for ours in (whole, packed, cached):
-        assert relative(ours, logits) <= 1e-4
+    for found in (whole, packed, cached):
+        assert relative(found, logits) <= 1e-4
     if name not in NOT_GENERATED:
         assert greedy(model) == dense_families.their_tokens(theirs)
     save_huggingface(tmp_path / "out", dataclasses.replace(model, source="none"))
     written = dense_families.their_model(tmp_path / "out")
     assert relative(dense_families.their_logits(written, TOKENS), logits) <= 1e-6
+
+
+@pytest.mark.mixed_dtypes
+@pytest.mark.filterwarnings("ignore")  # peft's own use of transformers
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("name", [*FAMILIES, "biases"])
+def test_adapters_of_peft_both_ways(folder, tmp_path, name, method):
+    """On all linear layers: theirs in ours, with equal logits, and ours in theirs."""
+    torch_and_transformers()
+    peft = pytest.importorskip("peft", reason="requirements-parity.txt is not installed")
+    import torch
+
+    model = load_huggingface(folder(name))
+    names = ours.model_names(model.config)
+    options = {"r": 3, "lora_alpha": 5, "use_dora": method == "dora", "init_lora_weights": False}
+    theirs = peft.get_peft_model(
+        dense_families.their_model(folder(name)),
+        peft.LoraConfig(**options, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for key, leaf in theirs.named_parameters():
+            if "lora_" in key:
+                leaf.add_(0.05 * torch.randn_like(leaf))
+    theirs.save_pretrained(tmp_path / "theirs")
+    delta = ours.load_adapter(tmp_path / "theirs", model.params, names)
+    weights = lora.bind(model.params, delta)
+    logits = models.forward(weights, jnp.asarray(TOKENS), model.config)
+    assert relative(logits, dense_families.their_logits(theirs.eval(), TOKENS)) <= 1e-4
+
+    kinds = {"lora": lora.LoRA(rank=2), "dora": lora.DoRA(rank=2)}
+    base, delta = lora.lora_transform(model.params, kinds[method], key=jax.random.key(0))
+    trains = lora.trainable_mask(delta)
+    delta = jax.tree.map(lambda x, moves: x + 0.05 if moves else x, delta, trains)
+    ours.save_adapter(tmp_path / "ours", delta, model.params, names)
+    again = ours.load_adapter(tmp_path / "ours", model.params, names)
+    jax.tree.map(np.testing.assert_array_equal, again, delta)
+    theirs = peft.PeftModel.from_pretrained(
+        dense_families.their_model(folder(name)), tmp_path / "ours"
+    )
+    logits = models.forward(lora.bind(base, delta), jnp.asarray(TOKENS), model.config)
+    assert relative(logits, dense_families.their_logits(theirs.eval(), TOKENS)) <= 1e-4
