@@ -78,6 +78,8 @@ CASES = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
         },
     },
+    "olmo2": _of("olmo2", num_key_value_heads=2, attention_bias=False),
+    "olmo2 biases": _of("olmo2", attention_bias=True, tie_word_embeddings=True),
     "biases": _of("llama", attention_bias=True, mlp_bias=True),
     "qwen3 biases": _of("qwen3", attention_bias=True, head_dim=16),
     "mistral window": _of("mistral", sliding_window=7),
@@ -122,7 +124,7 @@ CASES = {
         factor=3.0,
     ),
 }
-FAMILIES = ("gemma2", "gemma3")  # those that are tested in full
+FAMILIES = ("gemma2", "gemma3", "olmo2")  # those that are tested in full
 # Whose cached keys transformers leaves with the frequencies of shorter rows.
 NOT_GENERATED = ("dynamic",)
 # Why they have no GGUF.
@@ -130,6 +132,7 @@ _NO_PLACE = "GGUF has no place for"
 NO_GGUF = {
     "qwen3 biases": "llama.cpp reads no biases of attention",
     "gemma3, other": "llama.cpp computes a gemma3 with",
+    "olmo2 biases": "llama.cpp reads no biases of attention in an olmo2",
     "ministral": "llama.cpp has no layers with a window beside",
     "qwen2 windows": "llama.cpp has no layers with a window beside",
     "qwen3 windows": "llama.cpp has no layers with a window beside",
