@@ -80,6 +80,14 @@ CASES = {
     },
     "olmo2": _of("olmo2", num_key_value_heads=2, attention_bias=False),
     "olmo2 biases": _of("olmo2", attention_bias=True, tie_word_embeddings=True),
+    "granite": _of(
+        "granite",
+        embedding_multiplier=3.0,
+        attention_multiplier=0.5,
+        residual_multiplier=0.75,
+        logits_scaling=4.0,
+    ),
+    "granite biases": _of("granite", attention_bias=True, mlp_bias=True, logits_scaling=0.5),
     "biases": _of("llama", attention_bias=True, mlp_bias=True),
     "qwen3 biases": _of("qwen3", attention_bias=True, head_dim=16),
     "mistral window": _of("mistral", sliding_window=7),
@@ -124,7 +132,7 @@ CASES = {
         factor=3.0,
     ),
 }
-FAMILIES = ("gemma2", "gemma3", "olmo2")  # those that are tested in full
+FAMILIES = ("gemma2", "gemma3", "olmo2", "granite")  # those that are tested in full
 # Whose cached keys transformers leaves with the frequencies of shorter rows.
 NOT_GENERATED = ("dynamic",)
 # Why they have no GGUF.
