@@ -88,6 +88,17 @@ CASES = {
         logits_scaling=4.0,
     ),
     "granite biases": _of("granite", attention_bias=True, mlp_bias=True, logits_scaling=0.5),
+    "smollm3": _of("smollm3", num_hidden_layers=5, no_rope_layers=[1, 1, 1, 0, 1], pad_token_id=0),
+    "smollm3, other": {key: value for key, value in _COMMON.items() if key != "rope_theta"}
+    | {
+        "model_type": "smollm3",
+        "pad_token_id": 0,
+        "no_rope_layer_interval": 2,
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
     "biases": _of("llama", attention_bias=True, mlp_bias=True),
     "qwen3 biases": _of("qwen3", attention_bias=True, head_dim=16),
     "mistral window": _of("mistral", sliding_window=7),
@@ -132,7 +143,7 @@ CASES = {
         factor=3.0,
     ),
 }
-FAMILIES = ("gemma2", "gemma3", "olmo2", "granite")  # those that are tested in full
+FAMILIES = ("gemma2", "gemma3", "olmo2", "granite", "smollm3")  # those that are tested in full
 # Whose cached keys transformers leaves with the frequencies of shorter rows.
 NOT_GENERATED = ("dynamic",)
 # Why they have no GGUF.
@@ -141,6 +152,7 @@ NO_GGUF = {
     "qwen3 biases": "llama.cpp reads no biases of attention",
     "gemma3, other": "llama.cpp computes a gemma3 with",
     "olmo2 biases": "llama.cpp reads no biases of attention in an olmo2",
+    "smollm3, other": "llama.cpp computes a smollm3 without biases",
     "ministral": "llama.cpp has no layers with a window beside",
     "qwen2 windows": "llama.cpp has no layers with a window beside",
     "qwen3 windows": "llama.cpp has no layers with a window beside",
