@@ -17,6 +17,7 @@ from lora_jax.models.rope_scaling import (
     RopeScaling,
     Scaling,
     YarnScaling,
+    longrope_amplitude,
     yarn_amplitude,
 )
 
@@ -143,11 +144,15 @@ def _longrope(
     if name != "phi3" or _LONG not in header.tensors or _SHORT not in header.tensors:
         raise ValueError(f"{path}: expected {_LONG} and {_SHORT} together, in a phi3 alone.")
     short, long = (_stored(path, header, tensor, dims) for tensor in (_SHORT, _LONG))
+    original = context if original is None else original
+    amplitude = longrope_amplitude(context / original, original)
+    stored = float(own.get("rope.scaling.attn_factor", 1.0))
     return LongRopeScaling(
         short_factor=tuple(float(str(x)) for x in short),
         long_factor=tuple(float(str(x)) for x in long),
-        original_context=context if original is None else original,
-        attention_factor=float(str(np.float32(own.get("rope.scaling.attn_factor", 1.0)))),
+        original_context=original,
+        # In float32 it is the usual one, or another.
+        attention_factor=amplitude if math.isclose(stored, amplitude, rel_tol=1e-6) else stored,
     )
 
 

@@ -99,6 +99,18 @@ CASES = {
         "attention_bias": True,
         "mlp_bias": True,
     },
+    "phi3": _of("phi3", sliding_window=None, resid_pdrop=0.0, pad_token_id=0),
+    "phi3 window": _of("phi3", sliding_window=7, pad_token_id=0),
+    "phi3 longrope": _of(
+        "phi3",
+        partial_rotary_factor=0.5,
+        pad_token_id=0,
+        original_max_position_embeddings=16,
+        rope_scaling={"type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [2.0, 7.0]},
+    ),
+    # As wide as a reader of GGUF takes all of them for.
+    "gemma2 heads": _GEMMA | {"model_type": "gemma2", "head_dim": 256},
+    "gemma3 heads": _GEMMA | {"model_type": "gemma3_text", "head_dim": 256},
     "biases": _of("llama", attention_bias=True, mlp_bias=True),
     "qwen3 biases": _of("qwen3", attention_bias=True, head_dim=16),
     "mistral window": _of("mistral", sliding_window=7),
@@ -143,7 +155,14 @@ CASES = {
         factor=3.0,
     ),
 }
-FAMILIES = ("gemma2", "gemma3", "olmo2", "granite", "smollm3")  # those that are tested in full
+FAMILIES = (
+    "gemma2",
+    "gemma3",
+    "olmo2",
+    "granite",
+    "smollm3",
+    "phi3",
+)  # those that are tested in full
 # Whose cached keys transformers leaves with the frequencies of shorter rows.
 NOT_GENERATED = ("dynamic",)
 # Why they have no GGUF.
