@@ -104,7 +104,7 @@ def scaled_read_out(x_BTD: jax.Array, head: Any, config: GraniteConfig) -> jax.A
 
 
 def _read(stated: Stated) -> GraniteConfig:
-    scales = {name: float(stated.number(key, 1.0)) for name, key, _ in _SCALES}
+    scales: dict[str, Any] = {name: float(stated.number(key, 1.0)) for name, key, _ in _SCALES}
     return GraniteConfig(
         **read_fields(stated),
         **scales,
@@ -133,7 +133,7 @@ def _from_gguf(
 ) -> GraniteConfig:
     # llama.cpp takes 1 / sqrt(H) where the scale of scores is missing, and 1 for the others.
     missing = {"attention.scale": fields["head_dim"] ** -0.5}
-    scales = {}
+    scales: dict[str, Any] = {}
     for name, _, key in _SCALES:
         value = metadata.get(key) or missing.get(key, 1.0)
         if not isinstance(value, float) or not 0 < value < 1e30:

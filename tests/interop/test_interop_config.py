@@ -218,3 +218,26 @@ def test_folders_of_version_0_1_0_still_load(tmp_path):
         "head_dim": 16,
     }
     assert load_huggingface(write(tmp_path / "small", "llama2", written)).config.head_dim == 16
+
+
+@pytest.mark.parametrize("rows", [77, 78, 96])
+def test_resized_vocabularies(tmp_path, rows):
+    """Rows beyond the tokenizer's tokens, or fewer than them: as they are through both formats."""
+    config, weights = small_checkpoints.small("llama2")
+    weights |= {
+        name: np.concatenate([weights[name]] * 2)[:rows]
+        for name in ("model.embed_tokens.weight", "lm_head.weight")
+    }
+    folder = write(tmp_path / "small", "llama2", {"vocab_size": rows}, weights)
+    if rows < 79:  # without its beginning or its end, a text cannot be told apart
+        lost = "bos_id is 77" if rows < 78 else "eos_id is 78"
+        with pytest.raises(ValueError, match=rf"{lost}, outside .* without resizing"):
+            load_huggingface(folder)
+        return
+    model = load_huggingface(folder)
+    save_gguf(tmp_path / "m.gguf", model)
+    save_huggingface(tmp_path / "out", load_gguf(tmp_path / "m.gguf"))
+    for found in (model, load_gguf(tmp_path / "m.gguf"), load_huggingface(tmp_path / "out")):
+        assert found.config.vocab_size == rows and found.params["embed"].shape[0] == rows
+        assert found.tokenizer.encode("ab") == [76]
+        assert isinstance(found.tokenizer.decode([76, rows - 1]), str)
