@@ -56,6 +56,12 @@ class DecoderConfig:
             raise ValueError(
                 f"{name}={dims} must be even: RoPE rotates pairs, up to {self.head_dim} dimensions."
             )
+        windows = self.attention.windows
+        if windows is not None and len(windows) != self.num_layers:
+            raise ValueError(
+                f"windows has {len(windows)} entries for {self.num_layers} layers, expected one a "
+                "layer."
+            )
         if isinstance(self.rope_scaling, LongRopeScaling):
             self.rope_scaling.check(dims)
 

@@ -51,6 +51,14 @@ class SmolLM3Config(DecoderConfig):
     attention_bias: bool = False
     mlp_bias: bool = False
 
+    def __post_init__(self):
+        super().__post_init__()
+        if len(self.nope) != self.num_layers:
+            raise ValueError(
+                f"nope has {len(self.nope)} entries for {self.num_layers} layers, expected one a "
+                "layer."
+            )
+
     @property
     def family(self) -> Family:
         return FAMILY

@@ -9,14 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_checkpoints
 from dense_families import CASES, FAMILIES, GREEDY, NOT_GENERATED, PROMPT, TOKENS
+from jax.sharding import PartitionSpec
 
 import lora_jax as lora
-from lora_jax import models
+from lora_jax import models, parallel
 from lora_jax.interop import load_gguf, load_huggingface, save_gguf, save_huggingface
 from lora_jax.interop import peft as ours
+from lora_jax.interop.huggingface_config import config_from_huggingface
 from lora_jax.models import decoder
 from lora_jax.models.generate import generate
+from lora_jax.transform import delta_nodes
 
 B, T = TOKENS.shape
 VARIANTS = [name for name in CASES if name not in FAMILIES]
@@ -118,6 +122,69 @@ def test_random_params_have_the_tree_of_a_checkpoint(folder, name):
     model = load_huggingface(folder(name))
     drawn = jax.eval_shape(lambda key: models.init(model.config, key=key), jax.random.key(0))
     assert jax.tree.map(jnp.shape, drawn) == jax.tree.map(jnp.shape, model.params)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rules_name_every_leaf(folder, name):
+    """Of sharding, and of targets: a preset finds fused matrices too."""
+    config = load_huggingface(folder(name)).config
+    params = jax.eval_shape(lambda key: models.init(config, key=key), jax.random.key(0))
+    specs = parallel.match_specs(params, config.family.sharding)
+    assert specs["layers/mlp/down_proj"] == PartitionSpec(None, "tensor", "fsdp")
+    _, delta = jax.eval_shape(
+        lambda params: lora.lora_transform(
+            params, lora.LoRA(rank=2), targets=("attention", "mlp"), key=jax.random.key(0)
+        ),
+        params,
+    )
+    matrices = {leaf.path for leaf in config.family.parameters(config) if len(leaf.shape) == 2}
+    assert delta_nodes(delta).keys() == matrices - {"embed", "lm_head"}
+
+
+def test_shapes_that_people_name():
+    for shape in models.SHAPES.values():
+        leaves = shape.family.parameters(shape)
+        assert len({leaf.path for leaf in leaves}) == len(leaves)
+        assert len(shape.ropes) == shape.num_layers
+
+
+REFUSED = [
+    ("gemma3", {"attn_logit_softcapping": 30.0}, "unknown attn_logit_softcapping=30.0"),
+    ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+    ("gemma3", {"rope_parameters": {"rope_type": "default"}}, "expected an object for full_attent"),
+    ("gemma3", {"rope_parameters": {"full_attention": {}, "other": {}}}, "unknown other in rope_p"),
+    (
+        "gemma3",
+        {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+        "the RoPE of sliding_attention is scaled",
+    ),
+    ("gemma3", {"rope_parameters": {"sliding_attention": {"rope_theta": 7.0}}}, "contradicts itse"),
+    ("olmo2", {"clip_qkv": 8.0}, "unknown clip_qkv=8.0"),
+    ("granite", {"num_local_experts": 4}, "unknown num_local_experts=4"),
+    ("granite", {"residual_multiplier": "a"}, "residual_multiplier is 'a', expected a positive"),
+    ("smollm3", {"no_rope_layers": [1, 0]}, r"no_rope_layers is \[1, 0\], expected 5 times 1"),
+    ("smollm3", {"layer_types": ["sliding_attention"] * 5}, "without a sliding_window in use"),
+    ("phi3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "scaling 'linear' in a phi3"),
+    ("phi3", {"embd_pdrop": 0.1}, "embd_pdrop=0.1"),
+    ("phi3", {"partial_rotary_factor": 1.5}, "partial_rotary_factor is 1.5, expected at most 1"),
+    ("phi3", {"partial_rotary_factor": 0.4}, "rope_dims=3 must be even"),
+    ("phi3 longrope", {"partial_rotary_factor": 1.0}, "has 2 numbers, expected 4"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "message"), REFUSED)
+def test_what_would_compute_something_else_is_refused(tmp_path, name, changes, message):
+    small_checkpoints.write_json(tmp_path / "config.json", CASES[name] | changes)
+    with pytest.raises(ValueError, match=rf"config\.json.*{message}"):
+        config_from_huggingface(tmp_path)
+
+
+def test_windows_and_layers_that_differ():
+    tiny = models.SHAPES["tiny"]
+    with pytest.raises(ValueError, match="windows has 3 entries for 2 layers"):
+        dataclasses.replace(tiny, windows=(4, None, 4))
+    with pytest.raises(ValueError, match="nope has 36 entries for 2 layers"):
+        dataclasses.replace(models.SHAPES["smollm3-3b"], num_layers=2)
 
 
 def test_gguf_names_and_layouts_for_another_reader(folder, tmp_path):

@@ -95,7 +95,7 @@ def test_config_that_is_not_json(folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gemma"}, r"model_type='gemma'; supported: 'llama', 'mistral', 'qwen2'"),
+        ({"model_type": "gemma"}, r"model_type='gemma'; supported: 'llama', 'mistral', 'mi"),
         ({"model_type": ["llama"]}, r"unsupported model_type=\['llama'\]"),
         (
             {"model_type": "qwen2"},
