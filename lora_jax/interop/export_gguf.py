@@ -16,8 +16,8 @@ from gguf.constants import (
 from gguf.quants import quantize
 
 from lora_jax.interop.digest import KEY, Digest
-from lora_jax.interop.gguf_config import ROPE_FACTORS, rope_divisors
-from lora_jax.interop.gguf_tensors import permuted_rows
+from lora_jax.interop.gguf_rope import scaling_to_gguf
+from lora_jax.interop.gguf_tensors import added_values, permuted_rows
 from lora_jax.interop.gguf_tokenizer import tokenizer_to_gguf
 from lora_jax.interop.model import Pretrained
 from lora_jax.interop.model_tensors import FileTensor, disassemble
@@ -60,63 +60,62 @@ def save_gguf(
     vocabulary = tokenizer_to_gguf(model.tokenizer, model.config.vocab_size)
     gguf: Any = model.config.family.gguf  # `disassemble` has refused a family without one
     architecture = gguf.architecture_of(model.config)
-    factors = _rope_factors(model.config, architecture in gguf.interleaved, architecture)
+    rope_keys, rope_tensors = scaling_to_gguf(model.config, architecture)
+    own = rope_keys | gguf.metadata(model.config)
     with appearing(path) as temporary:
         writer = GGUFWriter(temporary, architecture)
         try:
-            _add_metadata(writer, model.config, model.name, kind)
-            for key, value in gguf.metadata(model.config).items():
-                writer.add_uint32(f"{architecture}.{key}", value)
+            _add_metadata(writer, model, kind)
+            for key, value in (_metadata(model.config) | own).items():
+                _add(writer, f"{architecture}.{key}", value)
             _add_vocabulary(writer, vocabulary)
             if digest is not None:
                 writer.add_string(KEY, digest.to_json())
-            _write_tensors(writer, factors | tensors, model.config, GGMLQuantizationType[kind])
+            _write_tensors(writer, rope_tensors | tensors, model.config, GGMLQuantizationType[kind])
         finally:
             writer.close()
 
 
-def _add_metadata(writer: GGUFWriter, config: DecoderConfig, name: str, kind: Kind) -> None:
-    writer.add_name(name)
+def _add_metadata(writer: GGUFWriter, model: Pretrained, kind: Kind) -> None:
+    writer.add_name(model.name)
     writer.add_file_type(_FILE_TYPES[kind])
     writer.add_quantization_version(GGML_QUANT_VERSION)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.context_length)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_block_count(config.num_layers)
-    writer.add_head_count(config.num_heads)
-    writer.add_head_count_kv(config.num_kv_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_theta)
-    if config.rope_scaling is not None:
-        writer.add_rope_scaling_orig_ctx_len(config.rope_scaling.original_context)
+
+
+def _metadata(config: DecoderConfig) -> dict[str, int | float]:
+    return {
+        "vocab_size": config.vocab_size,
+        "context_length": config.context_length,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "block_count": config.num_layers,
+        "attention.head_count": config.num_heads,
+        "attention.head_count_kv": config.num_kv_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "attention.layer_norm_rms_epsilon": float(config.norm_eps),
+        "rope.dimension_count": config.rope.dims,
+        "rope.freq_base": float(config.rope_theta),
+    }
 
 
 def _add_vocabulary(writer: GGUFWriter, metadata: Mapping[str, Any]) -> None:
     for key, value in metadata.items():
-        if isinstance(value, bool):
-            writer.add_bool(key, value)
-        elif isinstance(value, int):
-            writer.add_uint32(key, value)
-        elif isinstance(value, str):
-            writer.add_string(key, value)
-        elif value:
-            writer.add_array(key, value)
+        if value or isinstance(value, bool | int | str):
+            _add(writer, key, value)
 
 
-def _rope_factors(
-    config: DecoderConfig, has_place: bool, architecture: str
-) -> dict[str, FileTensor]:
-    """Llama 3.1's scaling, as its effect on each frequency."""
-    if config.rope_scaling is None:
-        return {}
-    if not has_place:
-        raise ValueError(f"GGUF has no place for {config.rope_scaling} in a {architecture}.")
-    divisors = rope_divisors(config.rope_scaling, config.rope_theta, config.head_dim)
-    return {ROPE_FACTORS: FileTensor(shape=divisors.shape, fetch=lambda: divisors)}
+def _add(writer: GGUFWriter, key: str, value: Any) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_array(key, value)
 
 
 def _write_tensors(
@@ -135,13 +134,15 @@ def _write_tensors(
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    permuted = permuted_rows(config)
+    permuted, added = permuted_rows(config), added_values(config)
     with byte_progress(only_on_terminal=True) as bar:
         task = bar.add_task("saving", total=sum(sizes.values()))
         for name, tensor in tensors.items():
             array = cast(name, tensor.fetch(), np.dtype(np.float32))
             if (rows := permuted.get(name.split(".")[-2])) is not None:
                 array = array[np.argsort(rows)]
+            if name in added:
+                array = array + np.float32(added[name])
             if kinds[name] is GGMLQuantizationType.F16:
                 array = cast(name, array, np.dtype(np.float16))
             elif kinds[name] is not GGMLQuantizationType.F32:

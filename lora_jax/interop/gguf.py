@@ -6,9 +6,10 @@ from pathlib import Path
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from lora_jax.interop.gguf_config import ROPE_FACTORS, config_from_gguf
+from lora_jax.interop.gguf_config import config_from_gguf
 from lora_jax.interop.gguf_header import read_header
-from lora_jax.interop.gguf_tensors import StoredTensor, permuted_rows
+from lora_jax.interop.gguf_rope import ROPE_TENSORS
+from lora_jax.interop.gguf_tensors import StoredTensor, added_values, permuted_rows
 from lora_jax.interop.gguf_tokenizer import tokenizer_from_gguf
 from lora_jax.interop.model import Pretrained
 from lora_jax.interop.model_tensors import assemble, check_tensors
@@ -33,16 +34,22 @@ def load_gguf(
     path = Path(path)
     header = read_header(path)
     config = config_from_gguf(path, header)
-    shapes = {name: info.shape for name, info in header.tensors.items() if name != ROPE_FACTORS}
+    shapes = {name: info.shape for name, info in header.tensors.items() if name not in ROPE_TENSORS}
     check_tensors(config, "gguf", shapes, str(path))
     tokenizer = tokenizer_from_gguf(path, header.metadata)
     tokenizer = fit_vocabulary(tokenizer, config.vocab_size, str(path))
 
-    permuted = permuted_rows(config)
+    permuted, added = permuted_rows(config), added_values(config)
 
     def read(name: str) -> StoredTensor:
         rows = permuted.get(name.split(".")[-2])
-        return StoredTensor(path=path, name=name, info=header.tensors[name], rows=rows)
+        return StoredTensor(
+            path=path,
+            name=name,
+            info=header.tensors[name],
+            rows=rows,
+            added=added.get(name, 0.0),
+        )
 
     return Pretrained(
         params=assemble(config, "gguf", read, dtype, place),

@@ -9,11 +9,9 @@ import numpy as np
 
 from lora_jax.interop.gguf_header import Header
 from lora_jax.interop.gguf_keys import check_keys
-from lora_jax.interop.gguf_tensors import StoredTensor
-from lora_jax.models.config import DecoderConfig, RopeScaling
+from lora_jax.interop.gguf_rope import scaling_from_gguf
+from lora_jax.models.config import DecoderConfig
 from lora_jax.models.families import ARCHITECTURES
-
-ROPE_FACTORS = "rope_freqs.weight"
 
 
 def config_from_gguf(path: Path, header: Header) -> DecoderConfig:
@@ -32,7 +30,7 @@ def config_from_gguf(path: Path, header: Header) -> DecoderConfig:
     hidden_size, num_heads = count("embedding_length"), count("attention.head_count")
     head_dim = count("attention.key_length", hidden_size // num_heads)
     rope_theta = _positive(path, metadata, f"{family}.rope.freq_base", 10_000.0, float)
-    original_context = count("rope.scaling.original_context_length", 8192)
+    dims, context = count("rope.dimension_count", head_dim), count("context_length")
     check_keys(path, metadata, family, head_dim)
     fields = {
         "vocab_size": _vocab_size(path, header),
@@ -42,9 +40,10 @@ def config_from_gguf(path: Path, header: Header) -> DecoderConfig:
         "num_heads": num_heads,
         "num_kv_heads": count("attention.head_count_kv", num_heads),
         "head_dim": head_dim,
-        "context_length": count("context_length"),
+        "context_length": context,
         "rope_theta": rope_theta,
-        "rope_scaling": _rope_scaling(path, header, rope_theta, head_dim, original_context),
+        "rope_scaling": scaling_from_gguf(path, header, rope_theta, dims, context),
+        "rope_dims": None if dims == head_dim else dims,
         "norm_eps": _positive(
             path, metadata, f"{family}.attention.layer_norm_rms_epsilon", None, float
         ),
@@ -56,7 +55,7 @@ def config_from_gguf(path: Path, header: Header) -> DecoderConfig:
         if key.startswith(f"{family}.")
     }
     try:
-        return ARCHITECTURES[family].read(family, fields, own)
+        return ARCHITECTURES[family].read(family, fields, own, header.tensors)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -75,37 +74,3 @@ def _vocab_size(path: Path, header: Header) -> int:
     if "token_embd.weight" not in header.tensors:
         raise ValueError(f"{path} lacks the tensor token_embd.weight; the file is incomplete.")
     return header.tensors["token_embd.weight"].shape[0]
-
-
-def _rope_scaling(
-    path: Path, header: Header, theta: float, head_dim: int, context: int
-) -> RopeScaling | None:
-    """Llama 3.1's scaling, from the divisors of frequencies that GGUF stores in its place.
-
-    All released models share the low and high factors, so the largest divisor and the original
-    context determine it; that the stored divisors follow from them is checked.
-    """
-    if ROPE_FACTORS not in header.tensors:
-        return None
-    family = header.metadata["general.architecture"]
-    if family not in ARCHITECTURES[family].interleaved:
-        raise ValueError(f"{path} holds {ROPE_FACTORS}, which llama.cpp does not read in {family}.")
-    info = header.tensors[ROPE_FACTORS]
-    if info.shape != (head_dim // 2,):
-        raise ValueError(f"{path}: {ROPE_FACTORS} is {info.shape}, expected ({head_dim // 2},).")
-    stored = StoredTensor(path=path, name=ROPE_FACTORS, info=info)[:,]
-    scaling = RopeScaling(factor=float(stored.max()), original_context=context)
-    if not np.allclose(stored, rope_divisors(scaling, theta, head_dim), rtol=1e-4):
-        raise ValueError(
-            f"{path}: {ROPE_FACTORS} does not follow Llama 3.1's rule for {scaling}; "
-            "load the model from its Hugging Face folder instead, whose config.json names the rule."
-        )
-    return scaling
-
-
-def rope_divisors(scaling: RopeScaling, theta: float, head_dim: int) -> np.ndarray:
-    frequencies = theta ** (-2 * np.arange(head_dim // 2) / head_dim)
-    turns = scaling.original_context * frequencies / (2 * math.pi)
-    span = scaling.high_freq_factor - scaling.low_freq_factor
-    kept = np.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
-    return 1.0 / ((1.0 - kept) / scaling.factor + kept)

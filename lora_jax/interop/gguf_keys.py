@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_jax.models.families import ARCHITECTURES
+
 _READ = """
     context_length embedding_length block_count feed_forward_length attention.head_count
     attention.head_count_kv attention.key_length attention.layer_norm_rms_epsilon
-    attention.sliding_window rope.freq_base rope.scaling.original_context_length
+    rope.freq_base rope.scaling.original_context_length
 """
 _HARMLESS = "vocab_size tensor_data_layout rope.scaling.finetuned"
 _TOKENIZER = """
@@ -48,7 +50,7 @@ def check_keys(path: Path, metadata: Mapping[str, Any], family: str, head_dim: i
 def _check_architecture(
     path: Path, metadata: Mapping[str, Any], family: str, head_dim: int
 ) -> None:
-    known = {*_READ.split(), *_HARMLESS.split()}
+    known = {*_READ.split(), *_HARMLESS.split(), *ARCHITECTURES[family].reads}
     supported: dict[str, tuple[Any, ...]] = {
         "attention.value_length": (head_dim,),
         "attention.causal": (True,),
@@ -59,7 +61,7 @@ def _check_architecture(
         "expert_used_count": (0,),
         "use_parallel_residual": (False,),
         "rope.dimension_count": (head_dim,),
-        "rope.scaling.type": ("none",),
+        "rope.scaling.type": ("none", "linear", "yarn"),
         "rope.scaling.attn_factor": (1,),
         "rope.scaling.factor": (0, 1),  # without a type, llama.cpp scales by it linearly
         "rope.scale_linear": (0, 1),
@@ -69,16 +71,16 @@ def _check_architecture(
         "attn_logit_softcapping": (0,),
         "final_logit_softcapping": (0,),
     }
-    scales = metadata.get(f"{family}.rope.scaling.type") != "none"
+    kind = metadata.get(f"{family}.rope.scaling.type")
     for key, value in metadata.items():
         name = key.removeprefix(f"{family}.")
         if name == key or name in known:
             continue
         if name not in supported:
             raise ValueError(_unknown(path, key, value, "what the model computes"))
-        if name.startswith("rope.scal") and name.endswith(("factor", "linear")) and not scales:
-            continue  # "none" switches the others off
-        if name == "rope.scaling.type" and value == "linear" and not _factors(metadata, family):
+        if name in ("rope.scaling.factor", "rope.scale_linear") and kind is not None:
+            continue  # "none" switches it off, the others read it
+        if name == "rope.scaling.attn_factor" and kind == "none":
             continue
         if not any(_same(value, one) for one in supported[name]):
             raise ValueError(
@@ -86,11 +88,6 @@ def _check_architecture(
                 f"{', '.join(map(repr, supported[name]))}. With another value llama.cpp computes "
                 "what this model does not."
             )
-
-
-def _factors(metadata: Mapping[str, Any], family: str) -> list[Any]:
-    keys = (f"{family}.rope.scaling.factor", f"{family}.rope.scale_linear")
-    return [metadata[key] for key in keys if metadata.get(key, 1) not in (0, 1)]
 
 
 def _same(value: Any, supported: Any) -> bool:

@@ -9,6 +9,7 @@ from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import dequantize
 
 from lora_jax.interop.gguf_header import TensorInfo
+from lora_jax.interop.model_tensors import leaves_of, names_of
 from lora_jax.models.config import DecoderConfig
 
 
@@ -16,17 +17,20 @@ from lora_jax.models.config import DecoderConfig
 class StoredTensor:
     """A vector or a matrix in the file at `path`; indexing it by slices reads those rows.
 
-    `rows`, where given, is the order in which to return a matrix's rows.
+    `rows`, where given, is the order in which to return the rows; `added` is what the file's values
+    have more than those that are returned.
     """
 
     path: Path
     name: str
     info: TensorInfo
     rows: np.ndarray | None = None
+    added: float = 0.0
 
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
         if len(self.info.shape) == 1:
-            return self._read(0, 1)[0][index]
+            vector = self._read(0, 1)[0]
+            return (vector if self.rows is None else vector[self.rows])[index]
         rows, columns = index
         stored = np.arange(self.info.shape[0]) if self.rows is None else self.rows
         stored = stored[rows]
@@ -57,7 +61,18 @@ class StoredTensor:
             raise ValueError(
                 f"{self.path} is corrupt: the tensor {self.name!r} holds NaN or infinity."
             )
-        return tensor.reshape(stop - start, -1)
+        tensor = tensor.reshape(stop - start, -1)
+        return tensor - np.float32(self.added) if self.added else tensor
+
+
+def added_values(config: DecoderConfig) -> dict[str, float]:
+    """What a file's values have more than ours, by the names of those tensors."""
+    return {
+        name: leaf.gguf_added
+        for leaf in leaves_of(config, "gguf")
+        for name in names_of(leaf, "gguf", config.num_layers)
+        if leaf.gguf_added
+    }
 
 
 def permuted_rows(config: DecoderConfig) -> dict[str, np.ndarray]:

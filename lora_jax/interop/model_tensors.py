@@ -48,7 +48,7 @@ def leaves_of(config: DecoderConfig, naming: Naming) -> tuple[Parameter, ...]:
       ValueError: where files of that naming have no names for this family.
     """
     leaves = config.family.parameters(config)
-    if any(getattr(leaf, naming) is None for leaf in leaves):
+    if naming == "gguf" and config.family.gguf is None:
         raise ValueError(
             f"{type(config).__name__}: this family has no {naming} names here. Write a Hugging "
             "Face folder, save_huggingface(folder, model)."

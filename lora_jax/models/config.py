@@ -3,28 +3,32 @@
 import dataclasses
 from typing import TYPE_CHECKING
 
+from lora_jax.models.rope_scaling import LongRopeScaling, Scaling
+from lora_jax.models.rope_scaling import RopeScaling as RopeScaling
+
 if TYPE_CHECKING:
     from lora_jax.models.family import Family
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """Llama 3.1's stretch of the rotary frequencies (Llama 3 herd of models, section 3.4.2).
+class Rope:
+    """Rotary position embeddings of base `theta` over the first `dims` dimensions of each head."""
 
-    Wavelengths longer than `original_context / low_freq_factor` are divided by `factor`, those
-    shorter than `original_context / high_freq_factor` are kept, and in between the two blend.
-    """
+    theta: float
+    dims: int
+    scaling: Scaling | None = None
 
-    factor: float = 8.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_context: int = 8192
+    @property
+    def amplitude(self) -> float:
+        """By which rotated queries and keys are multiplied."""
+        return 1.0 if self.scaling is None else self.scaling.amplitude
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """The shape of a decoder; a static argument of `jit`. A family's own config adds its own
-    fields, and names its `family`."""
+    fields, and names its `family`. RoPE turns the first `rope_dims` dimensions of each head, None
+    all of them."""
 
     vocab_size: int
     hidden_size: int
@@ -35,7 +39,8 @@ class DecoderConfig:
     head_dim: int
     context_length: int
     rope_theta: float = 10_000.0
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: Scaling | None = None
+    rope_dims: int | None = None
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
 
@@ -45,13 +50,36 @@ class DecoderConfig:
                 f"num_heads={self.num_heads} must be a multiple of num_kv_heads="
                 f"{self.num_kv_heads}: every key/value head serves a group of query heads."
             )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} must be even: RoPE rotates pairs.")
+        dims = self.head_dim if self.rope_dims is None else self.rope_dims
+        if dims % 2 or not 0 < dims <= self.head_dim:
+            name = "head_dim" if self.rope_dims is None else "rope_dims"
+            raise ValueError(
+                f"{name}={dims} must be even: RoPE rotates pairs, up to {self.head_dim} dimensions."
+            )
+        windows = self.attention.windows
+        if windows is not None and len(windows) != self.num_layers:
+            raise ValueError(
+                f"windows has {len(windows)} entries for {self.num_layers} layers, expected one a "
+                "layer."
+            )
+        if isinstance(self.rope_scaling, LongRopeScaling):
+            self.rope_scaling.check(dims)
 
     @property
     def family(self) -> "Family":
         """The family, whose functions compute a model of this shape."""
         raise NotImplementedError
+
+    @property
+    def rope(self) -> Rope:
+        """The RoPE of its fields."""
+        dims = self.head_dim if self.rope_dims is None else self.rope_dims
+        return Rope(theta=self.rope_theta, dims=dims, scaling=self.rope_scaling)
+
+    @property
+    def ropes(self) -> tuple[Rope | None, ...]:
+        """The RoPE of each layer; None where a layer has none."""
+        return (self.rope,) * self.num_layers
 
     @property
     def attention(self) -> "Attention":

@@ -74,6 +74,10 @@ class Stated:
             raise ValueError(f"{self.path}: {key} is {value!r}, expected true or false.")
         return value
 
+    def switch(self, key: str) -> bool:
+        """The flag; false where it is null."""
+        return self.values.get(key) is not None and self.flag(key)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelType:
@@ -102,7 +106,8 @@ def stated_values(path: Path, values: Mapping[str, Any], model_type: ModelType) 
       ValueError: a key that is not known, or whose value is not supported.
     """
     family = values.get("model_type")
-    supported = _SUPPORTED | dict(model_type.supported)
+    shared = {key: _SUPPORTED[key] for key in _SUPPORTED.keys() - model_type.reads}
+    supported = shared | dict(model_type.supported)
     wrong = [
         f"{key}={values[key]!r} (supported: {', '.join(map(repr, supported[key]))})"
         for key in supported

@@ -24,6 +24,7 @@ from lora_jax.models.config import DecoderConfig
 from lora_jax.models.family import Params
 from lora_jax.models.leading import leading, prefix_heads, prefix_of, prompt_rows
 from lora_jax.models.remat import LAYER_INPUT, Remat, checkpointed
+from lora_jax.models.rope import LayerRopes, example_lengths, layer_ropes
 from lora_jax.weights import scan_layers, transpose
 
 AnyCache = TypeVar("AnyCache", bound=LayeredCache)
@@ -101,10 +102,12 @@ def hidden_states(
         positions = jnp.concatenate([first, positions + prompt], axis=1)
         x_BTD = jnp.concatenate([rows_BPD, x_BTD], axis=1)
 
+    ropes = layer_ropes(config, example_lengths(config, positions, segment_ids, prompt))
+
     def layer(x_BTD, scanned):
-        weights, window = scanned
+        weights, window, which = scanned
         x_BTD = checkpoint_name(x_BTD, LAYER_INPUT)
-        q, k, v = family.project(x_BTD, weights, positions + prefix, config)
+        q, k, v = _heads(config, ropes, x_BTD, weights, positions + prefix, which)
         if prefix:
             before = [prefix_heads(leaf, k) for leaf in prefix_of(weights)]
             k, v = (jnp.concatenate(pair, axis=1) for pair in zip(before, (k, v), strict=True))
@@ -123,7 +126,7 @@ def hidden_states(
         x_BTD = family.finish(x_BTD, attended, weights, config)
         return constrain(x_BTD, FSDP, SEQUENCE), None
 
-    layers = params["layers"], _windows(config, x_BTD.shape[1] + prefix)
+    layers = params["layers"], _windows(config, x_BTD.shape[1] + prefix), ropes.which
     x_BTD, _ = scan_layers(checkpointed(layer, remat), x_BTD, layers, unroll=unroll)
     return family.norm(x_BTD[:, prompt:], params["norm"], config)
 
@@ -160,18 +163,41 @@ def _read(
     config.check_length(size)
     positions = cache.lengths[:, None] + jnp.arange(T)[None]
 
+    # One length for all that a cache will hold, lest its keys be of several frequencies.
+    ropes = layer_ropes(config, size)
+
     def layer(carry, scanned):
-        (x_BTD, cache), (weights, window, index) = carry, scanned
-        q, k, v = family.project(x_BTD, weights, positions, config)
+        (x_BTD, cache), (weights, window, which, index) = carry, scanned
+        q, k, v = _heads(config, ropes, x_BTD, weights, positions, which)
         cache = cache.write(index, k, v)
         attended = cache.attend(index, q, how, window)
         return (family.finish(x_BTD, attended, weights, config), cache), None
 
-    layers = params["layers"], _windows(config, size), jnp.arange(config.num_layers)
+    indices = jnp.arange(config.num_layers)
+    layers = params["layers"], _windows(config, size), ropes.which, indices
     (x_BTD, cache), _ = scan_layers(layer, (x_BTD, cache), layers)
     fits_BT1 = (positions < size)[..., None]
     x_BTD = family.norm(jnp.where(fits_BT1, x_BTD, jnp.nan), params["norm"], config)
     return x_BTD, cache.read(T)
+
+
+def _heads(
+    config: DecoderConfig,
+    ropes: LayerRopes,
+    x_BTD: jax.Array,
+    weights: Params,
+    positions_BT: jax.Array,
+    which: jax.Array | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries `[B, T, N, H]`, keys and values `[B, T, K, H]` of one layer, rotated by position."""
+    q_BTNH, k_BTKH, v_BTKH = config.family.project(x_BTD, weights, config)
+    q_BTNH = ropes.rotate(q_BTNH, positions_BT, which)
+    k_BTKH = ropes.rotate(k_BTKH, positions_BT, which)
+    return (
+        checkpoint_name(q_BTNH, "query"),
+        checkpoint_name(k_BTKH, "key"),
+        checkpoint_name(v_BTKH, "value"),
+    )
 
 
 def _windows(config: DecoderConfig, length: int) -> jax.Array | None:

@@ -2,11 +2,19 @@
 
 from typing import Any
 
-from lora_jax.models import gemma2, llama
+from lora_jax.models import gemma2, gemma3, granite, llama, olmo2, phi3, smollm3
 from lora_jax.models.config_json import ModelType
 from lora_jax.models.family import GGUF, Family
 
-FAMILIES: tuple[Family, ...] = (llama.FAMILY, gemma2.FAMILY)
+FAMILIES: tuple[Family, ...] = (
+    llama.FAMILY,
+    gemma2.FAMILY,
+    gemma3.FAMILY,
+    olmo2.FAMILY,
+    granite.FAMILY,
+    smollm3.FAMILY,
+    phi3.FAMILY,
+)
 MODEL_TYPES: dict[str, ModelType] = {
     name: model_type for family in FAMILIES for name, model_type in family.model_types.items()
 }

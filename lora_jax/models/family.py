@@ -5,7 +5,7 @@ Dimensions: B batch, T positions, D hidden, V vocabulary, N query heads, K key/v
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -22,9 +22,10 @@ _COLUMNS = PartitionSpec(None, ("tensor", "fsdp"))
 # hidden units are divided, so that a block sums over devices once. `fsdp` splits output axes, so
 # that it never cuts through the blocks of a quantised column.
 SHARDING: Mapping[str, PartitionSpec] = {
-    "(q|k|v|gate|up)_proj": _COLUMNS,
+    "(q|k|v|qkv|gate|up|gate_up)_proj": _COLUMNS,
     "(o|down)_proj": PartitionSpec("tensor", "fsdp"),
-    "(q|k|v)_bias": PartitionSpec("tensor"),
+    "(q|k|v|gate|up)_bias": PartitionSpec("tensor"),
+    "(o|down)_bias": PartitionSpec(),
     "embed": PartitionSpec("tensor", "fsdp"),
     "lm_head": _COLUMNS,
     ".*norm": PartitionSpec(),
@@ -41,6 +42,7 @@ class Parameter:
         model applies weights from the right; a vector; or the embedding's `(V, D)`, not transposed.
       huggingface: the tensor's name in Hugging Face's files, `{}` for the layer's index.
       gguf: the name in a GGUF file; None where llama.cpp does not have the family.
+      gguf_added: what the file's values have more than the leaf's.
       initial: the initial value of a vector. A matrix is normal, of deviation `1 / sqrt(d_in)`.
     """
 
@@ -49,6 +51,7 @@ class Parameter:
     huggingface: str
     gguf: str | None = None
     initial: float = 1.0
+    gguf_added: float = 0.0
 
     @property
     def is_stacked(self) -> bool:
@@ -70,17 +73,20 @@ class GGUF:
     Attributes:
       architectures: its values of `general.architecture`.
       architecture_of: `(config) -> ` one of them.
-      read: `(architecture, fields of a DecoderConfig, metadata) -> config`, with the
-        metadata of the architecture, without its name in front.
-      metadata: `(config) -> ` those that are written beside the ones of every decoder.
+      read: `(architecture, fields of a DecoderConfig, metadata, names of tensors) -> config`, with
+        the metadata of the architecture, without its name in front.
+      metadata: `(config) -> ` those that are written beside the ones of every decoder, or in their
+        place.
+      reads: the keys of metadata that `read` reads, beside those of every decoder.
       interleaved: the architectures whose RoPE rotates neighbours, (pair, half), where ours rotates
         halves, (half, pair): rows of their queries and keys are stored in that order.
     """
 
     architectures: tuple[str, ...]
     architecture_of: Callable[[Any], str]
-    read: Callable[[str, dict[str, Any], Mapping[str, Any]], Any]
-    metadata: Callable[[Any], dict[str, int]]
+    read: Callable[[str, dict[str, Any], Mapping[str, Any], Collection[str]], Any]
+    metadata: Callable[[Any], dict[str, int | float]]
+    reads: frozenset[str] = frozenset()
     interleaved: frozenset[str] = frozenset()
 
 
@@ -102,8 +108,8 @@ class Family:
 
     Attributes:
       parameters: `(config) -> leaves`, in the tree's order.
-      project: `(x [B, T, D], one layer's weights, positions [B, T], config) -> (q [B, T, N, H],
-        k [B, T, K, H], v [B, T, K, H])`: a layer up to its attention.
+      project: `(x [B, T, D], one layer's weights, config) -> (q [B, T, N, H], k [B, T, K, H],
+        v [B, T, K, H])`: a layer up to RoPE, which the config's `ropes` declare.
       finish: `(x, attended [B, T, N, H], one layer's weights, config) -> x`: the rest of a layer.
       norm: `(x, scale, config) -> x`, of the last layer's result.
       embed: `(tokens, table, config) -> x`.
@@ -116,7 +122,7 @@ class Family:
     """
 
     parameters: Callable[[Any], tuple[Parameter, ...]]
-    project: Callable[[jax.Array, Params, jax.Array, Any], tuple[jax.Array, jax.Array, jax.Array]]
+    project: Callable[[jax.Array, Params, Any], tuple[jax.Array, jax.Array, jax.Array]]
     finish: Callable[[jax.Array, jax.Array, Params, Any], jax.Array]
     norm: Callable[[jax.Array, jax.Array, Any], jax.Array]
     embed: Callable[[jax.Array, Any, Any], jax.Array] = plain_embed

@@ -12,26 +12,39 @@ The tree is a Llama's, with two more norms a layer:
     norm [D]
     lm_head [D, V]                                           (absent where the embedding is tied)
 
-Source: Gemma 2 (arXiv:2408.00118, section 2), and transformers 5.24 for the order of roundings.
+Source: Gemma 2 (arXiv:2408.00118, section 2).
 """
 
 import dataclasses
-import math
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
+import numpy as np
 
-from lora_jax.models.blocks import gated_mlp, normalized, rotated_heads
+from lora_jax.models import leaves
+from lora_jax.models.blocks import Heads, attention_heads
 from lora_jax.models.config import Attention, DecoderConfig
-from lora_jax.models.config_fields import FULL, SLIDING, layer_types, read_fields, written_fields
+from lora_jax.models.config_fields import (
+    FULL,
+    SLIDING,
+    Windows,
+    layer_types,
+    read_fields,
+    windows_of,
+    written_fields,
+    written_windows,
+)
 from lora_jax.models.config_json import ModelType, Stated
 from lora_jax.models.decoder import forward as forward
 from lora_jax.models.decoder import hidden_states as hidden_states
 from lora_jax.models.decoder import init as init
-from lora_jax.models.family import Family, Parameter, Params, plain_embed, plain_read_out
-from lora_jax.models.mixed_dtypes import product
+from lora_jax.models.family import GGUF, Family, Parameter, Params
+from lora_jax.models.gemma_blocks import capped_read_out, finish, rms_norm, scaled_embed
+from lora_jax.models.gemma_gguf import gemma_metadata, gguf_scalar, gguf_windows
+
+_CAPS = {"attn": 50.0, "final": 30.0}
+_PERIOD, _WIDE = 2, 46  # of windows in llama.cpp, and the layers of its 27B
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +59,7 @@ class Gemma2Config(DecoderConfig):
     attention_scalar: int
     attention_cap: float | None = 50.0
     logit_cap: float | None = 30.0
-    windows: tuple[int | None, ...] | None = None
+    windows: Windows | None = None
 
     @property
     def family(self) -> Family:
@@ -60,76 +73,18 @@ class Gemma2Config(DecoderConfig):
 
 def parameters(config: Gemma2Config) -> tuple[Parameter, ...]:
     """The leaves of a model of this shape."""
-    d, f, v, h = config.hidden_size, config.intermediate_size, config.vocab_size, config.head_dim
-    q, k = config.num_heads * h, config.num_kv_heads * h
-    layer = "model.layers.{}."
-    attn, mlp = layer + "self_attn.", layer + "mlp."
-
-    def norm(path, name):
-        return Parameter(path, (d,), f"{name}.weight", initial=0.0)
-
-    head = [Parameter("lm_head", (v, d), "lm_head.weight")]
     return (
-        Parameter("embed", (v, d), "model.embed_tokens.weight"),
-        norm("layers/attn_norm", layer + "input_layernorm"),
-        Parameter("layers/attn/q_proj", (q, d), attn + "q_proj.weight"),
-        Parameter("layers/attn/k_proj", (k, d), attn + "k_proj.weight"),
-        Parameter("layers/attn/v_proj", (k, d), attn + "v_proj.weight"),
-        Parameter("layers/attn/o_proj", (d, q), attn + "o_proj.weight"),
-        norm("layers/attn_post_norm", layer + "post_attention_layernorm"),
-        norm("layers/mlp_norm", layer + "pre_feedforward_layernorm"),
-        Parameter("layers/mlp/gate_proj", (f, d), mlp + "gate_proj.weight"),
-        Parameter("layers/mlp/up_proj", (f, d), mlp + "up_proj.weight"),
-        Parameter("layers/mlp/down_proj", (d, f), mlp + "down_proj.weight"),
-        norm("layers/mlp_post_norm", layer + "post_feedforward_layernorm"),
-        norm("norm", "model.norm"),
-        *(() if config.tie_embeddings else head),
+        leaves.embedding(config),
+        *leaves.gemma_layer(config),
+        leaves.last_norm(config, from_zero=True),
+        *leaves.head(config),
     )
 
 
-def scaled_embed(tokens_BT: jax.Array, table: Any, config: Gemma2Config) -> jax.Array:
-    """`sqrt(D) * table[tokens]`."""
-    x_BTD = plain_embed(tokens_BT, table, config)
-    return x_BTD * jnp.asarray(math.sqrt(config.hidden_size), x_BTD.dtype)
-
-
-def project(
-    x_BTD: jax.Array, weights: Params, positions_BT: jax.Array, config: Gemma2Config
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries `[B, T, N, H]`, keys and values `[B, T, K, H]` of one layer, rotated by position."""
-    attn = weights["attn"]
+def project(x_BTD: jax.Array, weights: Params, config: Gemma2Config) -> Heads:
+    """Queries `[B, T, N, H]`, keys and values `[B, T, K, H]` of one layer."""
     x_BTD = rms_norm(x_BTD, weights["attn_norm"], config)
-
-    def heads(name, count):
-        y = product(x_BTD, attn[f"{name}_proj"])
-        return y.reshape(*x_BTD.shape[:2], count, config.head_dim)
-
-    return rotated_heads(heads, positions_BT, config)
-
-
-def finish(
-    x_BTD: jax.Array, attended_BTNH: jax.Array, weights: Params, config: Gemma2Config
-) -> jax.Array:
-    """The rest of a layer: output projection and gated MLP, each normed before it is added."""
-    attended_BTE = attended_BTNH.reshape(*x_BTD.shape[:2], -1)
-    y_BTD = product(attended_BTE, weights["attn"]["o_proj"])
-    x_BTD = checkpoint_name(x_BTD + rms_norm(y_BTD, weights["attn_post_norm"], config), "residual")
-    y_BTD = rms_norm(x_BTD, weights["mlp_norm"], config)
-    y_BTD = gated_mlp(y_BTD, weights["mlp"], jax.nn.gelu)  # the tanh approximation
-    return x_BTD + rms_norm(y_BTD, weights["mlp_post_norm"], config)
-
-
-def rms_norm(x: jax.Array, scale: jax.Array, config: Gemma2Config) -> jax.Array:
-    """`x / sqrt(mean(x^2) + eps) * (1 + scale)` over the last axis, in float32, cast last."""
-    normed = normalized(x, config.norm_eps)
-    return (normed * jnp.broadcast_to(1 + scale.astype(jnp.float32), x.shape)).astype(x.dtype)
-
-
-def capped_read_out(x_BTD: jax.Array, head: Any, config: Gemma2Config) -> jax.Array:
-    """`cap * tanh(x @ head / cap)`."""
-    logits_BTV = plain_read_out(x_BTD, head, config)
-    cap = config.logit_cap
-    return logits_BTV if cap is None else jnp.tanh(logits_BTV / cap) * cap
+    return attention_heads(x_BTD, weights["attn"], config)
 
 
 def _read(stated: Stated) -> Gemma2Config:
@@ -148,15 +103,11 @@ def _read(stated: Stated) -> Gemma2Config:
         **fields,
         **caps,
         attention_scalar=stated.count("query_pre_attn_scalar"),
-        windows=tuple(window if layer == SLIDING else None for layer in layers),
+        windows=windows_of(layers, window),
     )
 
 
 def _config_json(config: Gemma2Config) -> dict[str, Any]:
-    windows = config.windows or (None,) * config.num_layers
-    sliding = {window for window in windows if window is not None}
-    if len(sliding) > 1:
-        raise ValueError(f"windows={windows}: a config.json of Gemma 2 has one width for all.")
     return {
         "architectures": ["Gemma2ForCausalLM"],
         "model_type": "gemma2",
@@ -164,11 +115,42 @@ def _config_json(config: Gemma2Config) -> dict[str, Any]:
         "query_pre_attn_scalar": config.attention_scalar,
         "attn_logit_softcapping": config.attention_cap,
         "final_logit_softcapping": config.logit_cap,
-        "sliding_window": next(iter(sliding), None),
-        "layer_types": [FULL if window is None else SLIDING for window in windows],
+        **written_windows(config.windows, config.num_layers),
         "hidden_activation": "gelu_pytorch_tanh",
         "attention_bias": False,
     }
+
+
+def _from_gguf(
+    architecture: str,
+    fields: dict[str, Any],
+    metadata: Mapping[str, Any],
+    tensors: Collection[str],
+) -> Gemma2Config:
+    del architecture, tensors
+    caps = [metadata.get(f"{name}_logit_softcapping", cap) for name, cap in _CAPS.items()]
+    if not all(isinstance(cap, float) and cap > 0 for cap in caps):
+        raise ValueError(f"the caps of attention and logits are {caps}, expected positive floats.")
+    return Gemma2Config(
+        **fields,
+        attention_cap=float(str(np.float32(caps[0]))),
+        logit_cap=float(str(np.float32(caps[1]))),
+        attention_scalar=gguf_scalar(fields, _WIDE),
+        windows=gguf_windows(fields, metadata, _PERIOD),
+    )
+
+
+def _gguf_metadata(config: Gemma2Config) -> dict[str, int | float]:
+    caps = config.attention_cap, config.logit_cap
+    if None in caps or not config.tie_embeddings:
+        raise ValueError(
+            f"caps of {caps} and tie_embeddings={config.tie_embeddings}: llama.cpp computes a "
+            "gemma2 with both caps and a tied head. Write a Hugging Face folder, "
+            "save_huggingface(folder, model)."
+        )
+    named = zip(_CAPS, caps, strict=True)
+    keys = {f"{name}_logit_softcapping": float(cap) for name, cap in named if cap}
+    return gemma_metadata(config, _PERIOD, _WIDE) | keys
 
 
 FAMILY = Family(
@@ -209,6 +191,15 @@ FAMILY = Family(
         )
     },
     config_json=_config_json,
+    gguf=GGUF(
+        architectures=("gemma2",),
+        architecture_of=lambda config: "gemma2",
+        read=_from_gguf,
+        metadata=_gguf_metadata,
+        reads=frozenset(
+            {"attention.sliding_window", "attn_logit_softcapping", "final_logit_softcapping"}
+        ),
+    ),
     shapes={
         "gemma-2-2b": Gemma2Config(
             vocab_size=256_000,

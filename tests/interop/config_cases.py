@@ -10,6 +10,7 @@ ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+SWITCHED = {"sliding_window": 12, "use_sliding_window": True}
 FULL, SLIDING = ["full_attention"] * 2, ["sliding_attention"] * 2
 
 # transformers computes what it computes without the change, and so do we.
@@ -41,23 +42,31 @@ HARMLESS = [
     ("qwen3", {"mlp_bias": True}),
 ]
 
-# A window of some layer: what fits it is computed as without one, what does not is refused.
+# The windows of both layers. A Llama slides none in a row, but does as it generates, so that its
+# context ends there.
 WINDOWED = [
-    ("mistral", {"sliding_window": 12}),
-    ("mistral", {"sliding_window": 12, "use_sliding_window": False}),
-    ("llama2", {"sliding_window": 12, "use_sliding_window": False}),
-    ("qwen2", {"sliding_window": 12, "use_sliding_window": True, "max_window_layers": 1}),
-    ("qwen2", {"sliding_window": 12, "use_sliding_window": True, "layer_types": SLIDING}),
-    ("qwen3", {"sliding_window": 12, "use_sliding_window": True, "max_window_layers": 0}),
+    ("mistral", {"sliding_window": 12}, (12, 12)),
+    ("mistral", {"sliding_window": 100}, (100, 100)),
+    ("mistral", {"sliding_window": 12, "use_sliding_window": False}, (12, 12)),
+    ("mistral", {"sliding_window": 12, "layer_types": FULL, "head_dim": 16}, None),
+    ("llama2", {"sliding_window": 12, "use_sliding_window": False}, None),
+    (
+        "qwen2",
+        {"sliding_window": 12, "use_sliding_window": True, "max_window_layers": 1},
+        (None, 12),
+    ),
+    ("qwen2", {"sliding_window": 12, "use_sliding_window": True, "layer_types": SLIDING}, (12, 12)),
+    ("qwen3", {"sliding_window": 12, "use_sliding_window": True, "max_window_layers": 0}, (12, 12)),
 ]
 
 # Refused, by the name that comes with it.
 REFUSED = [
     ("llama2", {"is_causal": False}, "is_causal=False"),
     ("llama2", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
-    ("llama2", {"attention_bias": True}, "attention_bias=True"),
-    ("llama2", {"mlp_bias": True}, "mlp_bias=True"),
-    ("qwen3", {"attention_bias": True}, "attention_bias=True"),
+    ("llama2", {"attention_bias": True}, r"lacks 8 tensor\(s\): .*self_attn.k_proj.bias"),
+    ("llama2", {"mlp_bias": True}, r"lacks 6 tensor\(s\): .*mlp.down_proj.bias"),
+    ("qwen3", {"attention_bias": True}, r"lacks 8 tensor\(s\): .*self_attn.k_proj.bias"),
+    ("llama2", {"attention_bias": "yes"}, "attention_bias is 'yes', expected true"),
     ("llama2", {"attention_dropout": 0.1}, "attention_dropout=0.1"),
     ("llama2", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
     ("llama2", {"per_layer_config": {"0": {"rms_norm_eps": 0.1}}}, "per_layer_config="),
@@ -79,10 +88,54 @@ REFUSED = [
     ("llama2", {"rms_norm_eps": None}, "rms_norm_eps is None"),
     ("llama2", {"rope_theta": True}, "rope_theta is True"),
     ("llama2", {"rope_scaling": {"factor": 4.0}}, "names no RoPE scaling by rope_type"),
-    ("llama2", {"rope_scaling": {"type": "linear", "factor": 4.0}}, "RoPE scaling 'linear'"),
-    ("llama2", {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "RoPE scaling 'dynamic'"),
-    ("llama2", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "RoPE scaling 'yarn'"),
-    ("llama2", {"rope_scaling": {"rope_type": "longrope"}}, "RoPE scaling 'longrope'"),
+    ("llama2", {"rope_scaling": {"type": "linear"}}, "'linear' lacks factor"),
+    (
+        "llama2",
+        {"rope_scaling": {"type": "linear", "factor": 0}},
+        "factor is 0, expected a positive",
+    ),
+    (
+        "llama2",
+        {"rope_scaling": {"type": "linear", "factor": 2, "beta_fast": 2}},
+        "unknown beta_fast",
+    ),
+    ("llama2", {"rope_scaling": {"rope_type": "dynamic"}}, "'dynamic' lacks factor"),
+    (
+        "llama2",
+        {"rope_scaling": {"type": "dynamic", "factor": 2, "original_max_position_embeddings": 32}},
+        "original_max_position_embeddings is 32 beside a dynamic .*=64; keep one",
+    ),
+    ("llama2", {"rope_scaling": {"rope_type": "yarn"}}, "'yarn' lacks factor"),
+    (
+        "llama2",
+        {"rope_scaling": {"type": "yarn", "factor": 2, "truncate": 1}},
+        "truncate is 1",
+    ),
+    (
+        "llama2",
+        {"rope_scaling": {"type": "yarn", "factor": 2, "finetuned": True}},
+        "unknown finet",
+    ),
+    ("llama2", {"rope_scaling": {"rope_type": "longrope"}}, "lacks short_factor, long_factor"),
+    (
+        "llama2",
+        {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}},
+        "short_factor of the RoPE scaling 'longrope' has 1 numbers, expected 8",
+    ),
+    (
+        "llama2",
+        {"rope_scaling": {"type": "longrope", "short_factor": 1.0, "long_factor": [1.0]}},
+        "short_factor is 1.0, expected a list",
+    ),
+    (
+        "llama2",
+        {
+            "original_max_position_embeddings": 8,
+            "rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16},
+        },
+        "original_max_position_embeddings is 8 beside a RoPE scaling that has 16",
+    ),
+    ("llama2", {"rope_scaling": {"rope_type": "proportional"}}, "'proportional' is not supported"),
     (
         "llama2",
         {"rope_scaling": {"type": "linear", "rope_type": "default", "factor": 2.0}},

@@ -13,7 +13,6 @@ import small_llamas
 from lora_jax.interop import load_gguf, load_huggingface, save_gguf, save_huggingface
 from lora_jax.interop.huggingface_config import config_from_huggingface
 from lora_jax.models import llama
-from lora_jax.models.generate import generate
 
 
 def write(folder, name, changes, weights=None):
@@ -38,53 +37,30 @@ def test_an_unknown_key_says_the_way_out(tmp_path):
         load_huggingface(write(tmp_path / "small", "llama2", {"a": 1, "b": [2] * 99}))
 
 
-@pytest.mark.parametrize("window", [64, 100])
-def test_a_window_as_long_as_the_context_leaves_it(tmp_path, window):
-    config = config_from_huggingface(write(tmp_path / "x", "mistral", {"sliding_window": window}))
-    assert (config.context_length, config.attention_window) == (64, window)
-
-
-@pytest.mark.parametrize(("name", "changes"), config_cases.WINDOWED)
-def test_a_window_becomes_the_context(tmp_path, name, changes):
+@pytest.mark.parametrize(("name", "changes", "windows"), config_cases.WINDOWED)
+def test_windows_of_layers(tmp_path, name, changes, windows):
+    """Through a folder that is written anew, too."""
     plain = config_from_huggingface(write(tmp_path / "plain", name, {}))
-    folder = write(tmp_path / "windowed", name, changes)
-    expected = dataclasses.replace(plain, context_length=12, attention_window=12)
-    assert config_from_huggingface(folder) == expected
-
-
-def test_rows_longer_than_the_window_are_refused(tmp_path):
-    """By every way to read them, and after a way through both formats."""
-    model = load_huggingface(write(tmp_path / "small", "mistral", {"sliding_window": 12}))
-    full = load_huggingface(write(tmp_path / "full", "mistral", {}))
-    tokens = jnp.asarray(small_llamas.TOKENS[:, :13], jnp.int32)
-    forward = jax.jit(llama.forward, static_argnums=2)
-    short = forward(model.params, tokens[:, :12], model.config)
-    np.testing.assert_array_equal(short, forward(full.params, tokens[:, :12], full.config))
-    assert forward(full.params, tokens, full.config).shape == (2, 13, 80)
-
-    save_gguf(tmp_path / "m.gguf", model)
-    save_huggingface(tmp_path / "out", load_gguf(tmp_path / "m.gguf"))
-    with_window = [model, load_gguf(tmp_path / "m.gguf"), load_huggingface(tmp_path / "out")]
-    for found in with_window:
-        assert found.config == model.config
-        with pytest.raises(ValueError, match="13 positions is longer than .* window of 12"):
-            jax.eval_shape(lambda p: llama.forward(p, tokens, model.config), found.params)
-    lengths = jnp.array([12, 12])
-    with pytest.raises(ValueError, match="exceed the model's context of 12"):
-        generate(model.params, tokens[:, :12], lengths, model.config, max_new_tokens=1, eos_id=-1)
-    with pytest.raises(ValueError, match="13 positions is longer than"):
-        cache = llama.init_cache(model.config, 2, 13, jnp.float32)
-        llama.extend(model.params, tokens[:, :1], cache, model.config)
-
-
-@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
-def test_windows_of_other_families_are_written(tmp_path, name):
-    changes = {"sliding_window": 12, "use_sliding_window": True, "max_window_layers": 0}
-    model = load_huggingface(write(tmp_path / "small", name, changes))
-    save_gguf(tmp_path / "m.gguf", model)
-    save_huggingface(tmp_path / "out", load_gguf(tmp_path / "m.gguf"))
+    model = load_huggingface(write(tmp_path / "windowed", name, changes))
+    context = 12 if name == "llama2" else 64
+    assert model.config == dataclasses.replace(plain, context_length=context, windows=windows)
+    save_huggingface(tmp_path / "out", dataclasses.replace(model, source="none"))
     assert load_huggingface(tmp_path / "out").config == model.config
-    assert model.config.attention_window == 12
+
+
+def test_a_window_is_slid_by_every_way_to_read(tmp_path):
+    """And a GGUF's context, which llama.cpp attends to in full, is the window."""
+    model = load_huggingface(write(tmp_path / "small", "mistral", {"sliding_window": 12}))
+    full = dataclasses.replace(model.config, windows=None)
+    tokens = jnp.asarray(small_llamas.TOKENS, jnp.int32)
+    forward = jax.jit(llama.forward, static_argnums=2)
+    within, beyond = (
+        np.abs(forward(model.params, tokens, model.config) - forward(model.params, tokens, full))
+    )[:, [11, 12]].max(axis=(0, 2))
+    assert within == 0 and beyond > 1e-3
+    save_gguf(tmp_path / "m.gguf", model)
+    found = load_gguf(tmp_path / "m.gguf").config
+    assert found == dataclasses.replace(model.config, context_length=12)
 
 
 def test_a_head_that_differs_from_the_embedding_is_kept(tmp_path):
@@ -146,12 +122,9 @@ GGUF_HARMLESS = [
 ]
 GGUF_REFUSED = [
     ({"llama.rope.scaling.factor": 4.0}, r"rope\.scaling\.factor is 4\.0; supported: 0, 1"),
-    (
-        {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0},
-        r"rope\.scaling\.type is 'linear'",
-    ),
+    ({"llama.rope.scaling.type": "longrope"}, r"rope\.scaling\.type is 'longrope'"),
     ({"llama.rope.scale_linear": 4.0}, r"rope\.scale_linear is 4\.0"),
-    ({"llama.rope.scaling.type": "yarn"}, r"rope\.scaling\.type is 'yarn'"),
+    ({"llama.rope.scaling.type": "yarn"}, r"'yarn' has the factor 0\.0 and the original"),
     ({"llama.rope.scaling.attn_factor": 2.0}, r"attn_factor is 2\.0"),
     ({"llama.rope.scaling.yarn_beta_fast": 2.0}, r"yarn_beta_fast \(2\.0\) is not known"),
     ({"llama.rope.dimension_count": 8}, r"rope\.dimension_count is 8; supported: 16"),
@@ -192,11 +165,11 @@ def test_keys_of_a_gguf_that_would_compute_something_else(tmp_path, more, messag
         load_gguf(path)
 
 
-def test_a_window_of_a_gguf_becomes_the_context(tmp_path):
+def test_a_window_of_a_gguf(tmp_path):
     more = {"llama.attention.sliding_window": 12}
     small = small_checkpoints.small("mistral")
     found = load_gguf(small_checkpoints.write_gguf(tmp_path / "m.gguf", *small, more=more)).config
-    assert (found.context_length, found.attention_window) == (12, 12)
+    assert (found.context_length, found.windows) == (64, (12, 12))
 
 
 def test_rope_factors_count_in_a_llama_alone(tmp_path):
@@ -245,3 +218,26 @@ def test_folders_of_version_0_1_0_still_load(tmp_path):
         "head_dim": 16,
     }
     assert load_huggingface(write(tmp_path / "small", "llama2", written)).config.head_dim == 16
+
+
+@pytest.mark.parametrize("rows", [77, 78, 96])
+def test_resized_vocabularies(tmp_path, rows):
+    """Rows beyond the tokenizer's tokens, or fewer than them: as they are through both formats."""
+    config, weights = small_checkpoints.small("llama2")
+    weights |= {
+        name: np.concatenate([weights[name]] * 2)[:rows]
+        for name in ("model.embed_tokens.weight", "lm_head.weight")
+    }
+    folder = write(tmp_path / "small", "llama2", {"vocab_size": rows}, weights)
+    if rows < 79:  # without its beginning or its end, a text cannot be told apart
+        lost = "bos_id is 77" if rows < 78 else "eos_id is 78"
+        with pytest.raises(ValueError, match=rf"{lost}, outside .* without resizing"):
+            load_huggingface(folder)
+        return
+    model = load_huggingface(folder)
+    save_gguf(tmp_path / "m.gguf", model)
+    save_huggingface(tmp_path / "out", load_gguf(tmp_path / "m.gguf"))
+    for found in (model, load_gguf(tmp_path / "m.gguf"), load_huggingface(tmp_path / "out")):
+        assert found.config.vocab_size == rows and found.params["embed"].shape[0] == rows
+        assert found.tokenizer.encode("ab") == [76]
+        assert isinstance(found.tokenizer.decode([76, rows - 1]), str)

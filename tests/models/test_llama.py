@@ -14,7 +14,7 @@ from cases import assert_close
 import lora_jax as lora
 from lora_jax.kernels.attention import attend
 from lora_jax.models import SHAPES, llama
-from lora_jax.models.config import RopeScaling
+from lora_jax.models.config import Rope, RopeScaling
 from lora_jax.models.rope import inverse_frequencies, rotate
 
 SCALING = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=16)
@@ -174,9 +174,9 @@ def test_bf16():
 
 
 def test_rope_turns_pairs_by_position_times_frequency():
-    config = cases.tiny_llama(head_dim=6)
+    frequencies = inverse_frequencies(Rope(theta=10_000.0, dims=6))
     x = np.asarray(cases.normal(0, 1, 4, 1, 6))
-    turned = np.asarray(rotate(jnp.asarray(x), jnp.arange(4)[None], config))
+    turned = np.asarray(rotate(jnp.asarray(x), jnp.arange(4)[None], frequencies))
     for t in range(4):
         for i in range(3):
             turn = np.exp(1j * t * 10_000.0 ** (-2 * i / 6))
@@ -186,12 +186,10 @@ def test_rope_turns_pairs_by_position_times_frequency():
 
 def test_rope_scaling_formula():
     """Llama 3.1's three bands, frequency by frequency."""
-    config = cases.tiny_llama(
-        head_dim=128, rope_theta=500_000.0, rope_scaling=RopeScaling(factor=8.0)
-    )
-    plain = inverse_frequencies(dataclasses.replace(config, rope_scaling=None))
+    rope = Rope(theta=500_000.0, dims=128, scaling=RopeScaling(factor=8.0))
+    plain = inverse_frequencies(dataclasses.replace(rope, scaling=None))
     bands = set()
-    for found, frequency in zip(inverse_frequencies(config), plain, strict=True):
+    for found, frequency in zip(inverse_frequencies(rope), plain, strict=True):
         turns = 8192 * frequency / (2 * math.pi)
         if turns > 4:
             band, expected = "kept", frequency
