@@ -82,7 +82,7 @@ def sampled(items: generated.Items, count: int) -> generated.Items:
     if not 0 < count < total:
         return items
     kept = [i * total // count for i in range(count)]
-    return generated.Items(*([part[i] for i in kept] for part in items))
+    return generated.Items([items.meanings[i] for i in kept], [items.references[i] for i in kept])
 
 
 def prompts_of(model: Pretrained, meanings: Sequence[str]) -> list[str]:

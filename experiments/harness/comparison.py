@@ -1,7 +1,7 @@
 """A comparison of methods: each at sizes that meet the same budgets of trained parameters."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -59,7 +59,7 @@ def method_cells(config: ConfigDict, method_arms: Mapping[str, MethodArms]) -> l
     return cells + [_fixed(cell, settings.fixed_rate) for cell in cells]
 
 
-def with_costs(config: ConfigDict, cells: list[Arm], results: dict[str, Any]) -> dict[str, Any]:
+def with_costs(config: ConfigDict, cells: Sequence[Arm], results: dict[str, Any]) -> dict[str, Any]:
     """The results with what a step of each cell costs."""
     shape = setup.shape_of(config)
     by_name = {cell.cell: cell for cell in cells}

@@ -76,7 +76,7 @@ def main(experiment: str, title: str, study: Study, lockstep: Lockstep | None = 
         setup.require_filled(config)
         if lockstep is None or _BUDGET.value:
             arms = studies.cells_of(config, study)
-            start = functools.partial(studies.conduct, what=study)
+            start: Callable[..., Any] = functools.partial(studies.conduct, what=study)
         else:
             arms = lockstep.arms(config)
             start = functools.partial(conduct, draw=lockstep.draw, sized=study.sized)

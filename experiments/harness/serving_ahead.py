@@ -117,7 +117,6 @@ def abstract_engine(
       ValueError: for what no engine is made of.
     """
     model = setup.shape_of(config)
-    model.check_length(load.length)
     if load.length > model.context_length:
         raise ValueError(
             f"requests of {load.length} tokens exceed the {model.context_length} that "

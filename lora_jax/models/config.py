@@ -86,10 +86,6 @@ class DecoderConfig:
         """How its layers attend."""
         return Attention()
 
-    def check_length(self, positions: int) -> None:
-        """Raises ValueError if the model cannot read a row of so many positions."""
-        del positions
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Attention:

@@ -94,7 +94,6 @@ def hidden_states(
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     prefix, prompt = leading(params, config)
-    config.check_length(prefix + prompt + tokens.shape[1])
     x_BTD = constrain(family.embed(tokens, params["embed"], config), FSDP, SEQUENCE)
     if prompt:
         rows_BPD = prompt_rows(params, x_BTD)
@@ -160,7 +159,6 @@ def _read(
 ) -> tuple[jax.Array, AnyCache]:
     family, how, size = config.family, config.attention, cache.size
     T = x_BTD.shape[1]
-    config.check_length(size)
     positions = cache.lengths[:, None] + jnp.arange(T)[None]
 
     # One length for all that a cache will hold, lest its keys be of several frequencies.

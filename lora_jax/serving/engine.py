@@ -72,7 +72,6 @@ class Engine:
         self.max_length = most if max_length is None else min(most, max_length)
         if self.max_length < 2:
             raise ValueError(f"max_length={max_length}: expected a prompt and one token, 2.")
-        model.config.check_length(self.max_length)
         limits = Limits(
             rows=rows,
             readers=min(readers, rows),

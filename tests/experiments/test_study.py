@@ -163,7 +163,7 @@ def test_pairs_are_of_the_same_seed():
     assert found.mean == pytest.approx(0.1) and found.leaves_out_zero
     assert not paired({0: 1.0, 1: 2.0, 2: 3.0}, {0: 2.0, 1: 3.1, 2: 1.0}).leaves_out_zero
     assert paired({0: 1.0, 1: None}, {0: 1.0, 1: 2.0}) is None
-    assert paired({0: 1.0, 1: 2.0, 3: 1.0}, {0: 1.0, 1: 2.0, 4: 1.0}).count == 2
+    assert paired({0: 1.0, 1: 2.0, 3: 1.0}, {0: 1.0, 1: 2.0, 4: 1.0}).seeds == 2
 
 
 def test_only_what_an_interval_tells_apart_is_told_apart():

@@ -78,11 +78,11 @@ def loss_by_method(path: Path, results: dict[str, Any]) -> None:
     for all, beside what it forgets and what a step of it costs."""
     tuned = [cell for cell in results["cells"] if cell["group"] == "tuned"]
     fixed = {cell["cell"].split(" at ")[0]: cell for cell in results["cells"] if cell not in tuned}
-    panels = [("mean", 1, "validation loss (nats a token)")]
+    panels = [("mean", 1.0, "validation loss (nats a token)")]
     panels += [
         (key, unit, label)
         for key, unit, label in (
-            ("forgotten", 1, "nats forgotten on another text"),
+            ("forgotten", 1.0, "nats forgotten on another text"),
             ("flops", 1e9, "GFLOP a step"),
             ("peak_bytes", 1e6, "MB a step"),
         )

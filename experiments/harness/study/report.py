@@ -85,7 +85,8 @@ def findings(results: Mapping[str, Any]) -> str:
     best = lowest(results)
     if best is None:
         return "Nothing has been run with several seeds yet."
-    apart, together = [], []
+    apart: list[str] = []
+    together: list[str] = []
     for cell in results["cells"]:
         found = difference(results, cell["cell"], best["cell"])
         if cell is not best and found is not None:

@@ -11,13 +11,13 @@ LEVEL = 0.95
 
 
 class Interval(NamedTuple):
-    """A mean of `count` values and the interval that holds the true one at `LEVEL`, by Student's t
-    with `count - 1` degrees of freedom: `mean -/+ t * s / sqrt(count)`."""
+    """A mean over `seeds` values and the interval that holds the true one at `LEVEL`, by Student's
+    t with `seeds - 1` degrees of freedom: `mean -/+ t * s / sqrt(seeds)`."""
 
     mean: float
     low: float
     high: float
-    count: int
+    seeds: int
 
     @property
     def leaves_out_zero(self) -> bool:

@@ -78,6 +78,6 @@ def _difference(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any] | 
         "cells": [one["cell"], other["cell"]],
         "mean": found.mean,
         "interval": [found.low, found.high],
-        "seeds": found.count,
+        "seeds": found.seeds,
         "differ": found.leaves_out_zero,
     }
