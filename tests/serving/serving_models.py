@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import cases
 import jax
 import jax.numpy as jnp
 
@@ -35,7 +36,7 @@ PROMPT, ANSWER = 24, 16  # most tokens of each
 
 
 def model_of(config, *, quantized=False) -> Pretrained:
-    params = decoder.init(config, key=jax.random.key(0))
+    params = jax.jit(lambda key: decoder.init(config, key=key))(jax.random.key(0))
     if quantized:
         params = lora.quantize(params, "nf4", block_size=8)
     tokenizer = dataclasses.replace(byte_tokenizer(), eos_id=66)  # which these models do say
@@ -50,18 +51,8 @@ def adapters_of(model, count=3) -> dict[str, lora.transform.Delta]:
     for i in range(count):
         targets = ["all-linear", "attention", "all-linear"][i % 3]
         method = lora.LoRA(rank=1 + i, alpha=4)
-        _, delta = lora.lora_transform(
-            model.params, method, targets=targets, key=jax.random.key(10 + i)
-        )
-        deltas[f"a{i}"] = jax.tree.map(functools.partial(_moved, key=jax.random.key(i)), delta)
+        deltas[f"a{i}"] = cases.llama_delta(model.params, method, seed=i, targets=targets)
     return deltas
-
-
-def _moved(leaf, key):
-    """A factor moved from where it begins; scales stay."""
-    if leaf.ndim < 3:
-        return leaf
-    return leaf + 0.3 * jax.random.normal(key, leaf.shape, leaf.dtype)
 
 
 class StackPool:
