@@ -7,11 +7,12 @@ from pathlib import Path
 import jax
 
 # Read when XLA starts: `cases` does. Two workers leave no core to compile parts of a module on.
-flags = [os.environ.get("XLA_FLAGS", ""), "--xla_cpu_parallel_codegen_split_count=1"]
+os.environ["XLA_FLAGS"] = " ".join(
+    [os.environ.get("XLA_FLAGS", ""), "--xla_cpu_parallel_codegen_split_count=1"]
+)
 if jax.__version_info__ < (0, 11):  # later ones lack the flag, and compile faster
     # Emitting fusions by way of MLIR is most of a compilation.
-    flags.append("--xla_cpu_use_fusion_emitters=false")
-os.environ["XLA_FLAGS"] = " ".join(flags)
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 import cases
 import chex

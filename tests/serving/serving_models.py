@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import lora_jax as lora
 from lora_jax.data.tokenizer import byte_tokenizer
 from lora_jax.interop import Pretrained
-from lora_jax.models import decoder
 from lora_jax.models.gemma2 import Gemma2Config
 from lora_jax.models.generate import generate
 from lora_jax.models.llama import LlamaConfig
@@ -36,7 +35,7 @@ PROMPT, ANSWER = 24, 16  # most tokens of each
 
 
 def model_of(config, *, quantized=False) -> Pretrained:
-    params = jax.jit(lambda key: decoder.init(config, key=key))(jax.random.key(0))
+    params = dict(cases.llama_params(config))
     if quantized:
         params = lora.quantize(params, "nf4", block_size=8)
     tokenizer = dataclasses.replace(byte_tokenizer(), eos_id=66)  # which these models do say
