@@ -279,7 +279,6 @@ class Extra(DeltaNode):
     """
 
     in_weights: ClassVar[bool] = True
-    unmerged = "what belongs to no weight has no merged form."
 
     def bound(self) -> "Extra":
         """What the model reads in the place of this entry."""
@@ -287,6 +286,9 @@ class Extra(DeltaNode):
 
     def apply(self, product, x, base, dropout_key):
         raise ValueError(f"{type(self).__name__} is not a weight: no activation is applied to it.")
+
+    def _require_merged_form(self) -> None:
+        raise ValueError(f"{type(self).__name__} has no merged form: it belongs to no weight.")
 
 
 def rows_behind_layers(node: DeltaNode, layers: int) -> DeltaNode:
