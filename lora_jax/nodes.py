@@ -262,6 +262,20 @@ class Additive(DeltaNode):
         return rest.astype(merged.dtype)
 
 
+class BoundPlain(DeltaNode):
+    """A node that is bound as the merged array, since a model may use its leaf in any way."""
+
+    not_by_row: ClassVar[str]  # why `adapter_ids` cannot choose among such nodes
+
+    def bind(
+        self, base: AnyWeight, dropout_key: jax.Array | None, adapter_ids: Shared | None
+    ) -> AnyWeight:
+        del dropout_key
+        if adapter_ids is not None:
+            raise ValueError(self.not_by_row)
+        return self.merge(jax.lax.stop_gradient(base))
+
+
 class Extra(DeltaNode):
     """A node without a weight: a soft prompt that a model reads, a projection that nodes share.
 
@@ -278,10 +292,7 @@ class Extra(DeltaNode):
     def apply(self, product, x, base, dropout_key):
         raise ValueError(f"{type(self).__name__} is not a weight: no activation is applied to it.")
 
-    def merge(self, base):
-        raise ValueError(f"{type(self).__name__} has no merged form: it belongs to no weight.")
-
-    def unmerge(self, merged):
+    def _require_merged_form(self) -> None:
         raise ValueError(f"{type(self).__name__} has no merged form: it belongs to no weight.")
 
 

@@ -249,11 +249,13 @@ def llama_case(**changes):
 
 
 def llama_delta(params, method, seed: int = 0, size: float = 0.3, **kwargs):
-    """A delta after some training; in one compilation."""
+    """A delta after some training; in one compilation, without what `moved` redraws."""
 
     @jax.jit
     def make(params):
-        return lora.lora_transform(params, method, key=jax.random.key(0), **kwargs)[1]
+        delta = lora.lora_transform(params, method, key=jax.random.key(0), **kwargs)[1]
+        trains = lora.trainable_mask(delta)
+        return jax.tree.map(lambda x, moves: jnp.zeros_like(x) if moves else x, delta, trains)
 
     return moved(make(params), seed, size)
 

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import jax
 
+# Read when XLA starts: `cases` does. Two workers leave no core to compile parts of a module on.
+os.environ["XLA_FLAGS"] = " ".join(
+    [os.environ.get("XLA_FLAGS", ""), "--xla_cpu_parallel_codegen_split_count=1"]
+)
 if jax.__version_info__ < (0, 11):  # later ones lack the flag, and compile faster
-    # Emitting fusions by way of MLIR is most of a compilation. Read when XLA starts: `cases` does.
-    flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false"
+    # Emitting fusions by way of MLIR is most of a compilation.
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 import cases
 import chex
@@ -27,6 +30,9 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 # Where in our source an operation was written concerns a reader of HLO; finding out takes time.
 jax.config.update("jax_traceback_in_locations_limit", 0)
+
+
+LONGEST = {"test_adapt_generated", "test_readme", "test_rank_sweep", "test_several_processes"}
 
 
 def pytest_collection_finish():
@@ -89,7 +95,11 @@ def verified_exports(request, monkeypatch):
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """A test that takes both a case and a method runs over `cases.PAIRS`; what remains of a
-    `sampled` one is cut to a sample."""
+    `sampled` one is cut to a sample.
+
+    The tests of a file run in one worker: apart, both would compile what they share, at one time.
+    Of the longest files each test may run where there is room, and before all others.
+    """
 
     def wanted(item):
         params = item.callspec.params if hasattr(item, "callspec") else {}
@@ -104,6 +114,10 @@ def pytest_collection_modifyitems(items):
     for group in sampled.values():
         for item in outside_of_the_sample(group):
             item.add_marker(pytest.mark.slow)
+    for item in items:
+        if item.path.stem not in LONGEST and not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 def outside_of_the_sample(group):

@@ -66,34 +66,39 @@ def test_value_at_any_chunk(chunk):
 @pytest.mark.parametrize("chunk", [3, 14])
 def test_gradients(head, chunk):
     trained, make = head
-    ours = jax.value_and_grad(lambda h, t: chunked(h, make(t), chunk), argnums=(0, 1))
-    theirs = jax.value_and_grad(lambda h, t: naive(h, make(t)), argnums=(0, 1))
-    assert_close(ours(HIDDEN, trained), theirs(HIDDEN, trained), rtol=1e-4, atol=1e-5)
+
+    def ours(hidden, t):
+        return chunked(hidden, make(t), chunk), ()
+
+    def theirs(hidden, t):
+        return naive(hidden, make(t)), ()
+
+    assert_close(*both_ways(ours, theirs, trained), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.sampled
 def test_gradient_of_hidden_alone(head):
     trained, make = head
-    ours = jax.grad(lambda h: 3 * chunked(h, make(trained)))(HIDDEN)
-    assert_close(
-        ours, 3 * jax.grad(lambda h: naive(h, make(trained)))(HIDDEN), rtol=1e-4, atol=1e-5
-    )
+    ours = jax.jit(jax.grad(lambda h: 3 * chunked(h, make(trained))))(HIDDEN)
+    theirs = jax.jit(jax.grad(lambda h: 3 * naive(h, make(trained))))(HIDDEN)
+    assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert not np.any(np.asarray(ours)[~np.asarray(MASK)])
 
 
 @pytest.mark.sampled
 def test_gradient_of_the_head_alone(head):
     trained, make = head
-    ours = jax.grad(lambda t: chunked(HIDDEN, make(t)))(trained)
-    assert_close(ours, jax.grad(lambda t: naive(HIDDEN, make(t)))(trained), rtol=1e-4, atol=1e-5)
+    ours = jax.jit(jax.grad(lambda t: chunked(HIDDEN, make(t))))(trained)
+    theirs = jax.jit(jax.grad(lambda t: naive(HIDDEN, make(t))))(trained)
+    assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_hardly_any_position_counts(count):
     mask = jnp.zeros((2, 7), bool).at[1, 3].set(bool(count))
-    ours = jax.value_and_grad(lambda h: chunked(h, TABLE.T, 3, mask=mask))(HIDDEN)
-    theirs = jax.value_and_grad(lambda h: naive(h, TABLE.T, mask=mask))(HIDDEN)
-    assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    ours = jax.jit(jax.value_and_grad(lambda h, mask: chunked(h, TABLE.T, 3, mask=mask)))
+    theirs = jax.jit(jax.value_and_grad(lambda h, mask: naive(h, TABLE.T, mask=mask)))
+    assert_close(ours(HIDDEN, mask), theirs(HIDDEN, mask), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("length", [4, 5, 64])
@@ -101,8 +106,9 @@ def test_a_position_that_does_not_count_may_hold_anything(length):
     """Not even a value that overflows reaches the sum or its gradients."""
     hidden = HIDDEN.at[0, 0].set(jnp.inf)
     mask = MASK.at[0, 0].set(False)
-    loss, gradient = jax.value_and_grad(lambda t: chunked(hidden, t, length, mask=mask))(TABLE.T)
-    expected = jax.grad(lambda t: naive(HIDDEN, t, mask=mask))(TABLE.T)
+    ours = jax.jit(jax.value_and_grad(lambda t: chunked(hidden, t, length, mask=mask)))
+    loss, gradient = ours(TABLE.T)
+    expected = jax.jit(jax.grad(lambda t: naive(HIDDEN, t, mask=mask)))(TABLE.T)
     assert np.isfinite(loss)
     assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
 
@@ -158,6 +164,7 @@ def test_each_chunk_drops_anew():
     hidden = jnp.broadcast_to(cases.normal(1, 6), (1, 8, 6))
     targets, counted = jnp.zeros((1, 8), jnp.int32), jnp.arange(8)[None]
 
+    @jax.jit
     def loss(count):
         return token_losses(hidden, weights["lm_head"], targets, counted < count, chunk=2)[0]
 

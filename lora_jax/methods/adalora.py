@@ -2,7 +2,6 @@
 arXiv:2303.10512)."""
 
 import dataclasses
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -12,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.layouts import Layout
-from lora_jax.methods.method import Method, over_layers
+from lora_jax.methods.method import Method, Shape
 from lora_jax.nodes import Additive, DeltaNode
-from lora_jax.products import AnyWeight, Product
+from lora_jax.products import Product
 from lora_jax.schema import leaf, nested, static
 from lora_jax.weights import PyTree
 
@@ -60,52 +59,37 @@ class AdaLoRA(Method):
     dropout: float = 0.0
 
     def __post_init__(self):
-        if self.total_steps is None:
-            raise ValueError(
-                "AdaLoRA needs total_steps, how many steps training takes: its budget falls on a "
-                "schedule over all of them."
-            )
-        if self.warmup < 0 or self.final < 0 or self.warmup >= self.total_steps - self.final:
-            raise ValueError(
-                f"AdaLoRA(total_steps={self.total_steps}, warmup={self.warmup}, "
-                f"final={self.final}) leaves no step to allocate in: warmup + final must be less "
-                "than total_steps."
-            )
-        if not 1 <= self.target_rank <= self.rank:
-            raise ValueError(
-                f"AdaLoRA(target_rank={self.target_rank}, rank={self.rank}): the target must be "
-                "at least 1 and at most the rank."
-            )
-        if self.penalty < 0 or self.interval < 1 or not 0 <= self.dropout < 1:
-            raise ValueError(
-                f"AdaLoRA(penalty={self.penalty}, interval={self.interval}, dropout={self.dropout})"
-                ": expected a penalty of at least 0, an interval of at least 1, a rate in [0, 1)."
-            )
+        steps = "it needs total_steps, how many steps training takes: its budget falls over them."
+        self._require("total_steps", self.total_steps is not None, steps)
+        self._require(
+            "warmup",
+            self.warmup >= 0 and self.final >= 0 and self.warmup < self.last,
+            f"with final={self.final} it leaves no step to allocate in: warmup + final must be "
+            f"less than total_steps, {self.total_steps}.",
+        )
+        target = f"expected at least 1 and at most the rank, {self.rank}."
+        self._require("target_rank", 1 <= self.target_rank <= self.rank, target)
+        self._require("penalty", self.penalty >= 0, "expected a penalty of at least 0.")
+        self._require("interval", self.interval >= 1, "expected an interval of at least 1.")
+        self._require_rate("dropout")
 
-    def init_node(
-        self, path: str, weight: AnyWeight, *, layout: Layout, key: jax.Array
-    ) -> "AdaLoRANode":
-        del path
-        stack, d_in, d_out = layout.split(weight.shape)
-        if self.rank > min(math.prod(d_in), math.prod(d_out)):
-            raise ValueError(
-                f"AdaLoRA(rank={self.rank}) exceeds the smaller side of a {math.prod(d_in)} x "
-                f"{math.prod(d_out)} matrix. Give that target a smaller rank."
-            )
+    @property
+    def last(self) -> int:
+        """The step of the last allocation."""
+        return cast(int, self.total_steps) - self.final
 
-        def init_pair(layer_key):
-            keys = jax.random.split(layer_key)
-            a = jax.random.normal(keys[0], (*d_in, self.rank), jnp.float32)
-            return 0.02 * a, 0.02 * jax.random.normal(keys[1], (self.rank, *d_out), jnp.float32)
-
-        a, b = over_layers(init_pair, stack)(key)
-        e = jnp.zeros((*stack, self.rank), jnp.float32)
+    def init_layer(self, d_in: Shape, d_out: Shape, layout: Layout, key: jax.Array) -> DeltaNode:
+        self._require_sides(self.rank, d_in, d_out)
+        keys = jax.random.split(key)
+        a = 0.02 * jax.random.normal(keys[0], (*d_in, self.rank), jnp.float32)
+        b = 0.02 * jax.random.normal(keys[1], (self.rank, *d_out), jnp.float32)
+        e = jnp.zeros(self.rank, jnp.float32)
         zeros = Statistics(a=jnp.zeros_like(a), e=e, b=jnp.zeros_like(b))
         return AdaLoRANode(
             a=a,
             e=e,
             b=b,
-            scale=jnp.full(stack, self.alpha / (self.rank + 1e-5), jnp.float32),
+            scale=jnp.float32(self.alpha / (self.rank + 1e-5)),
             mask=jnp.ones_like(e),
             sensitivity=zeros,
             uncertainty=zeros,
@@ -129,15 +113,11 @@ class AdaLoRANode(Additive):
     """`scale * a @ diag(e) @ b`, all float32, and the importance of its triplets.
 
     Attributes:
-      a: `[stack..., contracted..., r]`.
-      e: `[stack..., r]`, the singular values.
-      b: `[stack..., r, output...]`.
-      scale: `[stack...]`.
-      mask: `[stack..., r]`, 0 where the last allocation zeroed `e`.
+      e: the singular values.
+      mask: 0 where the last allocation zeroed `e`.
       sensitivity: of a, e and b: the running mean of `|value * gradient|`.
       uncertainty: likewise, of its distance from that mean.
       method: the schedule.
-      layout: the weight's axes.
     """
 
     own_axes = ("rank",)
@@ -244,17 +224,14 @@ def _distances(node: AdaLoRANode) -> Iterator[jax.Array]:
     for factor in (jnp.swapaxes(node.a, -1, -2), node.b):
         with jax.default_matmul_precision("highest"):
             gram = jnp.matmul(factor, jnp.swapaxes(factor, -1, -2))
-        square = jnp.sum((gram - _identity(gram)) ** 2, axis=(-2, -1))
+        identity = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
+        square = jnp.sum((gram - identity) ** 2, axis=(-2, -1))
         yield jnp.sqrt(jnp.maximum(square, 1e-30)).reshape(-1)
-
-
-def _identity(gram: jax.Array) -> jax.Array:
-    return jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
 
 
 def _observed(node: AdaLoRANode, gradient: AdaLoRANode, step: jax.Array) -> AdaLoRANode:
     method = node.method
-    counts = step < cast(int, method.total_steps) - method.final
+    counts = step < method.last
     sensitivity, uncertainty = {}, {}
     for name in FACTORS:
         now = jnp.abs(getattr(node, name) * getattr(gradient, name))
@@ -272,8 +249,7 @@ def _allocated(method: AdaLoRA, nodes: list[AdaLoRANode], step: jax.Array) -> li
     scores = [_scores(node.as_matrix()) for node in nodes]
     ordered = jnp.sort(jnp.concatenate([score.reshape(-1) for score in scores]))
     budgets, allocates = _schedule(method, matrices=ordered.size // method.rank)
-    last = cast(int, method.total_steps) - method.final
-    now = jnp.minimum(step, last)
+    now, last = jnp.minimum(step, method.last), method.last
     dropped = ordered.size - jnp.asarray(budgets)[now]
     threshold = jnp.where(dropped > 0, ordered[jnp.maximum(dropped - 1, 0)], -1.0)
     chosen = jnp.asarray(allocates)[now] & (step <= last)
@@ -295,7 +271,7 @@ def _scores(node: AdaLoRANode) -> jax.Array:
 def _schedule(method: AdaLoRA, matrices: int) -> tuple[np.ndarray, np.ndarray]:
     """By step up to the last allocation: the budget, and whether it is allocated."""
     full, target = method.rank * matrices, method.target_rank * matrices
-    last = cast(int, method.total_steps) - method.final
+    last = method.last
     steps = np.arange(last + 1)
     left = 1 - (steps - method.warmup) / (last - method.warmup)
     budgets = ((full - target) * np.minimum(left, 1) ** 3 + target).astype(np.int32)

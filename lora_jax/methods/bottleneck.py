@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.layouts import Layout
-from lora_jax.methods.method import Method, over_layers
+from lora_jax.methods.method import Method, Shape
 from lora_jax.nodes import DeltaNode
-from lora_jax.products import AnyWeight, Matmul, Product
+from lora_jax.products import Matmul, Product
 from lora_jax.schema import leaf, static
 
 ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}
@@ -45,28 +45,18 @@ class Bottleneck(Method):
 
     def __post_init__(self):
         self._require_count("size")
-        expected = f"expected one of {', '.join(ACTIVATIONS)}."
-        self._require("activation", self.activation in ACTIVATIONS, expected)
+        self._require_one_of("activation", ACTIVATIONS)
 
-    def init_node(
-        self, path: str, weight: AnyWeight, *, layout: Layout, key: jax.Array
-    ) -> "BottleneckNode":
-        del path
-        stack, d_in, d_out = layout.split(weight.shape)
+    def init_layer(self, d_in: Shape, d_out: Shape, layout: Layout, key: jax.Array) -> DeltaNode:
         read = d_in if self.parallel else d_out
         bound = 1 / math.sqrt(math.prod(read))
-
-        def init_down(layer_key):
-            shape = (*read, self.size)
-            return jax.random.uniform(layer_key, shape, jnp.float32, -bound, bound)
-
         node_class = ParallelBottleneckNode if self.parallel else BottleneckNode
         return node_class(
-            down=over_layers(init_down, stack)(key),
-            down_bias=jnp.zeros((*stack, self.size), jnp.float32),
-            up=jnp.zeros((*stack, self.size, *d_out), jnp.float32),
-            up_bias=jnp.zeros((*stack, *d_out), jnp.float32),
-            scale=jnp.full(stack, self.scale, jnp.float32),
+            down=jax.random.uniform(key, (*read, self.size), jnp.float32, -bound, bound),
+            down_bias=jnp.zeros(self.size, jnp.float32),
+            up=jnp.zeros((self.size, *d_out), jnp.float32),
+            up_bias=jnp.zeros(d_out, jnp.float32),
+            scale=jnp.float32(self.scale),
             activation=self.activation,
             layout=layout,
         )
@@ -74,15 +64,7 @@ class Bottleneck(Method):
 
 @flax.struct.dataclass
 class BottleneckNode(DeltaNode):
-    """The MLP after one layer, all float32. Padding its width is exact, since f(0) = 0.
-
-    Attributes:
-      down: `[stack..., output..., m]`.
-      down_bias: `[stack..., m]`.
-      up: `[stack..., m, output...]`.
-      up_bias: `[stack..., output...]`.
-      scale: `[stack...]`.
-    """
+    """The MLP after one layer, all float32. Padding its width is exact, since f(0) = 0."""
 
     own_axes = ("rank",)
     padded_axes = ("rank",)
@@ -113,7 +95,7 @@ class BottleneckNode(DeltaNode):
 
 @flax.struct.dataclass
 class ParallelBottleneckNode(BottleneckNode):
-    """The MLP beside one layer: `down [stack..., contracted..., m]`."""
+    """The MLP beside one layer, of whose input it reads."""
 
     down: jax.Array = leaf("stack in rank")
     parallel: bool = static(True)

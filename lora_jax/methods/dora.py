@@ -59,8 +59,8 @@ class DoRANode(LowRank):
     """Columns of `V = w + scale * a @ b`, each rescaled to a trained length.
 
     Attributes:
-      magnitude: `m [stack..., output...]`, the length of each column.
-      base_square: `[stack..., output...]`, the squared length of each column of the base; frozen.
+      magnitude: m, the length of each column.
+      base_square: the squared length of each column of the base.
     """
 
     split_axes = ()

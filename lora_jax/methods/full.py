@@ -9,10 +9,9 @@ import jax.numpy as jnp
 
 from lora_jax.layouts import ENTRIES, Layout
 from lora_jax.methods.method import Method
-from lora_jax.nodes import Additive
+from lora_jax.nodes import Additive, BoundPlain
 from lora_jax.products import AnyWeight, Product
 from lora_jax.schema import leaf, static
-from lora_jax.weights import Shared
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,25 +32,16 @@ class Full(Method):
 
 
 @flax.struct.dataclass
-class FullNode(Additive):
-    """A dense `delta`, float32, of the weight's own shape.
+class FullNode(BoundPlain, Additive):
+    """A dense `delta`, float32, of the weight's own shape."""
 
-    It is bound as the plain sum, since a model may use a norm's scale in any way.
-    """
+    not_by_row = (
+        "Full deltas cannot be chosen by row with adapter_ids: each is a whole model. Bind one of "
+        "them, or train LoRA adapters."
+    )
 
     delta: jax.Array = leaf("stack", absent=0)
     layout: Layout = static(ENTRIES)
-
-    def bind(
-        self, base: AnyWeight, dropout_key: jax.Array | None, adapter_ids: Shared | None
-    ) -> AnyWeight:
-        del dropout_key
-        if adapter_ids is not None:
-            raise ValueError(
-                "Full deltas cannot be chosen by row with adapter_ids: each is a whole model. "
-                "Bind one of them, or train LoRA adapters."
-            )
-        return self.merge(jax.lax.stop_gradient(base))
 
     def branch(self, x: Any, product: Product) -> jax.Array:
         return self.delta

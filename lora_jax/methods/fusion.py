@@ -104,8 +104,6 @@ class FusionNode(DeltaNode):
 
     Attributes:
       adapters: the bottlenecks, with an axis of N adapters after the stack axes.
-      query, key, value: `[stack..., d_out, d_out]`.
-      query_bias: `[stack..., d_out]`.
     """
 
     own_axes = ("adapter", "width")

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.layouts import ENTRIES, Layout
-from lora_jax.methods.method import Method
-from lora_jax.nodes import DeltaNode
+from lora_jax.methods.method import Method, Shape
+from lora_jax.nodes import BoundPlain, DeltaNode
 from lora_jax.products import AnyWeight, Product, scaled
 from lora_jax.schema import leaf, static
 from lora_jax.weights import Shared, dense_float32
@@ -37,18 +37,11 @@ class IA3(Method):
         known = self.scales in ("output", "input")
         self._require("scales", known, "expected 'output' or 'input'.")
 
-    def init_node(
-        self, path: str, weight: AnyWeight, *, layout: Layout, key: jax.Array
-    ) -> "IA3Node":
-        del path, key
-        stack, d_in, d_out = layout.split(weight.shape)
+    def init_layer(self, d_in: Shape, d_out: Shape, layout: Layout, key: jax.Array) -> DeltaNode:
+        del key
         output = self.scales == "output"
         node_class, side = (IA3Node, d_out) if output else (IA3InputNode, d_in)
-        return node_class(
-            l=jnp.ones((*stack, *side), jnp.float32),
-            active=jnp.ones(stack, jnp.float32),
-            layout=layout,
-        )
+        return node_class(jnp.ones(side, jnp.float32), jnp.ones((), jnp.float32), layout)
 
 
 @flax.struct.dataclass
@@ -56,10 +49,9 @@ class IA3Node(DeltaNode):
     """A weight whose output is multiplied by a vector.
 
     Attributes:
-      l: `[stack..., output...]`, float32.
-      active: `[stack...]`, 0 where an adapter of a stack lacks the target: `l` is then neither
-        applied nor trained.
-      layout: the weight's axes.
+      l: the vector, float32.
+      active: 0 where an adapter of a stack lacks the target: `l` is then neither applied nor
+        trained.
     """
 
     l: jax.Array = leaf("stack out")  # noqa: E741 - the paper's name
@@ -72,13 +64,14 @@ class IA3Node(DeltaNode):
 
     def unmerge(self, merged: jax.Array) -> jax.Array:
         """Where an entry of `l` is zero, what it multiplied is lost, and becomes NaN."""
-        return self._each_matrix(lambda node, w: w / node.factor()[None], merged).astype(
-            merged.dtype
-        )
+        factors = self.merge(jnp.ones(merged.shape, jnp.float32))
+        return (merged.astype(jnp.float32) / factors).astype(merged.dtype)
 
     def factor(self) -> jax.Array:
-        """What one layer's output is multiplied by."""
-        return jnp.where(self.active == 0, jnp.ones_like(self.l), self.l)
+        """What a side of the weight is multiplied by, in the shape of `l`."""
+        own = [1] * (self.l.ndim - self.active.ndim)
+        active = self.active.reshape(*self.active.shape, *own)
+        return jnp.where(active == 0, jnp.ones_like(self.l), self.l)
 
 
 @flax.struct.dataclass
@@ -92,14 +85,9 @@ class IA3InputNode(IA3Node):
     def pre(self, x: Any, product: Product) -> Any:
         return product.scale(x, self.factor())
 
-    def unmerge(self, merged: jax.Array) -> jax.Array:
-        return self._each_matrix(lambda node, w: w / node.factor()[:, None], merged).astype(
-            merged.dtype
-        )
-
 
 @flax.struct.dataclass
-class IA3BiasNode(DeltaNode):
+class IA3BiasNode(BoundPlain):
     """A layer's bias multiplied by the vector of that layer's `IA3Node`, so that the two compute
     `(x @ w + bias) * l`. It has no leaves of its own.
 
@@ -107,6 +95,12 @@ class IA3BiasNode(DeltaNode):
       of: the path of the `IA3Node`.
       factor: that node's, once `resolve` has filled it in.
     """
+
+    not_by_row = (
+        "IA3 over a layer with a bias cannot be chosen by row with adapter_ids, since all rows "
+        "read one bias. Bind one of the adapters."
+    )
+    unmerge = IA3Node.unmerge
 
     of: str = static()
     factor: Shared | None = leaf("stack", trained=False, default=None)
@@ -119,9 +113,7 @@ class IA3BiasNode(DeltaNode):
                 f"a bias is scaled by the output-side IA3 at {self.of!r}, which the delta lacks. "
                 "Keep the two together."
             )
-        own = found.l.ndim - found.active.ndim
-        active = found.active.reshape(*found.active.shape, *[1] * own)
-        factor = jnp.where(active == 0, jnp.ones_like(found.l), found.l)
+        factor = found.factor()
         if factor.shape[-base.ndim :] != base.shape:
             raise ValueError(
                 f"a bias of shape {base.shape} is scaled by the IA3 at {self.of!r}, whose vector "
@@ -129,22 +121,5 @@ class IA3BiasNode(DeltaNode):
             )
         return dataclasses.replace(self, factor=Shared(factor))
 
-    def bind(
-        self, base: AnyWeight, dropout_key: jax.Array | None, adapter_ids: Shared | None
-    ) -> AnyWeight:
-        """The plain product: a model may use a bias in any way."""
-        del dropout_key
-        if adapter_ids is not None:
-            raise ValueError(
-                "IA3 over a layer with a bias cannot be chosen by row with adapter_ids, since all "
-                "rows read one bias. Bind one of the adapters."
-            )
-        return self.merge(jax.lax.stop_gradient(base))
-
     def merge(self, base: AnyWeight) -> jax.Array:
         return (dense_float32(base) * cast(Shared, self.factor).value).astype(base.dtype)
-
-    def unmerge(self, merged: jax.Array) -> jax.Array:
-        """As `IA3Node.unmerge`."""
-        factor = cast(Shared, self.factor).value
-        return (merged.astype(jnp.float32) / factor).astype(merged.dtype)

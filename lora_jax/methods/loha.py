@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.layouts import Layout
-from lora_jax.methods.method import Method, over_layers
+from lora_jax.methods.method import Method, Shape
 from lora_jax.nodes import Additive, DeltaNode
-from lora_jax.products import AnyWeight, Product
+from lora_jax.products import Product
 from lora_jax.schema import leaf, static
 
 
@@ -43,31 +43,23 @@ class LoHa(Method):
     def __post_init__(self):
         self._require_count("rank", "a rank is an integer of at least 1.")
         self._require("alpha", self.alpha > 0, "expected a positive alpha.")
-        self._require("dropout", 0 <= self.dropout < 1, "expected a rate in [0, 1).")
+        self._require_rate("dropout")
 
-    def init_node(
-        self, path: str, weight: AnyWeight, *, layout: Layout, key: jax.Array
-    ) -> DeltaNode:
-        del path
-        stack, d_in, d_out = layout.split(weight.shape)
+    def init_layer(self, d_in: Shape, d_out: Shape, layout: Layout, key: jax.Array) -> DeltaNode:
+        keys = jax.random.split(key, 3)
 
         def uniform(key, *shape, fan_in):
             bound = 1 / math.sqrt(fan_in)
             return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
-        def init(layer_key):
-            keys = jax.random.split(layer_key, 3)
-            a1 = uniform(keys[0], *d_in, self.rank, fan_in=math.prod(d_in))
-            b1, b2 = (uniform(key, self.rank, *d_out, fan_in=self.rank) for key in keys[1:])
-            return a1, b1, b2
-
-        a1, b1, b2 = over_layers(init, stack)(key)
+        a1 = uniform(keys[0], *d_in, self.rank, fan_in=math.prod(d_in))
+        b1, b2 = (uniform(key, self.rank, *d_out, fan_in=self.rank) for key in keys[1:])
         return LoHaNode(
             a1=a1,
             b1=b1,
             a2=jnp.zeros_like(a1),
             b2=b2,
-            scale=jnp.full(stack, self.alpha / self.rank, jnp.float32),
+            scale=jnp.float32(self.alpha / self.rank),
             dropout=self.dropout,
             layout=layout,
         )
@@ -75,13 +67,7 @@ class LoHa(Method):
 
 @flax.struct.dataclass
 class LoHaNode(Additive):
-    """`scale * (a1 @ b1) * (a2 @ b2)`, all float32.
-
-    Attributes:
-      a1, a2: `[stack..., contracted..., r]`.
-      b1, b2: `[stack..., r, output...]`.
-      scale: `[stack...]`.
-    """
+    """`scale * (a1 @ b1) * (a2 @ b2)`, all float32."""
 
     own_axes = ("rank",)
     padded_axes = ("rank",)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from lora_jax.layouts import Layout
 from lora_jax.methods.decompositions import INITS, factors_of
-from lora_jax.methods.method import Method, over_layers
+from lora_jax.methods.method import Method, Shape, over_layers
 from lora_jax.nodes import Additive, DeltaNode
 from lora_jax.products import AnyWeight, Product
 from lora_jax.schema import leaf, static
@@ -61,9 +61,8 @@ class LoRA(Method):
             "leave a target unadapted, map it to None.",
         )
         self._require("alpha", self.alpha > 0, "alpha must be positive.")
-        self._require("dropout", 0 <= self.dropout < 1, "the rate must lie in [0, 1).")
-        known = self.scaling in ("lora", "rslora")
-        self._require("scaling", known, "expected one of lora, rslora.")
+        self._require_rate("dropout")
+        self._require_one_of("scaling", ("lora", "rslora"))
         known = self.init in ("kaiming", "gaussian") or self._decomposes
         expected = "expected one of kaiming, gaussian, pissa, pissa_niter_N, olora."
         self._require("init", known, expected)
@@ -81,9 +80,9 @@ class LoRA(Method):
     def leaves(self, weight: AnyWeight, *, layout: Layout, key: jax.Array) -> dict[str, Any]:
         """The initial fields of a `LoRANode`."""
         stack, d_in, d_out = layout.split(weight.shape)
-        rank = self._widest(stack, math.prod(d_in), math.prod(d_out))
-        ranks = jnp.asarray(self.rank, jnp.float32)  # a scalar, or one for each layer
-        ranks = jnp.broadcast_to(ranks, stack)
+        rank = self._widest(stack)
+        self._require_sides(rank, d_in, d_out)
+        ranks = jnp.broadcast_to(jnp.asarray(self.rank, jnp.float32), stack)
         scale = self.alpha / (ranks if self.scaling == "lora" else jnp.sqrt(ranks))
         scale = jnp.where(ranks == 0, 0, scale)
         if self._decomposes:
@@ -97,18 +96,11 @@ class LoRA(Method):
             used = index < ranks[..., None]
             a, b = jnp.where(used[..., None, :], a, 0), jnp.where(used[..., None], b, 0)
         a, b = a.reshape(*stack, *d_in, rank), b.reshape(*stack, rank, *d_out)
-        return {
-            "a": a,
-            "b": b,
-            "scale": scale,
-            "a0": jnp.copy(a)
-            if self._decomposes
-            else None,  # a buffer of its own: a step may donate a
-            "b0": jnp.copy(b) if self._decomposes else None,
-            "dropout": self.dropout,
-            "layout": layout,
-            "train_a": self.train_a,
-        }
+        frozen = {}
+        if self._decomposes:  # buffers of their own: a step may donate a
+            frozen = {"a0": jnp.copy(a), "b0": jnp.copy(b)}
+        settings = {"dropout": self.dropout, "layout": layout, "train_a": self.train_a}
+        return {"a": a, "b": b, "scale": scale} | frozen | settings
 
     def _init_a(self, shape: tuple[int, int], key: jax.Array, layer_rank: jax.Array) -> jax.Array:
         if self.init == "gaussian":
@@ -122,21 +114,14 @@ class LoRA(Method):
         """Whether the factors are initialised from the weight."""
         return bool(INITS.fullmatch(self.init))
 
-    def _widest(self, stack: tuple[int, ...], d_in: int, d_out: int) -> int:
+    def _widest(self, stack: Shape) -> int:
         """The rank that the factors are padded to."""
         if isinstance(self.rank, tuple) and stack != (len(self.rank),):
             raise ValueError(
                 f"{self._named('rank')} names {len(self.rank)} stacked layers, but the weight's "
                 f"stack axes are {stack}. Give one rank, or one for each stacked layer."
             )
-        rank = max(self.rank) if isinstance(self.rank, tuple) else self.rank
-        if rank > min(d_in, d_out):
-            raise ValueError(
-                f"{type(self).__name__}(rank={rank}) exceeds the smaller side of a {d_in} x "
-                f"{d_out} matrix. Give that target a smaller rank, "
-                f"{{target: {type(self).__name__}(rank=...)}}, or use Full."
-            )
-        return rank
+        return max(self.rank) if isinstance(self.rank, tuple) else self.rank
 
 
 @flax.struct.dataclass
@@ -144,11 +129,7 @@ class LowRank(Additive):
     """The factors of `scale * (a @ b - a0 @ b0)`, all float32, and their branch.
 
     Attributes:
-      a: `[stack..., contracted..., r]`.
-      b: `[stack..., r, output...]`.
-      scale: `[stack...]`.
       a0, b0: the factors that the init took from the weight, frozen; None where it took none.
-      layout: the weight's axes.
       train_a: whether `a` trains.
       own_base: how the base was made that the node belongs to ("loftq"); empty for the original. It
         is a setting like the others: nodes that differ in it do not mix.

@@ -1,8 +1,8 @@
 """The protocol of a method, which `lora_transform` calls to make nodes."""
 
-import abc
 import dataclasses
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -11,18 +11,24 @@ from lora_jax.layouts import Layout
 from lora_jax.nodes import DeltaNode, Extra
 from lora_jax.products import AnyWeight
 
+Shape = tuple[int, ...]
 _COUNT = "expected an integer of at least 1."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Method(abc.ABC):
+class Method:
     """Hyperparameters of one way to adapt a weight.
 
-    A new method is one file: a frozen dataclass of hyperparameters whose `init_node` makes a node,
+    A new method is one file: a frozen dataclass of hyperparameters whose `init_layer` makes a node,
     and the node. Nothing else in the library changes.
+
+    Attributes:
+      has_nodes: whether it adapts weights; False where it has `extras` only.
+      needs_matrix: whether it adapts only leaves of two axes or more.
     """
 
-    needs_matrix: ClassVar[bool] = True  # whether it adapts only leaves of two axes or more
+    has_nodes: ClassVar[bool] = True
+    needs_matrix: ClassVar[bool] = True
 
     def accepts(self, path: str, weight: AnyWeight, layout: Layout | None) -> bool:
         """Whether the leaf at `path` is one that this method can adapt; `layout` is None for one
@@ -42,18 +48,44 @@ class Method(abc.ABC):
         value = getattr(self, field)
         self._require(field, isinstance(value, int) and value >= 1, expected)
 
+    def _require_rate(self, field: str) -> None:
+        self._require(field, 0 <= getattr(self, field) < 1, "expected a rate in [0, 1).")
+
+    def _require_one_of(self, field: str, known: Iterable[str]) -> None:
+        expected = f"expected one of {', '.join(known)}."
+        self._require(field, getattr(self, field) in known, expected)
+
+    def _require_sides(self, rank: int, d_in: Shape, d_out: Shape) -> None:
+        """Raises ValueError where `rank` exceeds the smaller side of a matrix."""
+        sides, name = (math.prod(d_in), math.prod(d_out)), type(self).__name__
+        if rank > min(sides):
+            raise ValueError(
+                f"{name}(rank={rank}) exceeds the smaller side of a {sides[0]} x {sides[1]} "
+                f"matrix. Give that target a smaller rank, {{target: {name}(rank=...)}}, or use "
+                "Full."
+            )
+
     @property
     def reads_values(self) -> bool:
         """Whether the initial node depends on the weight's values; of an abstract weight it is then
         abstract itself."""
         return False
 
-    @abc.abstractmethod
+    def init_layer(self, d_in: Shape, d_out: Shape, layout: Layout, key: jax.Array) -> DeltaNode:
+        """The initial node of one layer, which leaves its output unchanged.
+
+        Args:
+          d_in, d_out: the contracted and the output axes of the layer's weight.
+          layout: of the weight.
+          key: a typed key.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has neither init_layer nor init_node.")
+
     def init_node(
         self, path: str, weight: AnyWeight, *, layout: Layout, key: jax.Array
     ) -> DeltaNode | None:
-        """The initial node for `weight`, which leaves the layer's output unchanged; None for a
-        method that adapts no weight and has `extras` only.
+        """The initial node for `weight`: that of each stacked layer. Overridden by a method whose
+        init reads more than the weight's shape.
 
         Args:
           path: of the weight.
@@ -61,6 +93,11 @@ class Method(abc.ABC):
           layout: its layout.
           key: one typed key for each stacked layer, `[stack...]`.
         """
+        del path
+        if not self.has_nodes:
+            return None
+        stack, d_in, d_out = layout.split(weight.shape)
+        return over_layers(lambda key: self.init_layer(d_in, d_out, layout, key), stack)(key)
 
     def extras(
         self, weights: Mapping[str, AnyWeight], *, layouts: Mapping[str, Layout], key: jax.Array

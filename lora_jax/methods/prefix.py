@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
+from typing import ClassVar
 
 import flax.struct
 import jax
@@ -53,6 +54,8 @@ class Prefix(Method):
         is named as another projection than of keys or values, and for two in one attention layer.
     """
 
+    has_nodes: ClassVar[bool] = False
+
     length: int = 20
     hidden: int | None = None
 
@@ -60,9 +63,6 @@ class Prefix(Method):
         self._require_count("length")
         if self.hidden is not None:
             self._require_count("hidden")
-
-    def init_node(self, path: str, weight: AnyWeight, *, layout: Layout, key: jax.Array) -> None:
-        del path, weight, layout, key
 
     def extras(
         self, weights: Mapping[str, AnyWeight], *, layouts: Mapping[str, Layout], key: jax.Array
@@ -134,13 +134,7 @@ class PrefixNode(Extra):
 
 @flax.struct.dataclass
 class EncodedPrefixNode(Extra):
-    """Keys and values as an MLP makes them of `rows [P, d_out]`, all float32.
-
-    Attributes:
-      rows: what the MLP reads.
-      w1, b1: `[d_out, hidden]`, `[hidden]`.
-      w2, b2: `[stack..., hidden, 2 * d_out]`, `[stack..., 2 * d_out]`.
-    """
+    """Keys and values as an MLP makes them of `rows`, all float32; a pair is `2 * d_out` wide."""
 
     own_axes = ("row", "width", "hidden", "pair")
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import ClassVar
 
 import flax.struct
 import jax
@@ -35,6 +36,8 @@ class Prompt(Method):
       ValueError: for a length below 1, an unknown init, no tokens, or targets other than one table.
     """
 
+    has_nodes: ClassVar[bool] = False
+
     length: int = 20
     init: str = "vocab"
     tokens: tuple[int, ...] | None = None
@@ -49,9 +52,6 @@ class Prompt(Method):
     @property
     def reads_values(self) -> bool:
         return self.tokens is not None or self.init == "vocab"
-
-    def init_node(self, path: str, weight: AnyWeight, *, layout: Layout, key: jax.Array) -> None:
-        del path, weight, layout, key
 
     def extras(
         self, weights: Mapping[str, AnyWeight], *, layouts: Mapping[str, Layout], key: jax.Array

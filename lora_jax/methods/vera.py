@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.layouts import Layout
-from lora_jax.methods.method import Method
+from lora_jax.methods.method import Method, Shape
 from lora_jax.nodes import Additive, DeltaNode, Extra
 from lora_jax.paths import stable_hash
 from lora_jax.products import AnyWeight, Product
@@ -42,21 +42,18 @@ class VeRA(Method):
 
     def __post_init__(self):
         self._require_count("rank", "a rank is an integer of at least 1.")
-        self._require("dropout", 0 <= self.dropout < 1, "the rate must lie in [0, 1).")
+        self._require_rate("dropout")
 
     @property
     def projection(self) -> str:
         """The path of the pair in the delta; methods that differ have pairs of their own."""
         return f"vera_{stable_hash(repr(self)):08x}"
 
-    def init_node(
-        self, path: str, weight: AnyWeight, *, layout: Layout, key: jax.Array
-    ) -> "VeRANode":
-        del path, key
-        stack, _, d_out = layout.split(weight.shape)
+    def init_layer(self, d_in: Shape, d_out: Shape, layout: Layout, key: jax.Array) -> DeltaNode:
+        del d_in, key
         return VeRANode(
-            lambda_d=jnp.full((*stack, self.rank), self.d_initial, jnp.float32),
-            lambda_b=jnp.zeros((*stack, *d_out), jnp.float32),
+            lambda_d=jnp.full(self.rank, self.d_initial, jnp.float32),
+            lambda_b=jnp.zeros(d_out, jnp.float32),
             path=self.projection,
             dropout=self.dropout,
             layout=layout,
@@ -93,8 +90,6 @@ class VeRANode(Additive):
     """`a * lambda_d @ b * lambda_b`, of which the two vectors are this weight's own.
 
     Attributes:
-      lambda_d: `[stack..., r]`, float32.
-      lambda_b: `[stack..., output...]`, float32.
       pair: once `bind` has filled it in, the leading rows of the projection's `a` and columns of
         its `b`, as many as this weight has.
       path: where in the delta the projection is.

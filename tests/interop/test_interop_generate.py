@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
     """A base with adapters of several ranks, scales and methods."""
     folder = tmp_path_factory.mktemp("generate")
     shape = models.SHAPES["tiny"]
-    params = models.init(shape, key=jax.random.key(0))
+    params = jax.jit(lambda key: models.init(shape, key=key))(jax.random.key(0))
     model = Pretrained(params=params, config=shape, tokenizer=data.byte_tokenizer(),
                        name="tiny", source="random")  # fmt: skip
     save_huggingface(folder / "model", model)

@@ -157,7 +157,7 @@ def test_a_training_step_penalises_and_allocates():
     [
         ({}, "needs total_steps"),
         ({"total_steps": 10, "warmup": 6, "final": 4}, "leaves no step to allocate in"),
-        ({"total_steps": 10, "rank": 4, "target_rank": 5}, "target_rank=5, rank=4.*at most"),
+        ({"total_steps": 10, "rank": 4, "target_rank": 5}, "target_rank=5.*at most the rank, 4"),
         ({"total_steps": 10, "penalty": -1.0}, "penalty of at least 0"),
         ({"total_steps": 10, "interval": 0}, "interval of at least 1"),
     ],

@@ -3,13 +3,13 @@
 import dataclasses
 import functools
 
+import cases
 import jax
 import jax.numpy as jnp
 
 import lora_jax as lora
 from lora_jax.data.tokenizer import byte_tokenizer
 from lora_jax.interop import Pretrained
-from lora_jax.models import decoder
 from lora_jax.models.gemma2 import Gemma2Config
 from lora_jax.models.generate import generate
 from lora_jax.models.llama import LlamaConfig
@@ -35,7 +35,7 @@ PROMPT, ANSWER = 24, 16  # most tokens of each
 
 
 def model_of(config, *, quantized=False) -> Pretrained:
-    params = decoder.init(config, key=jax.random.key(0))
+    params = dict(cases.llama_params(config))
     if quantized:
         params = lora.quantize(params, "nf4", block_size=8)
     tokenizer = dataclasses.replace(byte_tokenizer(), eos_id=66)  # which these models do say
@@ -50,18 +50,8 @@ def adapters_of(model, count=3) -> dict[str, lora.transform.Delta]:
     for i in range(count):
         targets = ["all-linear", "attention", "all-linear"][i % 3]
         method = lora.LoRA(rank=1 + i, alpha=4)
-        _, delta = lora.lora_transform(
-            model.params, method, targets=targets, key=jax.random.key(10 + i)
-        )
-        deltas[f"a{i}"] = jax.tree.map(functools.partial(_moved, key=jax.random.key(i)), delta)
+        deltas[f"a{i}"] = cases.llama_delta(model.params, method, seed=i, targets=targets)
     return deltas
-
-
-def _moved(leaf, key):
-    """A factor moved from where it begins; scales stay."""
-    if leaf.ndim < 3:
-        return leaf
-    return leaf + 0.3 * jax.random.normal(key, leaf.shape, leaf.dtype)
 
 
 class StackPool:

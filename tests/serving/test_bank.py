@@ -34,10 +34,10 @@ def place_all(base, bank, deltas):
 @pytest.mark.parametrize(
     "tied, nf4",
     [
-        (False, True),
-        (True, False),
+        (True, True),
         pytest.param(False, False, marks=pytest.mark.slow),
-        pytest.param(True, True, marks=pytest.mark.slow),
+        pytest.param(False, True, marks=pytest.mark.slow),
+        pytest.param(True, False, marks=pytest.mark.slow),
     ],
 )
 def test_each_row_equals_its_adapter_alone(tied, nf4):
@@ -136,11 +136,12 @@ def test_the_programs_cost_does_not_grow_with_the_bank(dtype):
 
         return jax.jit(run).lower(bank, base, rows, tokens).compile()
 
-    few, many, wide = compiled(16, 1), compiled(512, 1), compiled(16, 4)
+    few, many = compiled(16, 1), compiled(512, 1)
     held = [program.memory_analysis().temp_size_in_bytes for program in (few, many)]
     assert held[0] == held[1]  # no copy of it, in another dtype for one
-    flops = [program.cost_analysis()["flops"] for program in (few, many, wide)]
     if dtype == jnp.float32:  # of others a fusion counts what it could convert
+        wide = compiled(16, 4)
+        flops = [program.cost_analysis()["flops"] for program in (few, many, wide)]
         assert flops[0] == flops[1] < flops[2]
 
 

@@ -45,10 +45,10 @@ class Served:
 @functools.cache
 def served_model(name):
     with jax.numpy_dtype_promotion("strict"):
-        return Served(GEMMA if name == "gemma2" else LLAMA, quantized=name == "nf4")
+        return Served(GEMMA if "gemma2" in name else LLAMA, quantized="nf4" in name)
 
 
-@pytest.fixture(params=["llama", "gemma2", "nf4"])
+@pytest.fixture(params=["llama", "gemma2 of nf4"])
 def served(request):
     return served_model(request.param)
 

@@ -3,6 +3,7 @@
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 
+import cases
 import jax
 import numpy as np
 import pytest
@@ -30,19 +31,14 @@ METHODS = {
 SIZES = dict(rows=2, readers=2, page_size=4, pages=20, chunk=5, max_length=40)
 
 
-def moved(leaf, key):
-    return leaf + 0.3 * jax.random.normal(key, leaf.shape, leaf.dtype) if leaf.ndim > 1 else leaf
-
-
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     parent = tmp_path_factory.mktemp("adapters")
     model = serving_models.model_of(serving_models.LLAMA)
-    names, key = peft.model_names(model.config), jax.random.key(3)
+    names = peft.model_names(model.config)
     for name, method in METHODS.items():
         targets = ["q_proj", "down_proj"] if name in ("ia3", "wide") else "all-linear"
-        _, delta = lora.lora_transform(model.params, method, targets=targets, key=key)
-        delta = jax.tree.map(lambda leaf: moved(leaf, key), delta)
+        delta = cases.llama_delta(model.params, method, targets=targets)
         heads = model.config.num_kv_heads
         peft.save_adapter(parent / name, delta, model.params, names, num_kv_heads=heads)
     deltas = {name: peft.load_adapter(parent / name, model.params, names) for name in METHODS}

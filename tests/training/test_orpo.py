@@ -21,13 +21,14 @@ BATCH = pairs()
 
 def plain(delta, base, batch):
     """Equations 4 to 7, pair by pair, and their mean."""
-    weights, losses = lora.bind(base, delta), []
+    tokens, losses = batch["tokens"].reshape(-1, LENGTH), []
+    logits = llama.forward(lora.bind(base, delta), tokens, small.CONFIG)
+    of_all = jax.nn.log_softmax(logits).reshape(-1, 2, LENGTH, small.CONFIG.vocab_size)
     for row in range(len(batch["tokens"])):
         log_p = []
         for which in range(2):
             counts = np.flatnonzero(batch["loss_mask"][row, which])
-            logits = llama.forward(weights, batch["tokens"][row, which][None], small.CONFIG)[0]
-            log_probs = jax.nn.log_softmax(logits)[counts, batch["targets"][row, which][counts]]
+            log_probs = of_all[row, which][counts, batch["targets"][row, which][counts]]
             log_p.append(log_probs.mean() if len(counts) else None)
         if None not in log_p:
             chosen, rejected = (p / (1 - p) for p in map(jnp.exp, log_p))
