@@ -21,9 +21,10 @@ BATCH = pairs()
 
 def plain(delta, base, batch):
     """Equations 4 to 7, pair by pair, and their mean."""
-    tokens, losses = batch["tokens"].reshape(-1, LENGTH), []
+    length = batch["tokens"].shape[-1]
+    tokens, losses = batch["tokens"].reshape(-1, length), []
     logits = llama.forward(lora.bind(base, delta), tokens, small.CONFIG)
-    of_all = jax.nn.log_softmax(logits).reshape(-1, 2, LENGTH, small.CONFIG.vocab_size)
+    of_all = jax.nn.log_softmax(logits).reshape(-1, 2, length, small.CONFIG.vocab_size)
     for row in range(len(batch["tokens"])):
         log_p = []
         for which in range(2):
