@@ -37,7 +37,7 @@ class DoRA(LoRA):
 
     def __post_init__(self):
         super().__post_init__()
-        self._require("init", not self._decomposes, "expected one of kaiming, gaussian.")
+        self._require("init", not self._decomposes, "expected one of kaiming, gaussian, zero_a.")
 
     @property
     def reads_values(self) -> bool:

@@ -20,7 +20,7 @@ from lora_jax.weights import as_matrix
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRA(Method):
-    """`y = x @ w + scale * dropout(x) @ a @ b`; init `b = 0`.
+    """`y = x @ w + scale * dropout(x) @ a @ b`; init `b = 0`, or `a = 0`.
 
     Attributes:
       rank: r, the inner dimension of `a [d_in, r]` and `b [r, d_out]`. A tuple gives each layer of
@@ -32,16 +32,18 @@ class LoRA(Method):
       dropout: the rate at which entries of the adapter's input are zeroed while a `dropout_key` is
         bound; what remains is divided by `1 - dropout`.
       init: how `a` is initialised: "kaiming" is uniform on +-1/sqrt(d_in), as in PEFT; "gaussian"
-        has standard deviation `1 / r`. "pissa", "pissa_niter_N" and "olora" take `a0` and `b0` from
-        the weight itself (`decompositions.factors_of`), initialise a and b with them, and add
-        `scale * (a @ b - a0 @ b0)`. The papers move `a0 @ b0` into the base; here the base does not
-        change, quantised or not, and arms may share it. `as_plain_lora` converts to plain factors.
+        has standard deviation `1 / r`. "zero_a" has `a = 0` and `b` uniform on +-1/sqrt(r) instead
+        (Init[B] of Hayou et al. 2024, arXiv:2406.08447). "pissa", "pissa_niter_N" and "olora" take
+        `a0` and `b0` from the weight itself (`decompositions.factors_of`), initialise a and b with
+        them, and add `scale * (a @ b - a0 @ b0)`. The papers move `a0 @ b0` into the base; here the
+        base does not change, quantised or not, and arms may share it. `as_plain_lora` converts to
+        plain factors.
       train_a: False freezes `a` at its init: LoRA-FA (Zhang et al. 2023, arXiv:2308.03303).
         No gradient of `a` is computed. The paper's correction of `b`'s gradient is `project_b`.
 
     Raises:
       ValueError: for a rank below 1 (None is the method that adapts nothing), an alpha that is not
-        positive, a dropout outside [0, 1), an unknown scaling or init.
+        positive, a dropout outside [0, 1), an unknown scaling or init, a zero `a` that is frozen.
     """
 
     rank: int | tuple[int, ...] = 8
@@ -63,9 +65,11 @@ class LoRA(Method):
         self._require("alpha", self.alpha > 0, "alpha must be positive.")
         self._require_rate("dropout")
         self._require_one_of("scaling", ("lora", "rslora"))
-        known = self.init in ("kaiming", "gaussian") or self._decomposes
-        expected = "expected one of kaiming, gaussian, pissa, pissa_niter_N, olora."
+        known = self.init in ("kaiming", "gaussian", "zero_a") or self._decomposes
+        expected = "expected one of kaiming, gaussian, zero_a, pissa, pissa_niter_N, olora."
         self._require("init", known, expected)
+        frozen = not self.train_a and self.init == "zero_a"
+        self._require("train_a", not frozen, "a that is zero and frozen adapts nothing.")
 
     def init_node(
         self, path: str, weight: AnyWeight, *, layout: Layout, key: jax.Array
@@ -88,9 +92,8 @@ class LoRA(Method):
         if self._decomposes:
             a, b = factors_of(self.init, as_matrix(weight, layout), rank, scale, key)
         else:
-            init = functools.partial(self._init_a, (math.prod(d_in), rank))
-            a = over_layers(init, stack)(key, ranks)
-            b = jnp.zeros((*stack, rank, math.prod(d_out)), jnp.float32)
+            init = functools.partial(self._init_factors, math.prod(d_in), rank, math.prod(d_out))
+            a, b = over_layers(init, stack)(key, ranks)
         if isinstance(self.rank, tuple):
             index = jnp.broadcast_to(jnp.arange(rank, dtype=jnp.float32), (*stack, rank))
             used = index < ranks[..., None]
@@ -102,12 +105,18 @@ class LoRA(Method):
         settings = {"dropout": self.dropout, "layout": layout, "train_a": self.train_a}
         return {"a": a, "b": b, "scale": scale} | frozen | settings
 
-    def _init_a(self, shape: tuple[int, int], key: jax.Array, layer_rank: jax.Array) -> jax.Array:
+    def _init_factors(
+        self, d_in: int, rank: int, d_out: int, key: jax.Array, layer_rank: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """The factors of one layer, in which one of the two is zero."""
+        a, b = jnp.zeros((d_in, rank), jnp.float32), jnp.zeros((rank, d_out), jnp.float32)
+        used = jnp.maximum(layer_rank, 1)
+        if self.init == "zero_a":
+            return a, jax.random.uniform(key, b.shape, b.dtype, -1, 1) / jnp.sqrt(used)
         if self.init == "gaussian":
-            a = jax.random.normal(key, shape, jnp.float32)
-            return a / jnp.maximum(layer_rank, 1)
-        bound = 1 / math.sqrt(shape[0])
-        return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+            return jax.random.normal(key, a.shape, a.dtype) / used, b
+        bound = 1 / math.sqrt(d_in)
+        return jax.random.uniform(key, a.shape, a.dtype, -bound, bound), b
 
     @property
     def _decomposes(self) -> bool:

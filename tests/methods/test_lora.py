@@ -222,6 +222,19 @@ def test_a_rank_for_each_layer_wants_as_many_layers():
         lora.lora_transform(STACKED, lora.LoRA(rank=(4, 2)), key=jax.random.key(0))
 
 
+def test_a_zero_a_beside_a_random_b():
+    """It changes nothing, and the first gradient is a's."""
+    base, delta = made(rank=4, init="zero_a")
+    node = delta["q_proj"]
+    assert not np.any(node.a)
+    b = np.asarray(node.b)
+    assert np.abs(b).max() <= 0.5 and b.std() == pytest.approx(0.5 / 3**0.5, rel=0.1)
+    gradient = jax.grad(lambda d: jnp.sin(lora.linear(X, lora.bind(base, d)["q_proj"])).sum())(
+        delta
+    )
+    assert np.all(gradient["q_proj"].a) and not np.any(gradient["q_proj"].b)
+
+
 def test_a_frozen_a_gets_no_gradient_and_no_state():
     base, delta = made(rank=4, train_a=False)
     delta = moved(delta)
@@ -248,6 +261,7 @@ def test_a_frozen_a_gets_no_gradient_and_no_state():
         ({"dropout": -0.1}, r"dropout=-0.1.*\[0, 1\)"),
         ({"scaling": "sqrt"}, "scaling='sqrt'.*lora, rslora"),
         ({"init": "zeros"}, "init='zeros'.*kaiming, gaussian"),
+        ({"init": "zero_a", "train_a": False}, "train_a=False.*adapts nothing"),
     ],
 )
 def test_bad_hyperparameters(kwargs, message):
