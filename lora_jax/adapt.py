@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import paths
-from lora_jax.layouts import Layout
+from lora_jax.layouts import Layouts
 from lora_jax.tracing import plain
 from lora_jax.tracing.axes import Axes
 from lora_jax.tracing.interpreter import evaluate
 from lora_jax.tracing.lazy import Lazy
-from lora_jax.tracing.probe import Probe, Use, layout_of
+from lora_jax.tracing.probe import Probe, Uses, layout_of
+from lora_jax.tracing.reasons import reason_of
 from lora_jax.tracing.tracked import RefusedError, is_tracked
 from lora_jax.weights import PyTree, is_weight
 
@@ -99,7 +100,7 @@ def adapt(fn: Callable) -> Callable:
     return adapted
 
 
-def infer_layouts(fn: Callable, params: PyTree, *args, **kwargs) -> dict[str, Layout | None]:
+def infer_layouts(fn: Callable, params: PyTree, *args, **kwargs) -> Layouts:
     """How `fn(params, *args, **kwargs)` uses each floating-point leaf of `params`.
 
     `fn` is traced, never run: arrays and `jax.ShapeDtypeStruct`s both work.
@@ -114,28 +115,28 @@ def infer_layouts(fn: Callable, params: PyTree, *args, **kwargs) -> dict[str, La
       `{path: Layout}` for `lora_transform(..., layouts=...)`: which axes of a leaf are contracted
       with an activation, which ones it gains, and which are stacked (scanned, mapped or indexed
       over). A table that is read both by rows and by its transpose gets the layout of the rows.
-      None for a leaf that nothing is contracted with: a norm's scale, a bias, a convolution.
+      None for a leaf that nothing is contracted with: a norm's scale, a bias. `reasons` of the
+      result has for each of these what is done with it, and the line.
 
     Raises:
       ValueError: for a leaf that is used as two different matrices.
     """
-    uses: dict[str, list[Use]] = {}
-
-    def note(path, use):
-        uses.setdefault(path, []).append(use)
+    uses = Uses()
 
     def watched(path, leaf):
         if not (_is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)):
             return leaf
-        uses[path] = []
-        return Probe(_abstract(leaf), path, Axes.of_leaf(leaf.shape), note)
+        uses.of[path] = []
+        return Probe(_abstract(leaf), path, Axes.of_leaf(leaf.shape), uses)
 
     leaves = paths.flatten(params, is_leaf=is_weight)
     others = jax.tree.leaves((args, kwargs), is_leaf=is_weight)
     probes = [watched(path, leaf) for path, leaf in leaves.items()]
     program = _trace(fn, ((params, *args), kwargs), [*probes, *map(_abstract, others)])
     jax.eval_shape(functools.partial(evaluate, program.jaxpr), program.operands)
-    return {path: layout_of(path, leaves[path].shape, found) for path, found in uses.items()}
+    layouts = {path: layout_of(path, leaves[path].shape, of) for path, of in uses.of.items()}
+    reasons = {path: reason_of(uses.of[path]) for path, layout in layouts.items() if layout is None}
+    return Layouts(layouts, reasons)
 
 
 @dataclasses.dataclass(frozen=True)

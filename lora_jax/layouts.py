@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +67,19 @@ class Layout:
         order = (*self.stack_axes(len(shape)), *self.contracted, *self.output)
         places = [order.index(axis) for axis in range(-len(shape), 0)]
         return jnp.transpose(matrix.reshape(*stack, *d_in, *d_out), places)
+
+
+class Layouts(dict[str, Layout | None]):
+    """What `infer_layouts` returns: `{path: Layout}`, and None for leaves that are no matrices.
+
+    Attributes:
+      reasons: `{path: reason}` for each leaf that is no matrix: what the program does with it, and
+        the line.
+    """
+
+    def __init__(self, layouts: Mapping[str, Layout | None], reasons: Mapping[str, str]):
+        super().__init__(layouts)
+        self.reasons = dict(reasons)
 
 
 # The layout of a leaf that is adapted entry by entry: all its axes are stack axes.

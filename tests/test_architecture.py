@@ -25,7 +25,7 @@ LAYERS = [
     ["extras"],
     ["transform", "adapt"],
     ["masks", "stacking", "arithmetic", "allocation", "data_inits", "fingerprint"],
-    ["describe"],
+    ["describe", "frozen"],
     ["models"],
     ["data"],
     ["evaluation", "training", "interop", "parallel", "planning", "serving"],

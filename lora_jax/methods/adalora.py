@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.layouts import Layout
-from lora_jax.methods.method import Method, over_layers
+from lora_jax.methods.method import Method, MisfitError, over_layers
 from lora_jax.nodes import Additive, DeltaNode
 from lora_jax.products import AnyWeight, Product
 from lora_jax.schema import leaf, nested, static
@@ -88,7 +88,7 @@ class AdaLoRA(Method):
         del path
         stack, d_in, d_out = layout.split(weight.shape)
         if self.rank > min(math.prod(d_in), math.prod(d_out)):
-            raise ValueError(
+            raise MisfitError(
                 f"AdaLoRA(rank={self.rank}) exceeds the smaller side of a {math.prod(d_in)} x "
                 f"{math.prod(d_out)} matrix. Give that target a smaller rank."
             )

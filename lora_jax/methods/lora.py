@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from lora_jax.layouts import Layout
 from lora_jax.methods.decompositions import INITS, factors_of
-from lora_jax.methods.method import Method, over_layers
+from lora_jax.methods.method import Method, MisfitError, over_layers
 from lora_jax.nodes import Additive, DeltaNode
 from lora_jax.products import AnyWeight, Product
 from lora_jax.schema import leaf, static
@@ -131,7 +131,7 @@ class LoRA(Method):
             )
         rank = max(self.rank) if isinstance(self.rank, tuple) else self.rank
         if rank > min(d_in, d_out):
-            raise ValueError(
+            raise MisfitError(
                 f"{type(self).__name__}(rank={rank}) exceeds the smaller side of a {d_in} x "
                 f"{d_out} matrix. Give that target a smaller rank, "
                 f"{{target: {type(self).__name__}(rank=...)}}, or use Full."

@@ -14,6 +14,11 @@ from lora_jax.products import AnyWeight
 _COUNT = "expected an integer of at least 1."
 
 
+class MisfitError(ValueError):
+    """A weight is too small for a method, or of a layout that it does not take. A preset passes
+    over such weights; of a target that names them it is an error."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method(abc.ABC):
     """Hyperparameters of one way to adapt a weight.

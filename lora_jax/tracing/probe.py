@@ -1,7 +1,9 @@
 """A plain array that records which of its leaf's axes a program contracts, stacks or gains."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import flax.struct
@@ -23,26 +25,56 @@ class Use:
       contracted, output: atoms of the leaf; its other axes are stacked here.
       lookup: whether it was an embedding's lookup.
       layers: atoms along which entries are sliced, scanned or run along with an activation's.
+      read: whether the plain array was read, for an equation without a rule.
+      inside: the equation and those around it, outermost first, each with its jaxpr.
     """
 
     contracted: tuple[Atom, ...] = ()
     output: tuple[Atom, ...] = ()
     lookup: bool = False
     layers: tuple[Atom, ...] = ()
+    read: bool = False
+    inside: tuple[tuple[Any, Any], ...] = ()
+
+
+class Uses:
+    """What a program does with each leaf, noted while the program is walked.
+
+    Attributes:
+      of: `{path: uses}`.
+    """
+
+    def __init__(self) -> None:
+        self.of: dict[str, list[Use]] = {}
+        self._inside: list[tuple[Any, Any]] = []
+
+    @contextlib.contextmanager
+    def within(self, jaxpr: Any, eqn: Any) -> Iterator[None]:
+        self._inside.append((jaxpr, eqn))
+        try:
+            yield
+        finally:
+            self._inside.pop()
+
+    def note(self, path: str, use: Use) -> None:
+        self.of[path].append(dataclasses.replace(use, inside=tuple(self._inside)))
 
 
 @flax.struct.dataclass
 class Probe(Tracked):
-    """The array itself; calls `note(path, use)` at each use."""
+    """The array itself, which notes each use in `uses`."""
 
     value: jax.Array
     path: str = flax.struct.field(pytree_node=False)
     axes: Axes = flax.struct.field(pytree_node=False)
-    note: Callable[[str, Use], None] = flax.struct.field(pytree_node=False)
+    uses: Uses = flax.struct.field(pytree_node=False)
 
     @property
     def dtype(self) -> Any:
         return self.value.dtype
+
+    def within(self, jaxpr: Any, eqn: Any) -> AbstractContextManager[None]:
+        return self.uses.within(jaxpr, eqn)
 
     def moved(self, axes: Axes, move: Callable) -> "Probe":
         return dataclasses.replace(self, value=move(self.value), axes=axes)
@@ -96,6 +128,7 @@ class Probe(Tracked):
 
     def read(self, reason: str = "") -> jax.Array:
         del reason
+        self.uses.note(self.path, Use(read=True))
         return self.value
 
     def dense(self) -> jax.Array:
@@ -109,7 +142,7 @@ class Probe(Tracked):
         lookup: bool = False,
         layers: Sequence[Atom] = (),
     ) -> None:
-        self.note(self.path, Use(tuple(contracted), tuple(output), lookup, tuple(layers)))
+        self.uses.note(self.path, Use(tuple(contracted), tuple(output), lookup, tuple(layers)))
 
 
 def layout_of(path: str, shape: tuple[int, ...], uses: Sequence[Use]) -> Layout | None:

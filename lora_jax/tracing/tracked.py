@@ -1,8 +1,10 @@
 """The protocol of a value in the place of a leaf while a jaxpr is evaluated."""
 
 import abc
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Self
 
 import jax
@@ -91,6 +93,11 @@ class Tracked(abc.ABC):
     @property
     def shape(self) -> tuple[int, ...]:
         return self.axes.shape
+
+    def within(self, jaxpr: Any, eqn: Any) -> AbstractContextManager[None]:
+        """The context in which an equation of a jaxpr that reads this value is evaluated."""
+        del jaxpr, eqn
+        return contextlib.nullcontext()
 
     @abc.abstractmethod
     def moved(self, axes: Axes, move: Callable[[jax.Array], jax.Array]) -> Self:
