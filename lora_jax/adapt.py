@@ -32,6 +32,9 @@ def adapt(fn: Callable) -> Callable:
     =====================================================  ===========
     einsum, matmul: contracted with an activation          applied
     batched einsum over stacked weights (experts)          applied
+    convolution: any space, stride, dilation, layout       applied
+    convolution in groups, or of stacked weights           applied
+    transposed convolution                                 applied
     sum over stacked weights, each with its activation     applied
     lookup of rows in every mode, slices of rows           applied
     tied table: rows, and its transpose as output head     applied
@@ -49,7 +52,8 @@ def adapt(fn: Callable) -> Callable:
     custom_jvp, custom_vjp that take a weight              walked into
     pallas_call, custom_vjp and others without a weight    as they are
     pallas_call that takes a weight                        ValueError
-    convolution with a weight, ragged_dot                  ValueError
+    convolution in groups of its batch                     ValueError
+    ragged_dot                                             ValueError
     elementwise operation, sum or norm of a weight         ValueError
     cast of a weight to integers                           ValueError
     reversal, padding, concatenation, repetition           ValueError

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from lora_jax.layouts import Layout
-from lora_jax.products import Lookup, Matmul
+from lora_jax.products import Lookup, Matmul, Product
 from lora_jax.weights import Shared, Weight, as_matrix, cast, dense_float32, transpose
 
 
@@ -71,14 +71,14 @@ class Adapted(Weight):
     def T(self) -> "Adapted":  # noqa: N802
         return dataclasses.replace(self, base=transpose(self.base), node=self.node.transposed())
 
+    def through(self, product: Product, x: jax.Array) -> jax.Array:
+        return self._each_row(lambda node, x, key: node.apply(product, x, self.base, key), x)
+
     def linear(self, x: jax.Array) -> jax.Array:
-        return self._each_row(lambda node, x, key: node.apply(Matmul(), x, self.base, key), x)
+        return self.through(Matmul(), x)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
-        product = Lookup(self.dtype)
-        return self._each_row(
-            lambda node, ids, key: node.apply(product, ids, self.base, key), tokens
-        )
+        return self.through(Lookup(self.dtype), tokens)
 
     def dense(self) -> jax.Array:
         return self.dense_float32().astype(self.dtype)

@@ -190,7 +190,7 @@ class DeltaNode:
     def sharding_specs(self, spec: PartitionSpec) -> Self:
         """The same tree with each leaf's sharding spec for `jit`, where the weight has `spec`, with
         an entry for each of its axes. What follows no axis of the weight is replicated."""
-        return schema.sharding_specs(self, *self.layout.split(tuple(spec)))
+        return schema.sharding_specs(self, *self.layout.split_spec(tuple(spec)))
 
     def matched(self, other: "DeltaNode") -> Self:
         """The same delta with zeros for every optional leaf that only `other` has; exact."""

@@ -10,17 +10,20 @@ with a narrow array in the place of the weight, and `widen(h, b)`, a matmul over
 | `Matmul` | `x @ W` | `x @ a` | `h @ b` |
 | `Lookup` | `W[ids]` | `a[ids]` | `h @ b` |
 | `Rows` | `diag(x) @ W` | `diag(x) @ a` | `h @ b` |
+| `Convolution` | `conv(x, W)` | `conv(x, a)` | `h @ b`, 1 x 1 |
 """
 
 import abc
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from lora_jax.weights import NARROW, Weight, dense_float32, embed, linear, vary
+from lora_jax.weights import NARROW, Weight, dense, dense_float32, embed, linear, vary
 
 AnyWeight = jax.Array | Weight
 
@@ -86,6 +89,46 @@ class Lookup(Product):
 
     def dropped(self, x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
         return x
+
+
+@dataclasses.dataclass(frozen=True)
+class Convolution(Product):
+    """`run(x, W)` for `x [batch, ...]` and `W [d_in, d_out]`, to `[batch, ..., d_out]`: linear in
+    each. A row of W is one input channel at one place of the kernel."""
+
+    run: Callable[[jax.Array, jax.Array], jax.Array]
+
+    def __call__(self, x: jax.Array, w: AnyWeight) -> jax.Array:
+        return _run_frozen(self.run, x, w) if isinstance(w, Weight) else self.run(x, w)
+
+    def narrow(self, x: jax.Array, a: jax.Array) -> jax.Array:
+        return checkpoint_name(self.run(x, a.astype(x.dtype)), NARROW)
+
+    def scale(self, x: jax.Array, factor: jax.Array) -> jax.Array:
+        raise ValueError(
+            "the inputs of a convolution meet several rows of its kernel and cannot be scaled for "
+            "each: scale its outputs."
+        )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _run_frozen(run: Callable, x: jax.Array, w: Weight) -> jax.Array:
+    """`run(x, W)`, which keeps nothing but the stored bytes of W for the backward pass."""
+    return run(x, dense(w).astype(x.dtype))
+
+
+def _run_frozen_forward(run, x, w):
+    return _run_frozen(run, x, w), (w, jnp.zeros((0,), x.dtype), x.shape)
+
+
+def _run_frozen_backward(run, saved, dy):
+    w, of_dtype, shape = saved
+    matrix = dense(w).astype(of_dtype.dtype)
+    like = jax.ShapeDtypeStruct(shape, of_dtype.dtype)
+    return *jax.linear_transpose(lambda x: run(x, matrix), like)(dy), None
+
+
+_run_frozen.defvjp(_run_frozen_forward, _run_frozen_backward)
 
 
 @dataclasses.dataclass(frozen=True)

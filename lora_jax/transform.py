@@ -242,8 +242,9 @@ def _init_node(
     with paths.naming(path):
         stack, _, _ = layout.split(weight.shape) if method.needs_matrix else ((), (), ())
         keys = paths.keys_for(key, path, stack)
-        make = functools.partial(method.init_node, path, layout=layout, key=keys)
-        return of_values(method, make, weight)
+        own = method.in_groups(layout.groups)
+        make = functools.partial(own.init_node, path, layout=layout, key=keys)
+        return of_values(own, make, weight)
 
 
 def _require_fitting(misfits: dict[str, dict[str, str]], taken: dict[Method, Any]) -> None:

@@ -74,6 +74,18 @@ class LoRA(Method):
         del path
         return LoRANode(**self.leaves(weight, layout=layout, key=key))
 
+    def in_groups(self, groups: int) -> "LoRA":
+        if groups == 1:
+            return self
+        if isinstance(self.rank, tuple) or self.rank % groups:
+            raise MisfitError(
+                f"{self._named('rank')} is not divisible by the {groups} groups of this "
+                "convolution, each of which has factors of its own. Give that target a rank that "
+                f"is, {{target: {type(self).__name__}(rank={groups})}}, or leave it out (None)."
+            )
+        alpha = self.alpha / (groups if self.scaling == "lora" else math.sqrt(groups))
+        return dataclasses.replace(self, rank=self.rank // groups, alpha=alpha)
+
     @property
     def reads_values(self) -> bool:
         return self._decomposes

@@ -47,6 +47,19 @@ class Method(abc.ABC):
         value = getattr(self, field)
         self._require(field, isinstance(value, int) and value >= 1, expected)
 
+    def in_groups(self, groups: int) -> "Method":
+        """The method of each of the groups of a grouped convolution, which share its rank.
+
+        Raises:
+          MisfitError: where there is none.
+        """
+        if groups > 1 and hasattr(self, "rank"):
+            raise MisfitError(
+                f"{type(self).__name__} has no form for a convolution of {groups} groups. Give "
+                "that target LoRA, or leave it out (None)."
+            )
+        return self
+
     @property
     def reads_values(self) -> bool:
         """Whether the initial node depends on the weight's values; of an abstract weight it is then

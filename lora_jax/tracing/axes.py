@@ -5,6 +5,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Self
 
+from lora_jax.layouts import Layout
+
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Atom:
@@ -33,6 +35,14 @@ class Axes:
     @classmethod
     def of_leaf(cls, shape: Sequence[int]) -> Self:
         return cls(tuple((Atom(i - len(shape), (), size),) for i, size in enumerate(shape)))
+
+    def grouped(self, layout: Layout) -> "Axes":
+        """The axes of a leaf with the groups of its first output axis as an atom of their own."""
+        if layout.groups == 1:
+            return self
+        place = layout.output[0] + len(self.atoms)
+        (atom,) = self.atoms[place]
+        return self.replaced(place, _split(atom, layout.groups))
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -16,7 +16,8 @@ from lora_jax.adapted import Adapted
 from lora_jax.layouts import Layout
 from lora_jax.tracing.applying import arranged, as_traced, over_stack
 from lora_jax.tracing.axes import Atom, Axes
-from lora_jax.tracing.tracked import Lookup, Product, RefusedError, Tracked
+from lora_jax.tracing.convolving import product_of
+from lora_jax.tracing.tracked import Convolved, Lookup, Product, RefusedError, Tracked
 from lora_jax.weights import (
     Weight,
     as_matrix,
@@ -25,6 +26,7 @@ from lora_jax.weights import (
     embed,
     is_shared,
     linear,
+    through,
     transpose,
 )
 
@@ -59,29 +61,33 @@ class Lazy(Tracked):
         return cls(
             weight=as_matrix(weight, weight.layout),
             path=path,
-            axes=Axes.of_leaf(weight.shape),
+            axes=Axes.of_leaf(weight.shape).grouped(weight.layout),
             dtype=jnp.dtype(weight.dtype),
             layout=weight.layout,
         )
 
     def stack(self) -> list[Atom]:
         named = (*self.layout.contracted, *self.layout.output)
-        return sorted(atom for atom in self.axes.all() if atom.axis not in named)
+        atoms = self.axes.all()
+        groups = [atom for atom in atoms if self._is_group(atom)]
+        return [*sorted(atom for atom in atoms if atom.axis not in named), *sorted(groups)]
+
+    def _is_group(self, atom: Atom) -> bool:
+        grouped = self.layout.groups > 1 and atom.axis == self.layout.output[0]
+        return grouped and atom.part[:1] == (0,)
 
     def side(self, axes: Sequence[int]) -> list[Atom]:
         """The atoms of the contracted or of the output axes, in the order of the matrix."""
-        ours = [atom for atom in self.axes.all() if atom.axis in axes]
+        atoms = [atom for atom in self.axes.all() if not self._is_group(atom)]
+        ours = [atom for atom in atoms if atom.axis in axes]
         return sorted(ours, key=lambda atom: (axes.index(atom.axis), atom.part))
 
     def sides(self) -> tuple[list[Atom], list[Atom]]:
         return self.side(self.layout.contracted), self.side(self.layout.output)
 
     def moved(self, axes: Axes, move: Callable) -> "Lazy":
+        del move
         new = dataclasses.replace(self, axes=axes)
-        d_in, d_out = new.sides()
-        for atoms in axes.atoms:
-            if not any(set(atoms) <= set(group) for group in (d_in, d_out, new.stack())):
-                self._refuse("mixes the axes of its matrix")
         old, stack = ([atom.size for atom in lazy.stack()] for lazy in (self, new))
         if old == stack:
             return new
@@ -201,6 +207,44 @@ class Lazy(Tracked):
         order = [*batch, *ours, *free] if product.w_first else [*batch, *free, *ours]
         return arranged(y, labels, order).reshape(product.shape)
 
+    def convolve(self, x: jax.Array, convolved: Convolved) -> jax.Array:
+        (d_in, d_out), stack = self.sides(), self.stack()
+        outputs = [atom for atom in self.axes.atoms[convolved.w[0]] if atom.size > 1]
+        inputs = self.axes.chosen(convolved.w[1:])
+        layers = [atom for atom in outputs if atom in stack]
+        forward = _same(inputs, d_in)
+        if not forward:
+            d_in, d_out = d_out, d_in
+        fits = _same(inputs, d_in) and _same([a for a in outputs if a not in layers], d_out)
+        if not fits or not _same(layers, stack):
+            self._contradict(f"convolves with axes {convolved.w[1:]} of its shape {self.shape}")
+        split = _leading(layers, convolved.groups)
+        if split is None or outputs[: len(split)] != split:
+            self._contradict(f"convolves with it in {convolved.groups} groups")
+
+        batch, features, *space = convolved.x
+        labels: list[Any] = list(range(x.ndim))
+        labels[features : features + 1] = [*split, features]
+        sizes = list(x.shape)
+        sizes[features : features + 1] = [*(a.size for a in split), sizes[features] // _size(split)]
+        rest = [batch, *(i for i in range(x.ndim) if i != batch)]
+        along = [atom in split for atom in stack]
+        order = [*(atom for atom in stack if atom in split), *rest]
+        x = arranged(x.reshape(sizes), labels, order)
+        product = product_of(convolved, self.axes.atoms, d_in)
+
+        def apply(weight, x):
+            return through(product, x, weight if forward else transpose(weight))
+
+        y = self._explained(lambda: over_stack(apply, self.weight, x, along))
+        y = y.reshape(*y.shape[:-1], *(atom.size for atom in d_out))
+        labels = [*stack, *(f"x{i}" for i in (batch, *space)), *d_out]
+        made: list[Any] = [None] * x.ndim
+        made = {convolved.out[0]: [f"x{batch}"], convolved.out[1]: _in(labels, outputs)}
+        made |= {o: [f"x{i}"] for o, i in zip(convolved.out[2:], space, strict=True)}
+        order = [label for place in sorted(made) for label in made[place]]
+        return arranged(y, labels, order).reshape(convolved.shape)
+
     def rows(self, ids: jax.Array, lookup: Lookup) -> jax.Array:
         if self._stacks(lookup.axis):
             self._refuse("picks layers of a stack by an array of indices or by a take that fills")
@@ -279,6 +323,16 @@ def _reordered(ids: jax.Array, looked: Sequence[Atom], d_in: Sequence[Atom]) -> 
     for atom in rows:
         row = row * atom.size + each[atom]
     return row
+
+
+def _leading(atoms: Sequence[Atom], size: int) -> list[Atom] | None:
+    """The first of these atoms that together have this size; None where there are none."""
+    taken: list[Atom] = []
+    for atom in atoms:
+        if _size(taken) == size:
+            break
+        taken.append(atom)
+    return taken if _size(taken) == size else None
 
 
 def _size(atoms: Sequence[Atom]) -> int:

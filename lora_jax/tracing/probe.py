@@ -14,7 +14,7 @@ import numpy as np
 from lora_jax.layouts import Layout
 from lora_jax.tracing import plain
 from lora_jax.tracing.axes import Atom, Axes
-from lora_jax.tracing.tracked import Lookup, Product, Tracked
+from lora_jax.tracing.tracked import Convolved, Lookup, Product, Tracked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Use:
       contracted, output: atoms of the leaf; its other axes are stacked here.
       lookup: whether it was an embedding's lookup.
       layers: atoms along which entries are sliced, scanned or run along with an activation's.
+      groups: of a convolution, those that no axis of the leaf runs along.
       read: whether the plain array was read, for an equation without a rule.
       inside: the equation and those around it, outermost first, each with its jaxpr.
     """
@@ -33,6 +34,7 @@ class Use:
     output: tuple[Atom, ...] = ()
     lookup: bool = False
     layers: tuple[Atom, ...] = ()
+    groups: int = 1
     read: bool = False
     inside: tuple[tuple[Any, Any], ...] = ()
 
@@ -115,6 +117,20 @@ class Probe(Tracked):
         self._note(self.axes.chosen(product.w_contracted), gained.all(), layers=layers)
         return product.of_arrays(x, self.value)
 
+    def convolve(self, x: jax.Array, convolved: Convolved) -> jax.Array:
+        outputs = list(self.axes.atoms[convolved.w[0]])
+        layers, groups = [], convolved.groups
+        while len(outputs) > 1 and groups > 1 and groups % outputs[0].size == 0:
+            if outputs[0].axis == outputs[-1].axis:
+                break
+            groups //= outputs[0].size
+            layers.append(outputs.pop(0))
+        use = Use(
+            tuple(self.axes.chosen(convolved.w[1:])), tuple(outputs), False, tuple(layers), groups
+        )
+        self.uses.note(self.path, use)
+        return convolved.run(x, self.value, convolved.groups)
+
     def rows(self, ids: jax.Array, lookup: Lookup) -> jax.Array:
         gained = self.axes.without((lookup.axis,))
         self._note(self.axes.atoms[lookup.axis], gained.all(), lookup=True)
@@ -164,7 +180,14 @@ def layout_of(path: str, shape: tuple[int, ...], uses: Sequence[Use]) -> Layout 
                 f"{Layout(contracted, output)} and {Layout(other[0], other[1])}. No factors serve "
                 "both: leave the path out."
             )
-    return Layout(contracted, output, gathered=any(use.lookup for use in uses))
+    groups = {use.groups for use in uses if use.contracted and use.output}
+    if len(groups) > 1:
+        raise ValueError(
+            f"{path}, of shape {tuple(shape)}, is convolved with in {min(groups)} groups and in "
+            f"{max(groups)}. No factors serve both: leave the path out."
+        )
+    gathered = any(use.lookup for use in uses)
+    return Layout(contracted, output, gathered=gathered, groups=groups.pop())
 
 
 def _roles(

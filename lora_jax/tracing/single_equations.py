@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.tracing import plain, slicing
+from lora_jax.tracing import convolving, plain, slicing
 from lora_jax.tracing.plain import read_dense
 from lora_jax.tracing.tracked import Product, is_tracked
 
@@ -87,5 +87,6 @@ RULES: dict[str, Callable[[Any, list[Any]], list[Any]]] = {
     "sharding_constraint": _same,
     "reshard": _same,
     "dot_general": _dot_general,
+    "conv_general_dilated": convolving.rule,
     **slicing.RULES,
 }

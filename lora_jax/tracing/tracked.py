@@ -48,6 +48,26 @@ class Product:
 
 
 @dataclasses.dataclass(frozen=True)
+class Convolved:
+    """A convolution of an array `x` with a tracked kernel.
+
+    Attributes:
+      x, w, out: the places of (batch, features, space...) in `x`, of (outputs, inputs, space...) in
+        the kernel, of (batch, features, space...) in the result.
+      groups: of features.
+      run: the program's own convolution of x and a kernel, in a number of groups.
+      shape: of the result.
+    """
+
+    x: tuple[int, ...]
+    w: tuple[int, ...]
+    out: tuple[int, ...]
+    groups: int
+    run: Callable[[jax.Array, jax.Array, int], jax.Array]
+    shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Lookup:
     """A `gather` of full slices of a tracked value along one axis, by int32 `ids` within bounds.
 
@@ -135,6 +155,10 @@ class Tracked(abc.ABC):
     @abc.abstractmethod
     def contract(self, x: jax.Array, product: Product) -> jax.Array:
         """The product's result."""
+
+    @abc.abstractmethod
+    def convolve(self, x: jax.Array, convolved: Convolved) -> jax.Array:
+        """The convolution's result."""
 
     @abc.abstractmethod
     def rows(self, ids: jax.Array, lookup: Lookup) -> jax.Array:

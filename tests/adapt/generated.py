@@ -24,12 +24,14 @@ class Kind:
       format: of the base, where it is quantised.
       transposes: whether a product may contract the weight's outputs.
       looks_up: whether rows of it may be read.
+      convolves: whether it may be the kernel of a convolution.
     """
 
     method: lora.methods.Method | None
     format: str | None = None
     transposes: bool = True
     looks_up: bool = True
+    convolves: bool = True
 
     def sides(self) -> tuple[str, ...]:
         return ("in", "out") if self.transposes else ("in",)
@@ -47,7 +49,7 @@ KINDS = {
     "lora_variant": Kind(_plain("lora_variant")),
     "dora": Kind(_plain("dora"), transposes=False),
     "ia3": Kind(_plain("ia3"), **PRODUCTS_ALONE),
-    "ia3_input": Kind(lora.IA3(scales="input"), **PRODUCTS_ALONE),
+    "ia3_input": Kind(lora.IA3(scales="input"), convolves=False, **PRODUCTS_ALONE),
     "vera": Kind(_plain("vera"), **PRODUCTS_ALONE),
     "adalora": Kind(_plain("adalora"), **PRODUCTS_ALONE),
     "full": Kind(_plain("full")),
@@ -107,7 +109,7 @@ def programs(draw, kind: Kind, length: int = 5) -> Generated:
         names.append(name)
         return now[name].make(draw, held, args, lambda held: then(held, left - 1))
 
-    held = Held(tuple(axes), sides=kind.sides(), looks_up=kind.looks_up)
+    held = Held(tuple(axes), sides=kind.sides(), looks_up=kind.looks_up, convolves=kind.convolves)
     run = then(held, draw(st.integers(0, length)))
     return Generated(
         run=lambda params, given: run(params["w"], given),

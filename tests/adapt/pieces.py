@@ -41,6 +41,7 @@ class Held:
       dtype: of the entries.
       sides: what a product may contract: "in", and "out" where the method can be transposed.
       looks_up: whether rows may be read.
+      convolves: whether a convolution may contract it.
       plain: whether it is an array by now, with which a program may do anything.
       on_mesh: whether it is inside a shard_map.
     """
@@ -49,6 +50,7 @@ class Held:
     dtype: str = "float32"
     sides: tuple[str, ...] = ("in", "out")
     looks_up: bool = True
+    convolves: bool = True
     plain: bool = False
     on_mesh: bool = False
 
@@ -496,6 +498,43 @@ def doubled(apply):
     return new
 
 
+def convolvable(held: Held) -> list[str]:
+    """The sides that a convolution may contract: the other is one axis, and no axis is stacked."""
+    other = {"in": "out", "out": "in"}
+    sides = contractible(held) if held.convolves and not held.of("stack") else []
+    return [side for side in sides if len(held.of(other[side])) == 1]
+
+
+@piece(ENDS, lambda held: bool(convolvable(held)) and not held.plain)
+def convolved(draw, held, args, then):
+    """With the axes of the kernel anywhere; the last one of its side is the channels."""
+    side = pick(draw, convolvable(held))
+    (out,) = held.of({"in": "out", "out": "in"}[side])
+    *space, channels = [*held.of("new"), *held.of(side)]
+    n = len(space)
+    numbers = jax.lax.ConvDimensionNumbers(
+        tuple(draw(st.permutations(range(n + 2)))),
+        (out, channels, *space),
+        tuple(draw(st.permutations(range(n + 2)))),
+    )
+    sizes = [0] * (n + 2)
+    for place, size in zip(numbers.lhs_spec, [2, held.axes[channels].size, *[5] * n], strict=True):
+        sizes[place] = size
+    x = args.array(*sizes)
+    how = {
+        "window_strides": [draw(st.integers(1, 2)) for _ in space],
+        "padding": [draw(st.sampled_from([(0, 0), (6, 7), (9, 8)])) for _ in space],
+        "lhs_dilation": [draw(st.integers(1, 2)) for _ in space],
+        "rhs_dilation": [draw(st.integers(1, 2)) for _ in space],
+        "dimension_numbers": numbers,
+    }
+
+    def run(w, given):
+        return jax.lax.conv_general_dilated(given[x].astype(held.dtype), w, **how)
+
+    return run
+
+
 def tables(held: Held) -> list[int]:
     return [i for i in held.rows() if held.axes[i].size > 1]  # the only row is the weight itself
 
@@ -598,11 +637,9 @@ def written_to(w):
     return w.at[(0,) * w.ndim].set(0)
 
 
-@refusal(
-    "reshape", possible=lambda held: large(held) and bool(held.of("in")) and bool(held.of("out"))
-)
+@refusal("sort", possible=lambda held: large(held) and bool(held.of("in")) and bool(held.of("out")))
 def flattened(w):
-    return w.reshape(-1)
+    return jnp.sort(w.reshape(-1))
 
 
 @refusal("dot_general")

@@ -125,6 +125,16 @@ def data_parallel(w, x):
     return jax.shard_map(lambda w, x: x @ w, mesh=MESH, **specs)(w, x)
 
 
+def filtered(x, w):
+    return jnp.tanh(jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=NHWC))
+
+
+def convolved(x, w, *how, **more):
+    return one(lambda w, x: jax.lax.conv_general_dilated(x, w, *how, **more), w, x)
+
+
+NHWC = ("NHWC", "HWIO", "NHWC")
+IMAGE, FILTERS = normal(2, 2, 5, 6, 6), normal(1, 2, 3, 2, 6, 6) / 4
 FOLLOWED = {
     "einsum, matmul: contracted with an activation": [
         one(lambda w, x: x @ w),
@@ -137,6 +147,25 @@ FOLLOWED = {
     "batched einsum over stacked weights (experts)": [
         one(lambda w, x: jnp.einsum("etd,edf->etf", x, w), STACK, normal(8, 3, 4, 6)),
         one(lambda w, x: jnp.einsum("etd,edf->tef", x, w), STACK, normal(8, 3, 4, 6)),
+    ],
+    "convolution: any space, stride, dilation, layout": [
+        convolved(IMAGE, normal(1, 3, 2, 6, 4) / 4, (2, 1), "SAME", dimension_numbers=NHWC),
+        convolved(IMAGE, normal(1, 3, 2, 6, 4) / 4, (1, 1), "VALID", None, (1, 2), NHWC),
+        convolved(normal(2, 2, 6, 7), normal(1, 4, 6, 3) / 4, (1,), [(2, 1)]),
+        convolved(IMAGE, normal(1, 1, 1, 6, 4) / 4, (1, 1), "SAME", dimension_numbers=NHWC),
+        convolved(normal(2, 2, 6), normal(1, 4, 6), (), "VALID"),
+        one(lambda w, x: jax.vmap(lambda w: filtered(x, w))(w), FILTERS, IMAGE),
+        one(
+            lambda w, x: jax.lax.scan(lambda x, w: (filtered(x, w), None), x, w)[0], FILTERS, IMAGE
+        ),
+    ],
+    "convolution in groups, or of stacked weights": [
+        convolved(IMAGE, normal(1, 2, 2, 3, 4), (1, 1), "SAME", None, None, NHWC, 2),
+        convolved(normal(2, 2, 6, 7), normal(1, 4, 3, 3), (1,), "SAME", feature_group_count=2),
+        one(lambda w, x: jax.vmap(filtered)(jnp.stack([x, -x]), w), FILTERS, IMAGE),
+    ],
+    "transposed convolution": [
+        one(lambda w, x: jax.lax.conv_transpose(x, w, (2, 2), "SAME"), FILTERS[0], IMAGE),
     ],
     "sum over stacked weights, each with its activation": [
         one(lambda w, x: jnp.einsum("bsi,sio->bo", x, w), STACK, normal(8, 4, 3, 6)),
@@ -239,15 +268,13 @@ REFUSED = {
     "pallas_call that takes a weight": [
         ("pallas_call", one(lambda w, x: kernel(x[:, :4], w), normal(1, 4, 4)))
     ],
-    "convolution with a weight, ragged_dot": [
+    "convolution in groups of its batch": [
         (
             "conv_general_dilated",
-            one(
-                lambda w, x: jax.lax.conv(x, w, (1,), "SAME"),
-                normal(1, 2, 3, 3),
-                normal(2, 1, 3, 5),
-            ),
+            convolved(normal(2, 2, 6, 7), normal(1, 4, 6, 3), (1,), "SAME", batch_group_count=2),
         ),
+    ],
+    "ragged_dot": [
         (
             "ragged_dot_general",
             one(lambda w, x: jax.lax.ragged_dot(x, w, jnp.array([1, 2, 1])), STACK),
@@ -285,7 +312,8 @@ REFUSED = {
         ("gather", one(lambda w, ids: jax.vmap(lambda w, i: w[i])(w, ids), STACK, IDS.T)),
     ],
     "reshape that mixes both sides of the matrix": [
-        ("reshape", one(lambda w, x: x @ w.reshape(-1).reshape(6, 4)))
+        ("reshape", one(lambda w, x: x[:, :4] @ w.reshape(4, 6))),
+        ("sort", one(lambda w, x: x @ jax.lax.sort(w.reshape(-1)).reshape(6, 4))),
     ],
     "reshape that splits a side where it was not": [
         ("reshape", one(lambda w, x: jnp.einsum("bd,dnh->bnh", x, w.reshape(6, 3, 2)), HEADS)),
