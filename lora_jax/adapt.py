@@ -1,7 +1,6 @@
 """The function transform for models that know nothing of us."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -35,13 +34,19 @@ def adapt(fn: Callable) -> Callable:
     convolution: any space, stride, dilation, layout       applied
     convolution in groups, or of stacked weights           applied
     transposed convolution                                 applied
+    ragged_dot: rows sorted by expert                      applied
     sum over stacked weights, each with its activation     applied
     lookup of rows in every mode, slices of rows           applied
     tied table: rows, and its transpose as output head     applied
     transpose, swapaxes, moveaxis                          followed
     reshape within one side of the matrix                  followed
     cast, stop_gradient, copies, barriers, constraints     followed
+    parts of a side: split, slice, index                   followed
+    parts of a side as layers (absorbed attention)         followed
+    concatenation, stack and padding of weights            followed
     layers of a stack: index, slice, split, unstack        followed
+    experts by an array of indices, in every mode          followed
+    times a scalar, or a vector along one side             followed
     jit                                                    walked into
     checkpoint                                             walked into
     scan over stacked weights                              walked into
@@ -53,17 +58,15 @@ def adapt(fn: Callable) -> Callable:
     pallas_call, custom_vjp and others without a weight    as they are
     pallas_call that takes a weight                        ValueError
     convolution in groups of its batch                     ValueError
-    ragged_dot                                             ValueError
     elementwise operation, sum or norm of a weight         ValueError
     cast of a weight to integers                           ValueError
-    reversal, padding, concatenation, repetition           ValueError
+    reversal, padding between entries, repetition          ValueError
     select, write into a weight, lookup of entries         ValueError
-    layers by an array of indices or by a filling take     ValueError
     lookup or slice that differs from layer to layer       ValueError
     reshape that mixes both sides of the matrix            ValueError
     reshape that splits a side where it was not            ValueError
-    slice or scan along a part of a side                   ValueError
-    contraction with a part of a side, or with none        ValueError
+    scan along a side                                      ValueError
+    contraction with no side                               ValueError
     product of two weights                                 ValueError
     weight out of a branch, a scan or a custom rule        ValueError
     loop that carries a weight and changes its form        ValueError
@@ -96,6 +99,7 @@ def adapt(fn: Callable) -> Callable:
         program = _trace(fn, (args, kwargs), operands)
         try:
             results = evaluate(program.jaxpr, program.operands)
+            results = [value.settled() if is_tracked(value) else value for value in results]
         except RefusedError as error:
             raise ValueError(error.message()) from error
         untouched = dict(zip(map(id, operands), leaves.values(), strict=True))
@@ -137,7 +141,12 @@ def infer_layouts(fn: Callable, params: PyTree, *args, **kwargs) -> Layouts:
     others = jax.tree.leaves((args, kwargs), is_leaf=is_weight)
     probes = [watched(path, leaf) for path, leaf in leaves.items()]
     program = _trace(fn, ((params, *args), kwargs), [*probes, *map(_abstract, others)])
-    jax.eval_shape(functools.partial(evaluate, program.jaxpr), program.operands)
+
+    def walk(operands):
+        results = [value for value in evaluate(program.jaxpr, operands) if isinstance(value, Probe)]
+        return [value.read() for value in results if value.table]
+
+    jax.eval_shape(walk, program.operands)
     layouts = {path: layout_of(path, leaves[path].shape, of) for path, of in uses.of.items()}
     reasons = {path: reason_of(uses.of[path]) for path, layout in layouts.items() if layout is None}
     return Layouts(layouts, reasons)

@@ -62,6 +62,9 @@ class IA3Node(DeltaNode):
       layout: the weight's axes.
     """
 
+    part_axes = ("in", "out")
+    takes_experts = True
+
     l: jax.Array = leaf("stack out")  # noqa: E741 - the paper's name
     active: jax.Array = leaf("stack", trained=False, absent=0)
     layout: Layout = static(Layout())

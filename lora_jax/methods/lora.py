@@ -169,6 +169,8 @@ class LowRank(Additive):
     own_axes = ("rank",)
     padded_axes = ("rank",)
     split_axes: ClassVar[tuple[str, ...]] = ("in", "out")
+    part_axes = ("in", "out")
+    takes_experts = True
 
     a: jax.Array = leaf("stack in rank", trained="train_a", mirror="b")
     b: jax.Array = leaf("stack rank out", absent=0, mirror="a")

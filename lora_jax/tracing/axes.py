@@ -64,6 +64,18 @@ class Axes:
     def replaced(self, axis: int, atoms: tuple[Atom, ...]) -> "Axes":
         return Axes((*self.atoms[:axis], atoms, *self.atoms[axis + 1 :]))
 
+    def looked_up(self, axis: int, shape: Sequence[int], offset_dims: Sequence[int]) -> "Axes":
+        """Of the layers that ids of this shape pick along an axis of one atom: an atom for each
+        axis of the ids, beside the other axes, which are at `offset_dims`."""
+        (atom,) = self.atoms[axis] or (Atom(0, (), 1),)  # an axis that the program added
+        ids = iter(
+            (dataclasses.replace(atom, part=(*atom.part, i), size=size),)
+            for i, size in enumerate(shape)
+        )
+        others = dict(zip(offset_dims, self.without((axis,)).atoms, strict=True))
+        count = len(shape) + len(others)
+        return Axes(tuple(others[i] if i in others else next(ids) for i in range(count)))
+
     def resized(self, size: Callable[[int, Atom], int]) -> "Axes":
         """Each atom of an axis with the size that `size(axis, atom)` gives it."""
         return Axes(

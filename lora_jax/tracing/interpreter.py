@@ -58,6 +58,10 @@ def _apply_rule(jaxpr: Any, eqn: Any, operands: list[Any]) -> list[Any]:
                 return inner_jaxprs.RULES[name](eqn, operands, evaluate)
             return single_equations.RULES.get(name, plain.read_dense)(eqn, operands)
     except RefusedError as error:
+        settled = [value.settled() if is_tracked(value) else value for value in operands]
+        if any(new is not old for new, old in zip(settled, operands, strict=True)):
+            is_plain = not any(map(is_tracked, settled))
+            return plain.run_one(eqn, settled) if is_plain else _apply_rule(jaxpr, eqn, settled)
         error.primitive = error.primitive or name
         error.line = error.line or line_of(eqn)  # a cached inner trace does not know its caller
         raise

@@ -14,10 +14,13 @@ from jax.sharding import PartitionSpec
 
 from lora_jax.adapted import Adapted
 from lora_jax.layouts import Layout
+from lora_jax.products import Experts
 from lora_jax.tracing.applying import arranged, as_traced, over_stack
 from lora_jax.tracing.axes import Atom, Axes
 from lora_jax.tracing.convolving import product_of
-from lora_jax.tracing.tracked import Convolved, Lookup, Product, RefusedError, Tracked
+from lora_jax.tracing.modified import Modified
+from lora_jax.tracing.parts import Pick, Side, Taken, part_of, stacked
+from lora_jax.tracing.tracked import Convolved, Lookup, Product, Ragged, RefusedError, Tracked
 from lora_jax.weights import (
     Weight,
     as_matrix,
@@ -48,6 +51,9 @@ class Lazy(Tracked):
 
     The leading axes of every array in `weight` are the stack axes that `axes` still has, in the
     order of the leaf.
+
+    Attributes:
+      is_part: whether it is a part of a side, such as the rows of a table, which may be built.
     """
 
     weight: Any
@@ -55,6 +61,7 @@ class Lazy(Tracked):
     axes: Axes = flax.struct.field(pytree_node=False)
     dtype: Any = flax.struct.field(pytree_node=False)
     layout: Layout = flax.struct.field(pytree_node=False)
+    is_part: bool = flax.struct.field(pytree_node=False, default=False)
 
     @classmethod
     def of_leaf(cls, path: str, weight: Weight) -> "Lazy":
@@ -106,11 +113,41 @@ class Lazy(Tracked):
             return dataclasses.replace(value, axes=axes)._each_stacked(
                 lambda leaf: jnp.take(leaf, picked, axis=place, mode="clip")
             )
-        if isinstance(self.weight, Adapted) and self.weight.adapter_ids is not None:
-            self._refuse("slices a table of which each batch row has its own")
+        if (part := self._part(axis, picked)) is not None:
+            return part
+        self._require_one_table()
         others = [i for i in range(len(self.shape)) if i != axis]
         rows = self.rows(jnp.asarray(picked), Lookup(axis, tuple(range(1, len(self.shape)))))
         return arranged(rows, [axis, *others], list(range(rows.ndim)))
+
+    def _part(self, axis: int, picked: Any) -> "Lazy | None":
+        """The entries `picked` along an axis that is one run of atoms of a side."""
+        atoms = [atom for atom in self.axes.atoms[axis] if atom.size > 1]
+        for name, side in zip(("in", "out"), self.sides(), strict=True):
+            side = [atom for atom in side if atom.size > 1]
+            if not atoms or atoms[0] not in side:
+                continue
+            place = side.index(atoms[0])
+            if side[place : place + len(atoms)] != atoms:
+                return None
+            sizes = [a.size for a in (*side[:place], *side[place + len(atoms) :])]
+            sizes.insert(place, _size(atoms))
+            weight = part_of(self.weight, name, Pick(tuple(sizes), place, picked))
+            atom = dataclasses.replace(atoms[0], size=len(picked))
+            axes = self.axes.replaced(axis, (atom,))
+            return dataclasses.replace(self, weight=weight, axes=axes, is_part=True)
+        return None
+
+    def _require_one_table(self) -> None:
+        adapted = self._adapted()
+        if adapted is not None and adapted.adapter_ids is not None:
+            self._refuse("slices a table of which each batch row has its own")
+
+    def settled(self) -> "Lazy | jax.Array":
+        if not self.is_part:
+            return self
+        self._require_one_table()
+        return self.dense()
 
     def scanned(self) -> tuple[Any, Callable]:
         inner = self.axes.without((0,))
@@ -172,11 +209,13 @@ class Lazy(Tracked):
         (d_in, d_out), stack = self.sides(), self.stack()
         summed = [atom for atom in stack if atom in contracted]  # layers, whose outputs are added
         contracted = [atom for atom in contracted if atom not in summed]
-        forward = _same(contracted, d_in)
+        forward = _within(contracted, d_in)
         if not forward:
             d_in, d_out = d_out, d_in
-        if not _same(contracted, d_in) or not {a for a in batch if a.size > 1} <= set(stack):
+        value = self._with_layers(forward, d_in, d_out, contracted, batch)
+        if value is None:
             self._contradict(f"contracts the axes {product.w_contracted} of its shape {self.shape}")
+        weight, d_in, d_out, stack = value
         meets = dict(zip(product.x_contracted, product.w_contracted, strict=True))
         meets |= dict(zip(product.x_batch, product.w_batch, strict=True))
         x_labels = [self.axes.atoms[meets[i]] if i in meets else (i,) for i in range(x.ndim)]
@@ -192,7 +231,7 @@ class Lazy(Tracked):
         def apply(weight, rows):
             return linear(rows, weight if forward else transpose(weight))
 
-        weight = as_traced(self.weight, x.dtype, product.precision, product.dtype)
+        weight = as_traced(weight, x.dtype, product.precision, product.dtype)
         with _precision(product.precision):
             y = self._explained(
                 lambda: over_stack(apply, weight, rows.astype(product.dtype), along)
@@ -206,6 +245,32 @@ class Lazy(Tracked):
         batch = _in(labels, batch)
         order = [*batch, *ours, *free] if product.w_first else [*batch, *free, *ours]
         return arranged(y, labels, order).reshape(product.shape)
+
+    def _with_layers(self, forward, d_in, d_out, contracted, batch) -> Any:
+        """`(weight, d_in, d_out, stack)` where parts of a side that a product does not contract, or
+        that run along with its batch, are stack axes; None where there is no such form."""
+        stack, stays = self.stack(), [atom for atom in d_in if atom not in contracted]
+        moves = [atom for atom in stays if atom.size > 1]
+        moves += [atom for atom in batch if atom in d_out and atom.size > 1]
+        known = {*stack, *moves}
+        used = {atom for atom in contracted if atom.size > 1}
+        if not used <= set(d_in) or not {a for a in batch if a.size > 1} <= known:
+            return None
+        if not moves:
+            return self.weight, d_in, d_out, stack
+        if not used:
+            return None
+        sides = [
+            Side(tuple(a.size for a in side), tuple(a in moves for a in side))
+            for side in ((d_in, d_out) if forward else (d_out, d_in))
+        ]
+        weight = stacked(self.weight, len(stack), *sides)
+        if weight is None:
+            return None
+        order = (*d_in, *d_out) if forward else (*d_out, *d_in)
+        stack = [*stack, *(atom for atom in order if atom in moves)]
+        left = ([atom for atom in side if atom not in moves] for side in (d_in, d_out))
+        return weight, *left, stack
 
     def convolve(self, x: jax.Array, convolved: Convolved) -> jax.Array:
         (d_in, d_out), stack = self.sides(), self.stack()
@@ -245,9 +310,75 @@ class Lazy(Tracked):
         order = [label for place in sorted(made) for label in made[place]]
         return arranged(y, labels, order).reshape(convolved.shape)
 
-    def rows(self, ids: jax.Array, lookup: Lookup) -> jax.Array:
+    def multiplied(self, factor: jax.Array) -> "Lazy":
+        (d_in, d_out), stack = self.sides(), self.stack()
+        varying = [i for i, size in enumerate(factor.shape) if size > 1]
+        touched = set(self.axes.chosen(varying))
+        if touched & set(d_in) and touched & set(d_out):
+            self._refuse("multiplies it entry by entry")
+        side = d_in if touched & set(d_in) else d_out
+        labels = [a for i in varying for a in self.axes.atoms[i] if a.size > 1]
+        vector = arranged(
+            factor.reshape([a.size for a in labels]),
+            labels,
+            [a for a in (*stack, *side) if a in touched and a.size > 1],
+        )
+        ones = [a.size if a in touched else 1 for a in (*stack, *side)]
+        vector = jnp.broadcast_to(vector.reshape(ones), [a.size for a in (*stack, *side)])
+        vector = vector.reshape(*(a.size for a in stack), _size(side))
+        made = {"rows" if side is d_in else "columns": vector}
+        return dataclasses.replace(self, weight=Modified(self.weight, **made))
+
+    def filled(self, within: jax.Array, fill: float, axes: Sequence[int]) -> "Lazy":
+        stack, ids = self.stack(), self.axes.chosen(axes)
+        present = arranged(within, ids, [atom for atom in stack if atom in ids])
+        present = present.reshape([atom.size if atom in ids else 1 for atom in stack])
+        present = jnp.broadcast_to(present, [atom.size for atom in stack])
+        weight = Modified(self.weight, present=present, fill=fill)
+        return dataclasses.replace(self, weight=weight)
+
+    def by_expert(self, x: jax.Array, sizes: jax.Array, ragged: Ragged) -> jax.Array:
+        (d_in, d_out), stack = self.sides(), self.stack()
+        contracted = self.axes.chosen(ragged.w_contracted)
+        forward = _same(contracted, d_in)
+        if not forward:
+            d_in, d_out = d_out, d_in
+        if not _same(contracted, d_in) or not _same(self.axes.atoms[ragged.w_expert], stack):
+            self._contradict(f"has its experts along axis {ragged.w_expert} of {self.shape}")
+        value, _, _ = self._of_one_atom(ragged.w_expert)
+        meets = dict(zip(ragged.x_contracted, ragged.w_contracted, strict=True))
+        groups = [self.axes.atoms[meets[i]] if i in meets else ("row",) for i in range(x.ndim)]
+        labels = [label for group in groups for label in group]
+        sizes_of = [a.size if isinstance(a, Atom) else x.shape[ragged.x_row] for a in labels]
+        rows = arranged(x.reshape(sizes_of), labels, ["row", *_in(labels, d_in)])
+        rows = rows.reshape(rows.shape[0], _size(d_in))
+
+        has_expert = jnp.arange(rows.shape[0], dtype=jnp.int32) < jnp.sum(sizes)
+
+        def apply():
+            if isinstance(value.weight, Modified):
+                self._refuse("multiplies or fills the experts of a product by group sizes")
+            weight = value.weight if forward else transpose(value.weight)
+            if isinstance(weight, Adapted):
+                experts = jnp.arange(sizes.shape[0], dtype=jnp.int32)
+                weight = weight.by_rows(
+                    jnp.repeat(experts, sizes, total_repeat_length=rows.shape[0])
+                )
+            return through(Experts(ragged.run, (sizes,), has_expert), rows, weight)
+
+        y = self._explained(apply)
+        y = y.reshape(y.shape[0], *(atom.size for atom in d_out))
+        others = self.axes.without((ragged.w_expert, *ragged.w_contracted))
+        y = arranged(y, ["row", *d_out], ["row", *_in(d_out, others.all())])
+        return y.reshape(y.shape[0], *others.shape)
+
+    def rows(self, ids: jax.Array, lookup: Lookup) -> "Lazy | jax.Array":
         if self._stacks(lookup.axis):
-            self._refuse("picks layers of a stack by an array of indices or by a take that fills")
+            value, _, place = self._of_one_atom(lookup.axis)
+            axes = value.axes.looked_up(lookup.axis, ids.shape, lookup.offset_dims)
+            return dataclasses.replace(value, axes=axes)._each_stacked(
+                lambda leaf: jnp.take(leaf, ids, axis=place, mode="clip")
+            )
         (d_in, d_out), stack = self.sides(), self.stack()
         looked = self.axes.atoms[lookup.axis]
         forward = _same(looked, d_in)
@@ -275,7 +406,10 @@ class Lazy(Tracked):
             self._refuse("carries it through a loop that returns it changed")
         return after
 
-    def read(self, reason: str = "would build the dense weight") -> NoReturn:
+    def read(self, reason: str = "would build the dense weight") -> jax.Array:
+        if self.is_part:
+            self._require_one_table()
+            return self.dense()
         self._refuse(reason)
 
     def dense(self) -> jax.Array:
@@ -284,6 +418,12 @@ class Lazy(Tracked):
         atoms = [*stack, *d_in, *d_out]
         entries = matrix.astype(self.dtype).reshape([atom.size for atom in atoms])
         return arranged(entries, atoms, self.axes.all()).reshape(self.shape)
+
+    def _adapted(self) -> Adapted | None:
+        weight = self.weight
+        while isinstance(weight, Modified | Taken):
+            weight = weight.weight
+        return weight if isinstance(weight, Adapted) else None
 
     def _each_stacked(self, change: Callable) -> "Lazy":
         def changed(leaf):
@@ -300,7 +440,7 @@ class Lazy(Tracked):
             raise RefusedError(self.path, str(error), "") from error
 
     def _refuse(self, reason: str, first: str = "") -> NoReturn:
-        ways_out = ADAPTED if isinstance(self.weight, Adapted) else FROZEN
+        ways_out = FROZEN if self._adapted() is None else ADAPTED
         raise RefusedError(self.path, reason, first + ways_out.format(path=self.path))
 
     def _contradict(self, reason: str) -> NoReturn:
@@ -311,6 +451,10 @@ class Lazy(Tracked):
 
 def _same(ours: Sequence[Atom], theirs: Sequence[Atom]) -> bool:
     return {a for a in ours if a.size > 1} == {a for a in theirs if a.size > 1}
+
+
+def _within(ours: Sequence[Atom], theirs: Sequence[Atom]) -> bool:
+    return {a for a in ours if a.size > 1} <= {a for a in theirs if a.size > 1}
 
 
 def _reordered(ids: jax.Array, looked: Sequence[Atom], d_in: Sequence[Atom]) -> jax.Array:

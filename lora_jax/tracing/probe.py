@@ -14,7 +14,7 @@ import numpy as np
 from lora_jax.layouts import Layout
 from lora_jax.tracing import plain
 from lora_jax.tracing.axes import Atom, Axes
-from lora_jax.tracing.tracked import Convolved, Lookup, Product, Tracked
+from lora_jax.tracing.tracked import Convolved, Lookup, Product, Ragged, Tracked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +70,9 @@ class Probe(Tracked):
     path: str = flax.struct.field(pytree_node=False)
     axes: Axes = flax.struct.field(pytree_node=False)
     uses: Uses = flax.struct.field(pytree_node=False)
+    table: tuple[tuple[Atom, ...], tuple[Atom, ...]] | None = flax.struct.field(
+        pytree_node=False, default=None
+    )
 
     @property
     def dtype(self) -> Any:
@@ -131,9 +134,34 @@ class Probe(Tracked):
         self.uses.note(self.path, use)
         return convolved.run(x, self.value, convolved.groups)
 
-    def rows(self, ids: jax.Array, lookup: Lookup) -> jax.Array:
-        gained = self.axes.without((lookup.axis,))
-        self._note(self.axes.atoms[lookup.axis], gained.all(), lookup=True)
+    def multiplied(self, factor: jax.Array) -> "Probe | jax.Array":
+        sides = {atom.axis for atom in self.axes.all() if atom.size > 1}
+        varying = [i for i, size in enumerate(factor.shape) if size > 1]
+        if sides <= {atom.axis for atom in self.axes.chosen(varying)}:  # such as a norm's scale
+            return self.read() * factor
+        return dataclasses.replace(self, value=self.value * factor)
+
+    def by_expert(self, x: jax.Array, sizes: jax.Array, ragged: Ragged) -> jax.Array:
+        gained = self.axes.without((ragged.w_expert, *ragged.w_contracted)).all()
+        experts = self.axes.atoms[ragged.w_expert]
+        self._note(self.axes.chosen(ragged.w_contracted), gained, layers=experts)
+        return ragged.run_as_traced(x, self.value, sizes)
+
+    def rows(self, ids: jax.Array, lookup: Lookup) -> "Probe | jax.Array":
+        rows, looked = self._rows(ids, lookup), self.axes.atoms[lookup.axis]
+        gained = self.axes.without((lookup.axis,)).all()
+        if len(looked) != 1 or len({atom.axis for atom in gained if atom.size > 1}) < 2:
+            self._note(looked, gained, lookup=True)
+            return rows
+        self._note(layers=looked)  # matrices: a stack of layers, unless they are read as they are
+        axes = self.axes.looked_up(lookup.axis, ids.shape, lookup.offset_dims)
+        return dataclasses.replace(self, value=rows, axes=axes, table=(looked, tuple(gained)))
+
+    def filled(self, within: jax.Array, fill: float, axes: Sequence[int]) -> "Probe":
+        del within, fill, axes  # of the values, which nobody reads
+        return self
+
+    def _rows(self, ids: jax.Array, lookup: Lookup) -> jax.Array:
         rows = jnp.take(self.value, ids, axis=lookup.axis)
         places = [lookup.axis + i for i in range(ids.ndim)]
         rows = jnp.moveaxis(rows, places, range(ids.ndim))
@@ -144,7 +172,10 @@ class Probe(Tracked):
 
     def read(self, reason: str = "") -> jax.Array:
         del reason
-        self.uses.note(self.path, Use(read=True))
+        if self.table:
+            self._note(*self.table, lookup=True)
+        else:
+            self.uses.note(self.path, Use(read=True))
         return self.value
 
     def dense(self) -> jax.Array:
@@ -197,6 +228,8 @@ def _roles(
     the axes of which some use reads parts: stacked, unless the side has no others."""
     contracted, output = ({atom.axis for atom in atoms} for atoms in (use.contracted, use.output))
     if both := contracted & output:
+        output -= both  # parts of the contracted side, which a product runs along
+    if both and not output:
         raise ValueError(
             f"{path}, of shape {tuple(shape)}, has an axis ({', '.join(map(str, sorted(both)))}) "
             "of which one part is contracted and another is not. No factors serve that: leave the "

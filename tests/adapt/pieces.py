@@ -41,6 +41,7 @@ class Held:
       dtype: of the entries.
       sides: what a product may contract: "in", and "out" where the method can be transposed.
       looks_up: whether rows may be read.
+      stacks: the sides of which parts may be layers.
       convolves: whether a convolution may contract it.
       plain: whether it is an array by now, with which a program may do anything.
       on_mesh: whether it is inside a shard_map.
@@ -50,6 +51,7 @@ class Held:
     dtype: str = "float32"
     sides: tuple[str, ...] = ("in", "out")
     looks_up: bool = True
+    stacks: tuple[str, ...] = ("in", "out")
     convolves: bool = True
     plain: bool = False
     on_mesh: bool = False
@@ -74,7 +76,9 @@ class Held:
         return [named[side][0] for side in sides if len(named[side]) == 1]
 
     def slices(self) -> list[int]:
-        every = range(len(self.axes)) if self.plain else [*self.of("stack"), *self.rows()]
+        parts = [i for i in self.of("in", "out") if not self.axes[i].merged]
+        every = {*self.of("stack"), *self.rows(), *parts}
+        every = range(len(self.axes)) if self.plain else sorted(every)
         return [i for i in every if self.axes[i].size]
 
 
@@ -251,6 +255,24 @@ def constrained(draw, held, args, then):
     sharding = NamedSharding(MESH, P())
     rest = then(held)
     return lambda w, given: rest(jax.lax.with_sharding_constraint(w, sharding), given)
+
+
+@piece(MOVES, lambda held: not held.plain)
+def multiplied(draw, held, args, then):
+    """By a scalar, or along the axes of one side and of the stack."""
+    side = draw(st.sampled_from(["in", "out", "none"]))
+    along = [i for i in held.of(side, "stack") if side != "none" and draw(st.booleans())]
+    sizes = [axis.size if i in along else 1 for i, axis in enumerate(held.axes)]
+    factor = args.array(*sizes) if along else None
+    divides = factor is None and draw(st.booleans())
+    rest = then(held)
+
+    def run(w, given):
+        if factor is None:
+            return rest(w / jnp.asarray(2, w.dtype) if divides else -w, given)
+        return rest(w * given[factor].astype(w.dtype), given)
+
+    return run
 
 
 # Moves: parts are read. Of a stack these are layers; along a side of the matrix, an array of rows.
@@ -447,8 +469,16 @@ def contractible(held: Held) -> list[str]:
 def product(draw, held, args, then):
     """An einsum, with letters in any order, or a `dot_general` of the same axes."""
     side = pick(draw, contractible(held))
-    contracted, stack = held.of(side), held.of("stack")
-    batch = [i for i in stack if draw(st.booleans())]
+    contracted, layers = held.of(side), held.of("stack")
+    if held.plain or side in held.stacks:
+        some = [i for i in contracted if draw(st.booleans())]
+        if any(held.axes[i].size > 1 for i in some):
+            layers += [i for i in contracted if i not in some]
+            contracted = some
+        other = {"in": "out", "out": "in"}[side]
+        if any(held.axes[i].size > 1 for i in contracted) and (held.plain or other in held.stacks):
+            layers += held.of(other)
+    batch = [i for i in layers if draw(st.booleans())]
     letters = "abcdefgh"[: len(held.axes)]
     free = "yz"[: draw(st.integers(0, 2))]
     x_letters = [*draw(st.permutations([letters[i] for i in (*contracted, *batch)])), *free]
@@ -496,6 +526,28 @@ def doubled(apply):
         return y, 2 * dy
 
     return new
+
+
+@piece(ENDS, lambda held: bool(contractible(held)) and not held.plain)
+def joined_product(draw, held, args, then):
+    """Of the weight and something else, one after the other along an axis."""
+    place = pick(draw, held.of("in", "out", "stack"))
+    size = held.axes[place].size
+    how = pick(draw, ["itself", "array", "pad"])
+    low, high = draw(st.integers(0, 2)), draw(st.integers(1, 2))
+    grown = {"itself": 2 * size, "array": size + 2, "pad": low + size + high}[how]
+    sizes = [2 if i == place else axis.size for i, axis in enumerate(held.axes)]
+    other = args.array(*sizes) if how == "array" else None
+    apply = product(draw, held.resized(place, grown), args, then)
+
+    def run(w, given):
+        if how == "pad":
+            edges = [(low, high) if i == place else (0, 0) for i in range(w.ndim)]
+            return apply(jnp.pad(w, edges), given)
+        last = -w if other is None else given[other].astype(w.dtype)
+        return apply(jnp.concatenate([w, last], axis=place), given)
+
+    return run
 
 
 def convolvable(held: Held) -> list[str]:
@@ -589,7 +641,7 @@ def large(held: Held) -> bool:
 
 @refusal("mul")
 def scaled(w):
-    return w * jnp.asarray(2, w.dtype)
+    return w * w
 
 
 @refusal("add")
@@ -605,16 +657,6 @@ def norm(w):
 @refusal("rev", possible=large)
 def reversed_axes(w):
     return w[::-1]
-
-
-@refusal("pad")
-def padded(w):
-    return jnp.pad(w, [(0, 1)] * w.ndim)
-
-
-@refusal("concatenate")
-def concatenated(w):
-    return jnp.concatenate([w, w], axis=0)
 
 
 @refusal("select_n")
