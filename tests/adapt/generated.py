@@ -25,6 +25,7 @@ class Kind:
       transposes: whether a product may contract the weight's outputs.
       looks_up: whether rows of it may be read.
       stacks: the sides of which parts may be layers of a stack.
+      experts: whether rows may be sorted by the layers of its stack.
       convolves: whether it may be the kernel of a convolution.
     """
 
@@ -33,6 +34,7 @@ class Kind:
     transposes: bool = True
     looks_up: bool = True
     stacks: tuple[str, ...] = ("in", "out")
+    experts: bool = True
     convolves: bool = True
 
     def sides(self) -> tuple[str, ...]:
@@ -49,7 +51,7 @@ PRODUCTS_ALONE = {"transposes": False, "looks_up": False}
 KINDS = {
     "lora": Kind(_plain("lora")),
     "lora_variant": Kind(_plain("lora_variant")),
-    "dora": Kind(_plain("dora"), transposes=False, stacks=("out",)),
+    "dora": Kind(_plain("dora"), transposes=False, stacks=("out",), experts=False),
     "ia3": Kind(_plain("ia3"), **PRODUCTS_ALONE),
     "ia3_input": Kind(lora.IA3(scales="input"), convolves=False, **PRODUCTS_ALONE),
     "vera": Kind(_plain("vera"), stacks=(), **PRODUCTS_ALONE),
@@ -57,7 +59,7 @@ KINDS = {
     "full": Kind(_plain("full")),
     "nf4": Kind(None, "nf4", stacks=("out",)),
     "nf4_lora": Kind(_plain("lora"), "nf4", stacks=("out",)),
-    "int8_dora": Kind(_plain("dora"), "int8", transposes=False, stacks=("out",)),
+    "int8_dora": Kind(_plain("dora"), "int8", transposes=False, stacks=("out",), experts=False),
     "int8_ia3": Kind(_plain("ia3"), "int8", stacks=("out",), **PRODUCTS_ALONE),
 }
 
@@ -115,6 +117,7 @@ def programs(draw, kind: Kind, length: int = 5) -> Generated:
         tuple(axes),
         sides=kind.sides(),
         looks_up=kind.looks_up,
+        experts=kind.experts,
         convolves=kind.convolves,
         stacks=kind.stacks,
     )

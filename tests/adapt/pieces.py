@@ -42,6 +42,7 @@ class Held:
       sides: what a product may contract: "in", and "out" where the method can be transposed.
       looks_up: whether rows may be read.
       stacks: the sides of which parts may be layers.
+      experts: whether rows may be sorted by its layers.
       convolves: whether a convolution may contract it.
       plain: whether it is an array by now, with which a program may do anything.
       on_mesh: whether it is inside a shard_map.
@@ -52,6 +53,7 @@ class Held:
     sides: tuple[str, ...] = ("in", "out")
     looks_up: bool = True
     stacks: tuple[str, ...] = ("in", "out")
+    experts: bool = True
     convolves: bool = True
     plain: bool = False
     on_mesh: bool = False
@@ -265,7 +267,8 @@ def multiplied(draw, held, args, then):
     sizes = [axis.size if i in along else 1 for i, axis in enumerate(held.axes)]
     factor = args.array(*sizes) if along else None
     divides = factor is None and draw(st.booleans())
-    rest = then(held)
+    scales = any(held.axes[i].side != "stack" for i in along)
+    rest = then(dataclasses.replace(held, experts=False, convolves=held.convolves and not scales))
 
     def run(w, given):
         if factor is None:
@@ -546,6 +549,26 @@ def joined_product(draw, held, args, then):
             return apply(jnp.pad(w, edges), given)
         last = -w if other is None else given[other].astype(w.dtype)
         return apply(jnp.concatenate([w, last], axis=place), given)
+
+    return run
+
+
+def sortable(held: Held) -> bool:
+    one_each = all(len(held.of(side)) == 1 for side in ("stack", "in", "out"))
+    return held.experts and not held.plain and one_each and len(held.axes) == 3
+
+
+@piece(ENDS, sortable)
+def sorted_by_expert(draw, held, args, then):
+    """Some rows may have no expert."""
+    side = pick(draw, contractible(held))
+    order = [held.of(name)[0] for name in ("stack", side, {"in": "out", "out": "in"}[side])]
+    count = held.axes[order[0]].size
+    sizes = np.array([draw(st.integers(0, 3)) for _ in range(count)], np.int32)
+    x = args.array(int(sizes.sum()) + draw(st.integers(1, 2)), held.axes[order[1]].size)
+
+    def run(w, given):
+        return jax.lax.ragged_dot(given[x].astype(w.dtype), jnp.transpose(w, order), sizes)
 
     return run
 
