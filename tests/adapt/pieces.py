@@ -499,7 +499,9 @@ def product(draw, held, args, then):
         "precision": pick(draw, [None, "highest", "default"]),
         "preferred_element_type": preferred,
     }
-    own = pick(draw, [None, None, None, "vjp", "jvp"]) if "out" in held.sides else None
+    # The gradient of x would else be a product that contracts nothing.
+    gains = set(batch) <= set(held.of("stack")) and "out" in held.sides
+    own = pick(draw, [None, None, None, "vjp", "jvp"]) if gains else None
 
     def apply(x, w):
         return jnp.einsum(equation, *((w, x) if w_first else (x, w)), **rules)

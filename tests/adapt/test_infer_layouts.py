@@ -145,9 +145,14 @@ def test_an_axis_used_in_parts():
     def half(params, x):
         return jnp.einsum("bd,ndf->bnf", x, params["w"].reshape(2, 6, 4))
 
+    def whole(params, x):
+        x = jnp.stack([x] * 4, axis=-1)
+        return jnp.einsum("bdf,ndf->bn", x, params["w"].reshape(2, 6, 4))
+
     assert lora.infer_layouts(run, {"w": shaped(6, 8)}, shaped(4, 6)) == {"w": MATRIX}
+    assert lora.infer_layouts(half, {"w": shaped(12, 4)}, shaped(4, 6)) == {"w": MATRIX}
     with pytest.raises(ValueError, match=r"^w, of shape \(12, 4\), has an axis \(-2\) of which"):
-        lora.infer_layouts(half, {"w": shaped(12, 4)}, shaped(4, 6))
+        lora.infer_layouts(whole, {"w": shaped(12, 4)}, shaped(4, 6))
 
 
 def test_a_stack_that_the_program_contradicts():
