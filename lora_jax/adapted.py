@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from lora_jax.layouts import Layout
+from lora_jax.node_parts import by_rows
 from lora_jax.products import Lookup, Matmul, Product
-from lora_jax.schema import by_rows
 from lora_jax.weights import Shared, Weight, as_matrix, cast, dense_float32, transpose
 
 

@@ -116,7 +116,7 @@ class Convolution(Product):
 class Experts(Product):
     """`run(x, W, *given)` for rows `x [m, d_in]`, each with its own expert of `W [g, d_in, d_out]`:
     `[m, d_out]`. A node's matrices keep their axis of experts; of its vectors it has one for each
-    row, see `lora_jax.schema.by_rows`."""
+    row, see `lora_jax.node_parts.by_rows`."""
 
     run: Callable[..., jax.Array]
     given: tuple[jax.Array, ...]

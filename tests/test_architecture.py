@@ -17,6 +17,7 @@ LAYERS = [
     ["paths", "layouts", "version", "tables", "context_mesh"],
     ["targets", "kernels"],
     ["schema"],
+    ["node_parts"],
     ["weights"],
     ["quant", "products"],
     ["adapted"],

@@ -169,7 +169,7 @@ class LowRank(Additive):
     own_axes = ("rank",)
     padded_axes = ("rank",)
     split_axes: ClassVar[tuple[str, ...]] = ("in", "out")
-    part_axes = ("in", "out")
+    part_axes: ClassVar[tuple[str, ...]] = ("in", "out")
     takes_experts = True
 
     a: jax.Array = leaf("stack in rank", trained="train_a", mirror="b")

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Self
 
 from lora_jax.layouts import Layout
@@ -21,6 +21,10 @@ class Atom:
     axis: int
     part: tuple[int, ...]
     size: int
+
+
+def size_of(atoms: Iterable[Atom]) -> int:
+    return math.prod(atom.size for atom in atoms)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from lora_jax.products import Convolution
 from lora_jax.tracing.applying import arranged
-from lora_jax.tracing.axes import Atom
+from lora_jax.tracing.axes import Atom, size_of
 from lora_jax.tracing.plain import read_dense
 from lora_jax.tracing.tracked import Convolved, is_tracked
 
@@ -70,7 +70,7 @@ def product_of(
             for place, group in enumerate(kernel)
             for label in (["n"] if place == out_place else [a for a in group if a.size > 1])
         ]
-        sizes = [n if place == out_place else _size(group) for place, group in enumerate(kernel)]
+        sizes = [n if place == out_place else size_of(group) for place, group in enumerate(kernel)]
         return arranged(split, atoms, order).reshape(sizes)
 
     def run(x, matrix):
@@ -81,10 +81,3 @@ def product_of(
         return y if is_batch else y[0]
 
     return Convolution(run)
-
-
-def _size(atoms: Sequence[Atom]) -> int:
-    size = 1
-    for atom in atoms:
-        size *= atom.size
-    return size

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.tracing.axes import Axes
+from lora_jax.tracing.plain import read_dense
 from lora_jax.tracing.tracked import (
     Convolved,
     Lookup,
@@ -42,10 +43,6 @@ class Joined(Tracked):
     @property
     def dtype(self) -> Any:
         return jnp.dtype(self.pieces[0].dtype)
-
-    @property
-    def axes(self) -> Axes:
-        raise AssertionError("pieces have axes of their own")
 
     def sizes(self) -> list[int]:
         return [piece.shape[self.axis] for piece in self.pieces]
@@ -266,8 +263,7 @@ def pad(eqn: Any, operands: list[Any]) -> list[Any]:
     value, number = operands
     config = eqn.params["padding_config"]
     if not is_tracked(value) or is_tracked(number) or any(min(c) < 0 or c[2] for c in config):
-        read = [v.read() if is_tracked(v) else v for v in operands]
-        return [jax.lax.pad(*read, config)]
+        return read_dense(eqn, operands)
     for axis, (low, high, _) in enumerate(config):
         edges = [
             jnp.broadcast_to(number, _with(value.shape, axis, int(size))).astype(value.dtype)

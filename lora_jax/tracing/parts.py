@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import schema
+from lora_jax import node_parts
 from lora_jax.adapted import Adapted
 from lora_jax.quant.quantized import Quantized
 from lora_jax.tracing.modified import Modified
@@ -129,17 +129,16 @@ class Pick:
 def part_of(weight: Any, side: str, pick: Pick) -> Any:
     """A weight `[stack..., d_in, d_out]` with what `pick` says of one side."""
     if isinstance(weight, Modified):
-        name = "rows" if side == "in" else "columns"
-        vector = getattr(weight, name)
-        vector = None if vector is None else pick(vector, -1)
-        return dataclasses.replace(
-            weight, weight=part_of(weight.weight, side, pick), **{name: vector}
-        )
+        own = weight.rows if side == "in" else weight.columns
+        own = None if own is None else pick(own, -1)
+        rows, columns = (own, weight.columns) if side == "in" else (weight.rows, own)
+        inner = part_of(weight.weight, side, pick)
+        return dataclasses.replace(weight, weight=inner, rows=rows, columns=columns)
     if isinstance(weight, Adapted) and side in weight.node.part_axes:
-        node = schema.parts(weight.node, side, pick)
+        node = node_parts.parts(weight.node, side, pick)
         return dataclasses.replace(weight, base=part_of(weight.base, side, pick), node=node)
     if isinstance(weight, Quantized) and side == "out":
-        part: Any = schema.parts(weight.singly(), side, pick)
+        part: Any = node_parts.parts(weight.singly(), side, pick)
         return dataclasses.replace(part, output=(part.codes.shape[-1],))
     if isinstance(weight, Weight):
         indices = jnp.arange(math.prod(pick.sizes), dtype=jnp.int32)
@@ -162,7 +161,9 @@ def stacked(weight: Any, stack_ndim: int, d_in: Side, d_out: Side) -> Any:
 
     def move(array: jax.Array, names: Sequence[str]) -> jax.Array:
         """An array `[stack..., names...]`."""
-        shape, front, back = list(array.shape[:stack_ndim]), [], []
+        shape = list(array.shape[:stack_ndim])
+        front: list[tuple[str, int]] = []
+        back: list[tuple[str, int]] = []
         for name, size in zip(names, array.shape[stack_ndim:], strict=True):
             side = sides.get(name, Side((size,), (False,)))
             for part, moves in zip(side.sizes, side.stacked, strict=True):
@@ -188,15 +189,17 @@ def stacked(weight: Any, stack_ndim: int, d_in: Side, d_out: Side) -> Any:
             inner = of(weight.weight)
             if inner is None:
                 return None
-            vectors = {
-                name: None if vector is None else move(vector, names)
-                for name, vector, names in (
-                    ("rows", weight.rows, ("in",)),
-                    ("columns", weight.columns, ("out",)),
-                    ("present", weight.present, ()),
-                )
-            }
-            return dataclasses.replace(weight, weight=inner, **vectors)
+
+            def vector(array, *names):
+                return None if array is None else move(array, names)
+
+            return dataclasses.replace(
+                weight,
+                weight=inner,
+                rows=vector(weight.rows, "in"),
+                columns=vector(weight.columns, "out"),
+                present=vector(weight.present),
+            )
         if isinstance(weight, Adapted):
             needs = {name for name, side in sides.items() if any(side.stacked)}
             base = of(weight.base)
@@ -206,11 +209,11 @@ def stacked(weight: Any, stack_ndim: int, d_in: Side, d_out: Side) -> Any:
             return dataclasses.replace(
                 weight,
                 base=base,
-                node=schema.restacked(weight.node, move),
+                node=node_parts.restacked(weight.node, move),
                 dropout_key=None if key is None else move(key, ()),
             )
         if isinstance(weight, Quantized) and not any(d_in.stacked):
-            part: Any = schema.restacked(weight.singly(), move)
+            part: Any = node_parts.restacked(weight.singly(), move)
             return dataclasses.replace(part, output=(part.codes.shape[-1],))
         if isinstance(weight, Weight):
             return None
