@@ -76,7 +76,11 @@ def adapt(fn: Callable) -> Callable:
     custom gradient of a function that takes a weight is kept, in reverse mode, and gives the dense
     weight a gradient, as it does in `fn`. Out of bounds, slices and lookups read what they read in
     `fn`. Forward mode passes wherever the delta's own rule has it (LoRA's product with B has none).
-    A sharding constraint on a weight is dropped: shard the base.
+    A sharding constraint on a weight is dropped: shard the base. A part of a side (rows of a table,
+    one of several fused projections) is applied like a weight, and built only where the program
+    reads it as an array. With a kernel `[space..., in, out]`, A is the same convolution with r
+    outputs and B is 1 x 1; in groups, each group has its r / groups. By group sizes, each expert
+    has its own factors.
 
     Args:
       fn: any function of pytrees. Leaves that are not arrays (numbers, strings, functions) are

@@ -118,6 +118,8 @@ class RefusedError(Exception):
 
     def message(self) -> str:
         where = f"{self.primitive}, at {self.line or 'an unknown line'},"
+        if self.primitive is None:
+            where = "the function returns what"
         return f"{self.path}: {where} {self.reason}. {self.advice}".rstrip()
 
 
