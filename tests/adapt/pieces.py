@@ -499,8 +499,9 @@ def product(draw, held, args, then):
         "precision": pick(draw, [None, "highest", "default"]),
         "preferred_element_type": preferred,
     }
-    # The gradient of x would else be a product that contracts nothing.
-    gains = set(batch) <= set(held.of("stack")) and "out" in held.sides
+    # The gradient of x would else contract nothing, or parts of both sides.
+    whole = set(batch) <= set(held.of("stack")) and contracted == held.of(side)
+    gains = whole and "out" in held.sides
     own = pick(draw, [None, None, None, "vjp", "jvp"]) if gains else None
 
     def apply(x, w):
