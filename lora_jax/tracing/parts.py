@@ -165,7 +165,9 @@ def stacked(weight: Any, stack_ndim: int, d_in: Side, d_out: Side) -> Any:
         front: list[tuple[str, int]] = []
         back: list[tuple[str, int]] = []
         for name, size in zip(names, array.shape[stack_ndim:], strict=True):
-            side = sides.get(name, Side((size,), (False,)))
+            side = sides.get(name)
+            if side is None or not any(side.stacked):  # of codes and scales, a part of that size
+                side = Side((size,), (False,))
             for part, moves in zip(side.sizes, side.stacked, strict=True):
                 (front if moves else back).append((name, len(shape)))
                 shape.append(part)

@@ -126,3 +126,19 @@ def test_flops_are_those_of_the_form_written_by_hand():
 
     flops = [step(f).cost_analysis()["flops"] for f in (ours, by_hand)]
     assert flops[0] == pytest.approx(flops[1], rel=0.01)
+
+
+@pytest.mark.parametrize("method", [lora.LoRA(rank=2), lora.DoRA(rank=2)])
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_parts_of_the_outputs_of_a_quantised_weight_as_layers(format, method):
+    """Each head of a kernel with its own input."""
+
+    def run(params, x):
+        heads = jnp.stack([x, -x, 2 * x], axis=1)
+        return jnp.einsum("thi,iho->tho", heads, params["w"].reshape(8, 3, 2))
+
+    base = lora.quantize({"w": EXPERTS[0]}, format, targets="w", block_size=8)
+    _, delta = lora.lora_transform(base, method, targets="w", key=jax.random.key(0))
+    delta = moved(delta)
+    ours = lora.adapt(run)(lora.bind(base, delta), X)
+    assert_close(ours, run(lora.merge(base, delta), X), rtol=1e-4, atol=1e-5)
