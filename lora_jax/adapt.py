@@ -1,7 +1,6 @@
 """The function transform for models that know nothing of us."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax import paths
-from lora_jax.layouts import Layout
+from lora_jax.layouts import Layouts
 from lora_jax.tracing import plain
 from lora_jax.tracing.axes import Axes
 from lora_jax.tracing.interpreter import evaluate
 from lora_jax.tracing.lazy import Lazy
-from lora_jax.tracing.probe import Probe, Use, layout_of
+from lora_jax.tracing.probe import Probe, Uses, layout_of
+from lora_jax.tracing.reasons import reason_of
 from lora_jax.tracing.tracked import RefusedError, is_tracked
 from lora_jax.weights import PyTree, is_weight
 
@@ -31,13 +31,22 @@ def adapt(fn: Callable) -> Callable:
     =====================================================  ===========
     einsum, matmul: contracted with an activation          applied
     batched einsum over stacked weights (experts)          applied
+    convolution: any space, stride, dilation, layout       applied
+    convolution in groups, or of stacked weights           applied
+    transposed convolution                                 applied
+    ragged_dot: rows sorted by expert                      applied
     sum over stacked weights, each with its activation     applied
     lookup of rows in every mode, slices of rows           applied
     tied table: rows, and its transpose as output head     applied
     transpose, swapaxes, moveaxis                          followed
     reshape within one side of the matrix                  followed
     cast, stop_gradient, copies, barriers, constraints     followed
+    parts of a side: split, slice, index                   followed
+    parts of a side as layers (absorbed attention)         followed
+    concatenation, stack and padding of weights            followed
     layers of a stack: index, slice, split, unstack        followed
+    experts by an array of indices, in every mode          followed
+    times a scalar, or a vector along one side             followed
     jit                                                    walked into
     checkpoint                                             walked into
     scan over stacked weights                              walked into
@@ -48,17 +57,16 @@ def adapt(fn: Callable) -> Callable:
     custom_jvp, custom_vjp that take a weight              walked into
     pallas_call, custom_vjp and others without a weight    as they are
     pallas_call that takes a weight                        ValueError
-    convolution with a weight, ragged_dot                  ValueError
+    convolution in groups of its batch                     ValueError
     elementwise operation, sum or norm of a weight         ValueError
     cast of a weight to integers                           ValueError
-    reversal, padding, concatenation, repetition           ValueError
+    reversal, padding between entries, repetition          ValueError
     select, write into a weight, lookup of entries         ValueError
-    layers by an array of indices or by a filling take     ValueError
     lookup or slice that differs from layer to layer       ValueError
     reshape that mixes both sides of the matrix            ValueError
     reshape that splits a side where it was not            ValueError
-    slice or scan along a part of a side                   ValueError
-    contraction with a part of a side, or with none        ValueError
+    scan along a side                                      ValueError
+    contraction with no side                               ValueError
     product of two weights                                 ValueError
     weight out of a branch, a scan or a custom rule        ValueError
     loop that carries a weight and changes its form        ValueError
@@ -68,7 +76,11 @@ def adapt(fn: Callable) -> Callable:
     custom gradient of a function that takes a weight is kept, in reverse mode, and gives the dense
     weight a gradient, as it does in `fn`. Out of bounds, slices and lookups read what they read in
     `fn`. Forward mode passes wherever the delta's own rule has it (LoRA's product with B has none).
-    A sharding constraint on a weight is dropped: shard the base.
+    A sharding constraint on a weight is dropped: shard the base. A part of a side (rows of a table,
+    one of several fused projections) is applied like a weight, and built only where the program
+    reads it as an array. With a kernel `[space..., in, out]`, A is the same convolution with r
+    outputs and B is 1 x 1; in groups, each group has its r / groups. By group sizes, each expert
+    has its own factors.
 
     Args:
       fn: any function of pytrees. Leaves that are not arrays (numbers, strings, functions) are
@@ -91,6 +103,7 @@ def adapt(fn: Callable) -> Callable:
         program = _trace(fn, (args, kwargs), operands)
         try:
             results = evaluate(program.jaxpr, program.operands)
+            results = [value.settled() if is_tracked(value) else value for value in results]
         except RefusedError as error:
             raise ValueError(error.message()) from error
         untouched = dict(zip(map(id, operands), leaves.values(), strict=True))
@@ -99,7 +112,7 @@ def adapt(fn: Callable) -> Callable:
     return adapted
 
 
-def infer_layouts(fn: Callable, params: PyTree, *args, **kwargs) -> dict[str, Layout | None]:
+def infer_layouts(fn: Callable, params: PyTree, *args, **kwargs) -> Layouts:
     """How `fn(params, *args, **kwargs)` uses each floating-point leaf of `params`.
 
     `fn` is traced, never run: arrays and `jax.ShapeDtypeStruct`s both work.
@@ -114,28 +127,33 @@ def infer_layouts(fn: Callable, params: PyTree, *args, **kwargs) -> dict[str, La
       `{path: Layout}` for `lora_transform(..., layouts=...)`: which axes of a leaf are contracted
       with an activation, which ones it gains, and which are stacked (scanned, mapped or indexed
       over). A table that is read both by rows and by its transpose gets the layout of the rows.
-      None for a leaf that nothing is contracted with: a norm's scale, a bias, a convolution.
+      None for a leaf that nothing is contracted with: a norm's scale, a bias. `reasons` of the
+      result has for each of these what is done with it, and the line.
 
     Raises:
       ValueError: for a leaf that is used as two different matrices.
     """
-    uses: dict[str, list[Use]] = {}
-
-    def note(path, use):
-        uses.setdefault(path, []).append(use)
+    uses = Uses()
 
     def watched(path, leaf):
         if not (_is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)):
             return leaf
-        uses[path] = []
-        return Probe(_abstract(leaf), path, Axes.of_leaf(leaf.shape), note)
+        uses.of[path] = []
+        return Probe(_abstract(leaf), path, Axes.of_leaf(leaf.shape), uses)
 
     leaves = paths.flatten(params, is_leaf=is_weight)
     others = jax.tree.leaves((args, kwargs), is_leaf=is_weight)
     probes = [watched(path, leaf) for path, leaf in leaves.items()]
     program = _trace(fn, ((params, *args), kwargs), [*probes, *map(_abstract, others)])
-    jax.eval_shape(functools.partial(evaluate, program.jaxpr), program.operands)
-    return {path: layout_of(path, leaves[path].shape, found) for path, found in uses.items()}
+
+    def walk(operands):
+        results = [value for value in evaluate(program.jaxpr, operands) if isinstance(value, Probe)]
+        return [value.read() for value in results if value.table]
+
+    jax.eval_shape(walk, program.operands)
+    layouts = {path: layout_of(path, leaves[path].shape, of) for path, of in uses.of.items()}
+    reasons = {path: reason_of(uses.of[path]) for path, layout in layouts.items() if layout is None}
+    return Layouts(layouts, reasons)
 
 
 @dataclasses.dataclass(frozen=True)

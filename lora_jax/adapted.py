@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from lora_jax.layouts import Layout
-from lora_jax.products import Lookup, Matmul
+from lora_jax.node_parts import by_rows
+from lora_jax.products import Lookup, Matmul, Product
 from lora_jax.weights import Shared, Weight, as_matrix, cast, dense_float32, transpose
 
 
@@ -71,14 +72,29 @@ class Adapted(Weight):
     def T(self) -> "Adapted":  # noqa: N802
         return dataclasses.replace(self, base=transpose(self.base), node=self.node.transposed())
 
+    def through(self, product: Product, x: jax.Array) -> jax.Array:
+        return self._each_row(lambda node, x, key: node.apply(product, x, self.base, key), x)
+
+    def by_rows(self, experts: jax.Array) -> "Adapted":
+        """The weight `[g, d_in, d_out]` for the product `Experts`, whose rows have `experts [m]`.
+
+        Raises:
+          ValueError: for a method without a form for it, or adapters by batch row.
+        """
+        if not self.node.takes_experts or self.adapter_ids is not None:
+            ids = " with adapter_ids" if self.adapter_ids is not None else ""
+            raise ValueError(
+                f"{type(self.node).__name__}{ids} has no form for experts whose rows are told by "
+                "group sizes. Adapt them with LoRA, VeRA, AdaLoRA or IA3."
+            )
+        key = None if self.dropout_key is None else self.dropout_key[0]
+        return dataclasses.replace(self, node=by_rows(self.node, experts), dropout_key=key)
+
     def linear(self, x: jax.Array) -> jax.Array:
-        return self._each_row(lambda node, x, key: node.apply(Matmul(), x, self.base, key), x)
+        return self.through(Matmul(), x)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
-        product = Lookup(self.dtype)
-        return self._each_row(
-            lambda node, ids, key: node.apply(product, ids, self.base, key), tokens
-        )
+        return self.through(Lookup(self.dtype), tokens)
 
     def dense(self) -> jax.Array:
         return self.dense_float32().astype(self.dtype)

@@ -40,6 +40,9 @@ class DeltaNode:
         there is a product with the zeros of the other.
       split_axes: the sides of the matrix, "in" or "out", along which a block of weight and node
         determines its own part of the output.
+      part_axes: the sides along which a part of weight and node is that part of the adapted weight.
+      takes_experts: whether its matrices meet nothing but `narrow` and `widen`, so that each row
+        may have an expert of its own.
       unmerged: why the method cannot be merged; empty where it can.
       statistics: the names of leaves that `after_update` moves.
     """
@@ -49,6 +52,8 @@ class DeltaNode:
     own_axes: ClassVar[tuple[str, ...]] = ()
     padded_axes: ClassVar[tuple[str, ...]] = ()
     split_axes: ClassVar[tuple[str, ...]] = ()
+    part_axes: ClassVar[tuple[str, ...]] = ()
+    takes_experts: ClassVar[bool] = False
     unmerged: ClassVar[str] = ""
     statistics: ClassVar[tuple[str, ...]] = ()
 
@@ -195,7 +200,7 @@ class DeltaNode:
     def sharding_specs(self, spec: PartitionSpec) -> Self:
         """The same tree with each leaf's sharding spec for `jit`, where the weight has `spec`, with
         an entry for each of its axes. What follows no axis of the weight is replicated."""
-        return schema.sharding_specs(self, *self.layout.split(tuple(spec)))
+        return schema.sharding_specs(self, *self.layout.split_spec(tuple(spec)))
 
     def matched(self, other: "DeltaNode") -> Self:
         """The same delta with zeros for every optional leaf that only `other` has; exact."""

@@ -104,7 +104,8 @@ def naming(path: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        own = type(error) if type(error).__init__ is ValueError.__init__ else ValueError
+        raise own(f"{path}: {error}") from error
 
 
 def nearest(name: str, candidates: Iterable[str], count: int = 5) -> list[str]:

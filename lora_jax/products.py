@@ -10,17 +10,21 @@ with a narrow array in the place of the weight, and `widen(h, b)`, a matmul over
 | `Matmul` | `x @ W` | `x @ a` | `h @ b` |
 | `Lookup` | `W[ids]` | `a[ids]` | `h @ b` |
 | `Rows` | `diag(x) @ W` | `diag(x) @ a` | `h @ b` |
+| `Convolution` | `conv(x, W)` | `conv(x, a)` | `h @ b`, 1 x 1 |
+| `Experts` | `ragged_dot(x, W, sizes)` | `ragged_dot(x, a, sizes)` | `ragged_dot(h, b, sizes)` |
 """
 
 import abc
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from lora_jax.weights import NARROW, Weight, dense_float32, embed, linear, vary
+from lora_jax.weights import NARROW, Weight, dense, dense_float32, embed, linear, vary
 
 AnyWeight = jax.Array | Weight
 
@@ -86,6 +90,81 @@ class Lookup(Product):
 
     def dropped(self, x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
         return x
+
+
+@dataclasses.dataclass(frozen=True)
+class Convolution(Product):
+    """`run(x, W)` for `x [batch, ...]` and `W [d_in, d_out]`, to `[batch, ..., d_out]`: linear in
+    each. A row of W is one input channel at one place of the kernel."""
+
+    run: Callable[[jax.Array, jax.Array], jax.Array]
+
+    def __call__(self, x: jax.Array, w: AnyWeight) -> jax.Array:
+        return _run(self.run, x, w, ())
+
+    def narrow(self, x: jax.Array, a: jax.Array) -> jax.Array:
+        return checkpoint_name(self.run(x, a.astype(x.dtype)), NARROW)
+
+    def scale(self, x: jax.Array, factor: jax.Array) -> jax.Array:
+        raise ValueError(
+            "the inputs of a convolution meet several rows of its kernel and cannot be scaled for "
+            "each: scale its outputs."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts(Product):
+    """`run(x, W, *given)` for rows `x [m, d_in]`, each with its own expert of `W [g, d_in, d_out]`:
+    `[m, d_out]`. A node's matrices keep their axis of experts; of its vectors it has one for each
+    row, see `lora_jax.node_parts.by_rows`."""
+
+    run: Callable[..., jax.Array]
+    given: tuple[jax.Array, ...]
+    has_expert: jax.Array
+
+    def __call__(self, x: jax.Array, w: AnyWeight) -> jax.Array:
+        return _run(self.run, x, w, self.given)
+
+    def narrow(self, x: jax.Array, a: jax.Array) -> jax.Array:
+        return checkpoint_name(self._each(x, a.astype(x.dtype)), NARROW)
+
+    def widen(self, h: jax.Array, b: jax.Array) -> jax.Array:
+        return self._each(h, b.astype(h.dtype))
+
+    def _each(self, x: jax.Array, w: jax.Array) -> jax.Array:
+        """Matrices that all experts share have no axis of them. Rows of no expert give zeros."""
+        if w.ndim > 2:
+            return self.run(x, w, *self.given)
+        y = linear(x, w)
+        return jnp.where(self.has_expert[:, None], y, jnp.zeros_like(y))
+
+    def scale(self, x: jax.Array, factor: jax.Array) -> jax.Array:
+        return scaled(x, factor)
+
+
+def _run(run: Callable, x: jax.Array, w: AnyWeight, given: tuple[jax.Array, ...]) -> jax.Array:
+    return _run_frozen(run, x, w, given) if isinstance(w, Weight) else run(x, w, *given)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _run_frozen(run: Callable, x: jax.Array, w: Weight, given: tuple[jax.Array, ...]) -> jax.Array:
+    """`run(x, W, *given)`, linear in x, which keeps nothing of W but its stored bytes for the
+    backward pass."""
+    return run(x, dense(w).astype(x.dtype), *given)
+
+
+def _run_frozen_forward(run, x, w, given):
+    return _run_frozen(run, x, w, given), (w, given, jnp.zeros((0,), x.dtype), x.shape)
+
+
+def _run_frozen_backward(run, saved, dy):
+    w, given, of_dtype, shape = saved
+    matrix = dense(w).astype(of_dtype.dtype)
+    like = jax.ShapeDtypeStruct(shape, of_dtype.dtype)
+    return *jax.linear_transpose(lambda x: run(x, matrix, *given), like)(dy), None, None
+
+
+_run_frozen.defvjp(_run_frozen_forward, _run_frozen_backward)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,9 +20,8 @@ PRESETS: dict[str, str] = {
     "all-linear": r".*",
 }
 
-_EMBEDDING = re.compile(
-    r"(?:.*_)?embed(?:ding|dings|der)?(?:_.*)?|w[tp]e|token_embd|lm_head|unembed|unembedding"
-)
+_EMBEDDING = re.compile(r"(?:.*_)?embed(?:ding|dings|der)?(?:_.*)?|w[tp]e|token_embd")
+_HEAD = re.compile(r"lm_head|unembed|unembedding|embed_out")
 _ROOT_HEAD = re.compile(r"head|output|classifier")
 _ROOTS = ("params", "model", "module")
 _NOT_A_MATRIX = re.compile(r"(?:.*_)?(?:bias|scale|beta|gamma|b|offset)")
@@ -54,21 +53,36 @@ def guessed_layout(path: str, leaf: Any) -> Layout | None:
 
 
 def is_embedding_or_head(path: str) -> bool:
+    return is_head(path) or any(_EMBEDDING.fullmatch(part) for part in path.split("/"))
+
+
+def is_head(path: str) -> bool:
     parts = path.split("/")
-    if any(_EMBEDDING.fullmatch(part) for part in parts):
-        return True
     outermost = next((part for part in parts if part not in _ROOTS), "")
-    return bool(_ROOT_HEAD.fullmatch(outermost))
+    return any(_HEAD.fullmatch(part) for part in parts) or bool(_ROOT_HEAD.fullmatch(outermost))
 
 
-def rule_matcher(rule: str) -> Callable[[str], bool]:
-    """A predicate over paths: a preset by name, or a regular expression over whole components."""
+def set_aside(path: str, layouts: Mapping[str, Layout | None]) -> bool:
+    """Whether presets leave a leaf out, as an embedding or the output head. What is an embedding,
+    the trace knows; without one, names tell."""
+    layout = layouts.get(path)
+    if layout is None:
+        return is_embedding_or_head(path)
+    return layout.gathered or is_head(path)
+
+
+def rule_matcher(
+    rule: str, layouts: Mapping[str, Layout | None] | None = None
+) -> Callable[[str], bool]:
+    """A predicate over paths: a preset by name, or a regular expression over whole components.
+    `layouts` are those that a trace or the user gave."""
     try:
         pattern = re.compile(rf"(?:.*/)?(?:{PRESETS.get(rule, rule)})(?:/.*)?")
     except re.error as error:
         raise ValueError(f"target {rule!r} is not a valid regular expression: {error}.") from error
     if rule in PRESETS:
-        return lambda path: bool(pattern.fullmatch(path)) and not is_embedding_or_head(path)
+        known = layouts or {}
+        return lambda path: bool(pattern.fullmatch(path)) and not set_aside(path, known)
     return lambda path: bool(pattern.fullmatch(path))
 
 
@@ -77,7 +91,18 @@ def match_rules(
     rules: Mapping[str, Any],
     layouts: Mapping[str, Layout | None] | None = None,
 ) -> list[Match]:
-    """The paths that `rules` pick, in tree order; the first rule that matches a path wins.
+    """The paths that `rules` pick for a method, in tree order. Arguments and errors as
+    `match_all`."""
+    return [match for match in match_all(leaves, rules, layouts) if match.method is not None]
+
+
+def match_all(
+    leaves: Mapping[str, Any],
+    rules: Mapping[str, Any],
+    layouts: Mapping[str, Layout | None] | None = None,
+) -> list[Match]:
+    """The paths that `rules` pick, in tree order, those that are mapped to None too; the first rule
+    that matches a path wins.
 
     Args:
       leaves: `{path: leaf}`.
@@ -89,21 +114,19 @@ def match_rules(
     Raises:
       ValueError: for a rule that matches nothing, naming the nearest paths that exist.
     """
+    given = layouts or {}
     guessed = {path: guessed_layout(path, leaf) for path, leaf in leaves.items()}
-    layouts = {**guessed, **(layouts or {})}
-    gathered = {path for path, layout in layouts.items() if layout and layout.gathered}
+    layouts = {**guessed, **given}
     taken: dict[str, Match] = {}
     for rule, method in rules.items():
-        matches = rule_matcher(rule)
+        matches = rule_matcher(rule, given)
         named = [path for path in leaves if matches(path)]
-        if rule in PRESETS:
-            named = [path for path in named if path not in gathered]
         fitting = [p for p in named if method is None or method.accepts(p, leaves[p], layouts[p])]
         untaken = [path for path in fitting if path not in taken]
         if not untaken:
             raise ValueError(_explain(rule, method, list(leaves), named, fitting, taken))
         taken.update({path: Match(path, rule, method) for path in untaken})
-    return [taken[path] for path in leaves if path in taken and taken[path].method is not None]
+    return [taken[path] for path in leaves if path in taken]
 
 
 def as_rules(method: Any, targets: Targets) -> dict[str, Any]:

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from lora_jax import paths
 from lora_jax.extras import bound, inserted, require_free, require_one
 from lora_jax.layouts import Layout
-from lora_jax.methods import DeltaNode, Extra, Method
+from lora_jax.methods import DeltaNode, Extra, Method, MisfitError
 from lora_jax.methods.method import of_values
 from lora_jax.nodes import rows_behind_layers
-from lora_jax.targets import Targets, as_rules, match_rules
+from lora_jax.targets import PRESETS, Targets, as_rules, match_rules
 from lora_jax.weights import PyTree, Shared, dense_float32, is_weight
 
 Delta = dict[str, Any]
@@ -52,8 +52,9 @@ def lora_transform(
 
     Raises:
       ValueError: for a rule that matches nothing, a target that holds integers or is not an array,
-        a layout of a path that does not exist, a rank larger than a matrix, two parameters at one
-        path, a `key` that is not one key.
+        a layout of a path that does not exist, two parameters at one path, a `key` that is not one
+        key; for a rank larger than a matrix that a target names, all of them in one message. A
+        preset passes over such a matrix, and `describe` says so.
 
     Source: Hu et al. 2021, arXiv:2106.09685, section 4.
     """
@@ -73,15 +74,21 @@ def lora_transform(
     nodes: dict[str, DeltaNode] = {}
     by_method: dict[Method, dict[str, Any]] = {}
     axes: dict[str, Layout] = {}
+    misfits: dict[str, dict[str, str]] = {rule: {} for rule in rules}
     for match in match_rules(flat, rules, layouts):
         weight = flat[match.path]
-        layout = layouts.get(match.path) or (weight.layout if is_weight(weight) else Layout())
+        layout = layout_of(match.path, weight, layouts)
         _require_float(match.path, weight)
+        try:
+            node = _init_node(match.path, weight, match.method, layout, key)
+        except MisfitError as misfit:
+            misfits[match.rule][match.path] = str(misfit)
+            continue
         by_method.setdefault(match.method, {})[match.path] = weight
         axes[match.path] = layout
-        node = _init_node(match.path, weight, match.method, layout, key)
         if node is not None:
             nodes[match.path] = node
+    _require_fitting(misfits, by_method)
     owners: dict[str, Method] = {}
     for chosen, weights in by_method.items():
         make = functools.partial(chosen.extras, layouts=axes, key=key)
@@ -211,14 +218,42 @@ def delta_nodes(delta: Delta) -> dict[str, DeltaNode]:
     return flat
 
 
+def layout_of(path: str, weight: Any, layouts: Mapping[str, Layout | None]) -> Layout:
+    """The layout in which a targeted leaf is adapted."""
+    return layouts.get(path) or (weight.layout if is_weight(weight) else Layout())
+
+
+def misfit(path: str, weight: Any, method: Method, layout: Layout) -> str | None:
+    """Why a preset passes over a leaf that it matches; None where the leaf fits the method."""
+
+    def make(weight, key):
+        return _init_node(path, weight, method, layout, key)
+
+    try:
+        jax.eval_shape(make, weight, jax.random.key(0))
+    except MisfitError as error:
+        return str(error).removeprefix(f"{path}: ")
+    return None
+
+
 def _init_node(
     path: str, weight: Any, method: Method, layout: Layout, key: jax.Array
 ) -> DeltaNode | None:
     with paths.naming(path):
         stack, _, _ = layout.split(weight.shape) if method.needs_matrix else ((), (), ())
         keys = paths.keys_for(key, path, stack)
-        make = functools.partial(method.init_node, path, layout=layout, key=keys)
-        return of_values(method, make, weight)
+        own = method.in_groups(layout.groups)
+        make = functools.partial(own.init_node, path, layout=layout, key=keys)
+        return of_values(own, make, weight)
+
+
+def _require_fitting(misfits: dict[str, dict[str, str]], taken: dict[Method, Any]) -> None:
+    """Raises ValueError where an explicit target does not fit a leaf, for all such leaves in one
+    message, or where nothing that the presets match fits."""
+    named = [text for rule, of in misfits.items() if rule not in PRESETS for text in of.values()]
+    passed = [text for rule, of in misfits.items() if rule in PRESETS for text in of.values()]
+    if named or (passed and not taken):
+        raise ValueError("\n".join(named or passed))
 
 
 def _map_adapted(tree: PyTree, delta: Delta, change) -> PyTree:

@@ -58,6 +58,10 @@ class Weight(abc.ABC):
     def linear(self, x: jax.Array) -> jax.Array:
         """`x @ W` for `x [..., d_in]` and one unstacked weight."""
 
+    def through(self, product: Any, x: jax.Array) -> jax.Array:
+        """The result of another product with one unstacked weight."""
+        return product(x, self)
+
     @abc.abstractmethod
     def embed(self, tokens: jax.Array) -> jax.Array:
         """`W[tokens]`."""
@@ -103,7 +107,7 @@ class Weight(abc.ABC):
     def sharding_specs(self, spec: PartitionSpec) -> "Weight":
         """The same tree with each array's sharding spec for `jit`, where a plain array would have
         `spec`, with an entry for each of its axes."""
-        return schema.sharding_specs(self, *self.layout.split(tuple(spec)))
+        return schema.sharding_specs(self, *self.layout.split_spec(tuple(spec)))
 
     def for_part(self, index: jax.Array) -> "Weight":
         """The weight for one part of an input that is multiplied in parts: with dropout, each part
@@ -131,6 +135,11 @@ def is_weight(leaf: Any) -> bool:
 def linear(x: jax.Array, w: jax.Array | Weight) -> jax.Array:
     """`x @ w` for a weight of any type: `x [..., d_in]` and `w [d_in, d_out]` to `[..., d_out]`."""
     return w.linear(x) if isinstance(w, Weight) else jnp.matmul(x, w)
+
+
+def through(product: Any, x: jax.Array, w: jax.Array | Weight) -> jax.Array:
+    """The result of a product of `lora_jax.products` with a weight of any type."""
+    return w.through(product, x) if isinstance(w, Weight) else product(x, w)
 
 
 def embed(tokens: jax.Array, w: jax.Array | Weight) -> jax.Array:

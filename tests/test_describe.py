@@ -90,4 +90,65 @@ def test_table_has_a_line_for_each_row_and_the_summary():
     lines = str(found).splitlines()
     assert lines[0].split() == ["path", "rule", "delta", "weight", "rank", "trainable"]
     assert lines[1].split() == ["block/q_proj", "all-linear", "LoRANode", "6x5", "2", "22"]
-    assert lines[-1] == found.summary() and len(lines) == 4
+    assert lines[3].split() == ["frozen", "reason", "leaves", "share"]
+    assert lines[4].split() == ["block/bias", "a", "vector", "1", "5.26%"]
+    assert lines[-1] == found.summary() and len(lines) == 6
+
+
+SIZES = {
+    "a": {"up_proj": (6, 6)},
+    "blocks": {str(i): {"wide": (40, 2), "scale": (2,)} for i in range(2)},
+    "ids": (3,),
+    "lm_head": (6, 6),
+    "skipped": (6, 6),
+}
+
+
+def mixed():
+    params = jax.tree.map(jnp.ones, SIZES, is_leaf=lambda leaf: isinstance(leaf, tuple))
+    return params | {"ids": jnp.ones(3, jnp.int32)}
+
+
+def test_what_stays_frozen_has_its_reason_and_its_share():
+    rules = {"skipped": None, "all-linear": lora.LoRA(rank=3)}
+    base, delta = lora.lora_transform(mixed(), rules, key=jax.random.key(0))
+    found = lora.describe(base, delta, rules)
+    reasons = {row.path: row.reason for row in found.frozen}
+    assert reasons.pop("blocks/0/wide").startswith("LoRA(rank=3) exceeds the smaller side of a 40")
+    assert reasons["skipped"] == "'skipped' is mapped to None"
+    assert reasons["ids"] == "holds int32" and reasons["blocks/0/scale"] == "a vector"
+    assert reasons["lm_head"] == "an embedding or the output head, by its name"
+    trained = sum(row.trainable for row in found.rows)
+    adapted = sum(6 * 6 for _ in found.rows)
+    assert sum(row.params for row in found.frozen) + trained + adapted == found.all_params
+    lines = str(found).splitlines()
+    (line,) = [line for line in lines if line.startswith("blocks/*/wide")]
+    assert line.split()[-2:] == ["2", f"{160 / found.all_params:.2%}"]
+
+
+def test_a_preset_that_reaches_less_than_half_of_the_matrices_warns():
+    method = lora.LoRA(rank=3)
+    base, delta = lora.lora_transform(mixed(), method, key=jax.random.key(0))
+    (warning,) = lora.describe(base, delta, method).warnings  # 72 of 72 + 160
+    assert warning.startswith("warning: 'all-linear' reaches 31.0% of the 232 parameters")
+    assert warning in str(lora.describe(base, delta, method))
+    small = lora.LoRA(rank=2)
+    base, delta = lora.lora_transform(mixed(), small, key=jax.random.key(0))
+    assert not lora.describe(base, delta, small).warnings
+    assert not lora.describe(base, delta).warnings
+
+
+def test_reasons_and_lines_of_a_trace():
+    def run(params, ids):
+        x = params["table"][ids] * params["gain"][None]
+        return x @ params["up_proj"]
+
+    params = {"table": jnp.ones((9, 6)), "gain": jnp.ones(6), "up_proj": jnp.ones((6, 6))}
+    layouts = lora.infer_layouts(run, params, jnp.array([1, 2]))
+    method = lora.LoRA(rank=2)
+    base, delta = lora.lora_transform(params, method, key=jax.random.key(0), layouts=layouts)
+    found = {
+        row.path: row.reason for row in lora.describe(base, delta, method, layouts=layouts).frozen
+    }
+    assert found["table"] == "an embedding: rows of it are looked up"
+    assert f"(mul at {__file__}:" in found["gain"]

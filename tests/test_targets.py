@@ -165,3 +165,22 @@ def test_lora_on_leaves_that_are_no_matrices():
     params = tree("up_proj") | {"norm": np.ones(4, np.float32)}
     refused("'norm' matches norm, but LoRA adapts matrices.*use Full", RANK2, targets="norm",
             params=params)  # fmt: skip
+
+
+WIDE = {"up_proj": np.ones((6, 6), np.float32), "wide": {
+    name: np.ones((20, 2), np.float32) for name in "cd"
+}}  # fmt: skip
+
+
+def test_a_preset_passes_over_what_the_rank_does_not_fit():
+    for method in (lora.LoRA(rank=3), lora.AdaLoRA(rank=3, target_rank=1, total_steps=9)):
+        assert picked(WIDE, "all-linear", method) == {"up_proj"}
+
+
+def test_an_explicit_target_names_all_that_the_rank_does_not_fit():
+    message = r"^wide/c: LoRA\(rank=3\) exceeds .* 20 x 2 (.|\n)*\nwide/d: LoRA\(rank=3\) exceeds"
+    refused(message, lora.LoRA(rank=3), targets="wide/.*", params=WIDE)
+
+
+def test_a_preset_of_which_nothing_fits():
+    refused(r"wide/c: LoRA\(rank=3\) exceeds", lora.LoRA(rank=3), params={"wide": WIDE["wide"]})

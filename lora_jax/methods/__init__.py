@@ -22,6 +22,7 @@ from lora_jax.methods.lora import LoRA as LoRA
 from lora_jax.methods.lora import LoRANode as LoRANode
 from lora_jax.methods.lora import LowRank as LowRank
 from lora_jax.methods.method import Method as Method
+from lora_jax.methods.method import MisfitError as MisfitError
 from lora_jax.methods.prefix import EncodedPrefixNode as EncodedPrefixNode
 from lora_jax.methods.prefix import Prefix as Prefix
 from lora_jax.methods.prefix import PrefixNode as PrefixNode

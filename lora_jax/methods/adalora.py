@@ -121,6 +121,8 @@ class AdaLoRANode(Additive):
     """
 
     own_axes = ("rank",)
+    part_axes = ("in", "out")
+    takes_experts = True
     statistics = ("mask", "sensitivity", "uncertainty")
 
     a: jax.Array = leaf("stack in rank")

@@ -64,6 +64,8 @@ class DoRANode(LowRank):
     """
 
     split_axes = ()
+    part_axes = ("out",)
+    takes_experts = False
 
     magnitude: jax.Array = leaf("stack out", kw_only=True)
     base_square: jax.Array = leaf("stack out", trained=False, kw_only=True)

@@ -54,6 +54,9 @@ class IA3Node(DeltaNode):
         trained.
     """
 
+    part_axes = ("in", "out")
+    takes_experts = True
+
     l: jax.Array = leaf("stack out")  # noqa: E741 - the paper's name
     active: jax.Array = leaf("stack", trained=False, absent=0)
     layout: Layout = static(Layout())

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from lora_jax.layouts import Layout
 from lora_jax.methods.decompositions import INITS, factors_of
-from lora_jax.methods.method import Method, Shape, over_layers
+from lora_jax.methods.method import Method, MisfitError, Shape, over_layers
 from lora_jax.nodes import Additive, DeltaNode
 from lora_jax.products import AnyWeight, Product
 from lora_jax.schema import leaf, static
@@ -76,6 +76,18 @@ class LoRA(Method):
     ) -> DeltaNode:
         del path
         return LoRANode(**self.leaves(weight, layout=layout, key=key))
+
+    def in_groups(self, groups: int) -> "LoRA":
+        if groups == 1:
+            return self
+        if isinstance(self.rank, tuple) or self.rank % groups:
+            raise MisfitError(
+                f"{self._named('rank')} is not divisible by the {groups} groups of this "
+                "convolution, each of which has factors of its own. Give that target a rank that "
+                f"is, {{target: {type(self).__name__}(rank={groups})}}, or leave it out (None)."
+            )
+        alpha = self.alpha / (groups if self.scaling == "lora" else math.sqrt(groups))
+        return dataclasses.replace(self, rank=self.rank // groups, alpha=alpha)
 
     @property
     def reads_values(self) -> bool:
@@ -147,6 +159,8 @@ class LowRank(Additive):
     own_axes = ("rank",)
     padded_axes = ("rank",)
     split_axes: ClassVar[tuple[str, ...]] = ("in", "out")
+    part_axes: ClassVar[tuple[str, ...]] = ("in", "out")
+    takes_experts = True
 
     a: jax.Array = leaf("stack in rank", trained="train_a", mirror="b")
     b: jax.Array = leaf("stack rank out", absent=0, mirror="a")

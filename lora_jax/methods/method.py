@@ -15,6 +15,11 @@ Shape = tuple[int, ...]
 _COUNT = "expected an integer of at least 1."
 
 
+class MisfitError(ValueError):
+    """A weight is too small for a method, or of a layout that it does not take. A preset passes
+    over such weights; of a target that names them it is an error."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method:
     """Hyperparameters of one way to adapt a weight.
@@ -59,11 +64,24 @@ class Method:
         """Raises ValueError where `rank` exceeds the smaller side of a matrix."""
         sides, name = (math.prod(d_in), math.prod(d_out)), type(self).__name__
         if rank > min(sides):
-            raise ValueError(
+            raise MisfitError(
                 f"{name}(rank={rank}) exceeds the smaller side of a {sides[0]} x {sides[1]} "
                 f"matrix. Give that target a smaller rank, {{target: {name}(rank=...)}}, or use "
                 "Full."
             )
+
+    def in_groups(self, groups: int) -> "Method":
+        """The method of each of the groups of a grouped convolution, which share its rank.
+
+        Raises:
+          MisfitError: where there is none.
+        """
+        if groups > 1 and hasattr(self, "rank"):
+            raise MisfitError(
+                f"{type(self).__name__} has no form for a convolution of {groups} groups. Give "
+                "that target LoRA, or leave it out (None)."
+            )
+        return self
 
     @property
     def reads_values(self) -> bool:

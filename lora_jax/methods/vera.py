@@ -97,6 +97,8 @@ class VeRANode(Additive):
 
     own_axes = ("rank",)
 
+    takes_experts = True
+
     lambda_d: jax.Array = leaf("stack rank")
     lambda_b: jax.Array = leaf("stack out", absent=0)
     pair: Shared | None = nested("", trained=False, default=None)

@@ -1,6 +1,8 @@
 """Trees of quantised weights, and back."""
 
+import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,13 +13,22 @@ from lora_jax import paths
 from lora_jax.layouts import Layout
 from lora_jax.quant.formats import FORMATS
 from lora_jax.quant.quantized import Quantized
-from lora_jax.targets import Targets, as_rules, guessed_layout, match_rules, rule_matcher
+from lora_jax.targets import (
+    PRESETS,
+    Targets,
+    as_rules,
+    guessed_layout,
+    match_rules,
+    rule_matcher,
+)
 from lora_jax.weights import PyTree, is_weight
+
+Formats = str | Mapping[str, str | None]
 
 
 def quantize(
     params: PyTree,
-    format: str,
+    format: Formats,
     *,
     targets: Targets = "all-linear",
     layouts: Mapping[str, Layout | None] | None = None,
@@ -31,11 +42,17 @@ def quantize(
     those of bitsandbytes bit for bit, on every platform. Under `jit` it is a callback to the host,
     and under `jax.eval_shape` nothing is computed.
 
+    A preset leaves in floats what a format does not take (a number of rows that is no multiple of
+    the block size), with one warning that names it all and its bytes.
+
     Args:
       params: any pytree of arrays. Leaves that are not targeted are returned unchanged.
-      format: a name in `lora_jax.quant.FORMATS`; its class documents it.
-      targets: a preset, a regular expression over paths, or a sequence of them, as in
-        `lora_transform`. Embeddings and output head are quantised only where they are named.
+      format: a name in `lora_jax.quant.FORMATS`, whose class documents it; or, as the methods of
+        `lora_transform`, an ordered mapping `{target: name}` in which the first rule that matches a
+        path wins and None leaves a path in floats.
+      targets: for a single format: a preset, a regular expression over paths, or a sequence of
+        them, as in `lora_transform`. Embeddings and output head are quantised only where they are
+        named.
       layouts: `{path: Layout}` for weights that are more than stacked matrices, and None for leaves
         that are none, as `infer_layouts` gives it.
       block_size: rows of the matrix that share a scale; by default 64 in the formats of
@@ -47,29 +64,38 @@ def quantize(
     Raises:
       ValueError: for an unknown format, an option that it does not have, a rule that matches
         nothing, and, naming the path, a leaf of integers or complex numbers, with NaN or infinity,
-        or with a number of rows that is no multiple of the block size.
+        or that a rule names and whose number of rows is no multiple of the block size: all such
+        leaves in one message.
 
     Source: Dettmers et al. 2023, arXiv:2305.14314, section 3.
     """
-    finish = quantizer(
-        format, targets=".*", layouts=layouts, block_size=block_size, double_quant=double_quant
-    )
+    rules = _rules(format, targets, block_size, double_quant)
     flat = paths.flatten(params, is_leaf=is_weight)
     for path in layouts or {}:
         if path not in flat:
             near = ", ".join(paths.nearest(path, flat))
             raise ValueError(f"layouts names {path!r}, which the tree lacks; near it are {near}.")
-    chosen = [m.path for m in match_rules(flat, as_rules(_Matrices(), targets), layouts)]
-    for path in chosen:
-        leaf = flat[path]
-        flat[path] = finish(path, leaf)
+    known = dict(layouts or {})
+    chosen = match_rules(flat, rules, known)
+    misfits = {m.path: m.method.misfit(m.path, flat[m.path], known) for m in chosen}
+    named = [text for m in chosen if m.rule not in PRESETS and (text := misfits[m.path])]
+    passed = {m.path: text for m in chosen if m.rule in PRESETS and (text := misfits[m.path])}
+    if named or len(passed) == len(chosen):
+        raise ValueError("\n".join(named or passed.values()))
+    if passed:
+        _warn_of_floats({path: flat[path] for path in passed}, next(iter(passed.values())))
+    for match in chosen:
+        if match.path in passed:
+            continue
+        leaf = flat[match.path]
+        flat[match.path] = match.method.quantized(match.path, leaf, known)
         if donate and isinstance(leaf, jax.Array):
             leaf.delete()
     return jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_weight), flat.values())
 
 
 def quantizer(
-    format: str,
+    format: Formats,
     *,
     targets: Targets = "all-linear",
     layouts: Mapping[str, Layout | None] | None = None,
@@ -89,22 +115,51 @@ def quantizer(
       ValueError: for an unknown format, or an option that it does not have; from the function, as
         `quantize` for a leaf.
     """
-    if format not in FORMATS:
-        raise ValueError(f"format {format!r}: expected one of {', '.join(FORMATS)}.")
-    format_class = FORMATS[format]
-    options = format_class.options(block_size, double_quant)
-    matchers = [rule_matcher(rule) for rule in as_rules(_Matrices(), targets)]
     known = dict(layouts or {})
+    rules = _rules(format, targets, block_size, double_quant)
+    matchers = {rule: rule_matcher(rule, known) for rule in rules}
 
     def finish(path: str, leaf: Any) -> Any:
         layout = known[path] if path in known else guessed_layout(path, leaf)
-        if layout is None or not any(matches(path) for matches in matchers):
+        rule = next((rule for rule, matches in matchers.items() if matches(path)), None)
+        chosen = None if rule is None or layout is None else rules[rule]
+        if chosen is None:
             return jnp.asarray(leaf)
-        _check(path, leaf, layout, format_class, options["block_size"])
-        with paths.naming(path):
-            return format_class.of(leaf, layout=layout, **options)
+        if text := chosen.misfit(path, leaf, known):
+            if rule not in PRESETS:
+                raise ValueError(text)
+            _warn_of_floats({path: leaf}, text)
+            return jnp.asarray(leaf)
+        return chosen.quantized(path, leaf, known)
 
     return finish
+
+
+def _rules(
+    format: Formats, targets: Targets, block_size: int | None, double_quant: bool | None
+) -> dict[str, "_Quantization | None"]:
+    """By target, what is done to the matrices that it matches."""
+    rules = as_rules(format, targets)
+    for rule, name in rules.items():
+        if name is not None and name not in FORMATS:
+            of = f"target {rule!r} is mapped to" if isinstance(format, Mapping) else "format"
+            raise ValueError(f"{of} {name!r}: expected one of {', '.join(FORMATS)}.")
+    return {
+        rule: None
+        if name is None
+        else _Quantization(FORMATS[name], FORMATS[name].options(block_size, double_quant))
+        for rule, name in rules.items()
+    }
+
+
+def _warn_of_floats(leaves: Mapping[str, Any], why: str) -> None:
+    size = sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in leaves.values())
+    warnings.warn(
+        f"{', '.join(leaves)} stay in floats, {size:,} bytes, since the rows of each are no "
+        f"multiple of the block size. The first: {why} None in the mapping of formats says so "
+        "without a warning.",
+        stacklevel=3,
+    )
 
 
 def dequantize(tree: PyTree) -> PyTree:
@@ -118,17 +173,47 @@ def dequantize(tree: PyTree) -> PyTree:
     )
 
 
-class _Matrices:
-    """A stand-in for a method in `match_rules`: accepts the leaves that a format can take."""
+@dataclasses.dataclass(frozen=True)
+class _Quantization:
+    """A format with its options, in the place of a method: it accepts the leaves that it can take.
+
+    Attributes:
+      format: the class.
+      options: of `format.of`.
+    """
+
+    format: type[Quantized]
+    options: dict[str, Any]
 
     def accepts(self, path: str, leaf: Any, layout: Layout | None) -> bool:
         del path, leaf
         return layout is not None
 
+    def misfit(self, path: str, leaf: Any, layouts: Mapping[str, Layout | None]) -> str | None:
+        """Why the format does not take this leaf of floats.
 
-def _check(
-    path: str, leaf: Any, layout: Layout, format_class: type[Quantized], block_size: int
-) -> None:
+        Raises:
+          ValueError: for a leaf that no format takes.
+        """
+        _require_floats(path, leaf)
+        with paths.naming(path):
+            _, contracted, _ = (layouts.get(path) or Layout()).split(leaf.shape)
+        rows, block_size = math.prod(contracted), self.options["block_size"]
+        if rows % block_size == 0:
+            return None
+        fitting = [size for size in self.format.block_sizes if rows % size == 0]
+        instead = f"give block_size={fitting[-1]}, or leave" if fitting else "leave"
+        return (
+            f"{path} has {rows} rows (d_in), no multiple of the block size {block_size}: {instead} "
+            "it out of the targets."
+        )
+
+    def quantized(self, path: str, leaf: Any, layouts: Mapping[str, Layout | None]) -> Quantized:
+        with paths.naming(path):
+            return self.format.of(leaf, layout=layouts.get(path) or Layout(), **self.options)
+
+
+def _require_floats(path: str, leaf: Any) -> None:
     out = f"Leave it out of the targets ({path!r} was matched)."
     if is_weight(leaf):
         raise ValueError(f"{path} is a {type(leaf).__name__} already. {out}")
@@ -137,13 +222,3 @@ def _check(
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise ValueError(f"{path} holds {leaf.dtype}: only real floating-point weights can be "
                          f"quantised. {out}")  # fmt: skip
-    with paths.naming(path):
-        _, contracted, _ = layout.split(leaf.shape)
-    rows = math.prod(contracted)
-    if rows % block_size:
-        fitting = [size for size in format_class.block_sizes if rows % size == 0]
-        instead = f"give block_size={fitting[-1]}, or leave" if fitting else "leave"
-        raise ValueError(
-            f"{path} has {rows} rows (d_in), no multiple of the block size {block_size}: {instead} "
-            "it out of the targets."
-        )

@@ -283,7 +283,7 @@ class Quantized(Weight):
 
     def matrix_spec(self, spec: PartitionSpec) -> PartitionSpec:
         """The sharding spec of the stored matrix where a plain array would have `spec`."""
-        stack, *sides = self.layout.split(tuple(spec))
+        stack, *sides = self.layout.split_spec(tuple(spec))
         if any(entry for side in sides for entry in side[1:]):
             raise ValueError(
                 f"{spec} splits a dimension that is not the first on its side of the matrix, and "

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.adapted import Adapted
+from lora_jax.tracing.modified import Modified
+from lora_jax.tracing.parts import Taken
 from lora_jax.weights import (
     Weight,
     dense,
@@ -82,6 +84,9 @@ def as_traced(weight: Weight, operand_dtype: Any, precision: Any, result_dtype: 
     def wrap(frozen):
         return AsTraced(frozen, operand_dtype, precision, result_dtype)
 
+    if isinstance(weight, Modified | Taken):
+        inner = as_traced(weight.weight, operand_dtype, precision, result_dtype)
+        return dataclasses.replace(weight, weight=inner)
     if isinstance(weight, Adapted):
         return dataclasses.replace(weight, base=wrap(weight.base))
     return wrap(weight)

@@ -2,8 +2,10 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Self
+
+from lora_jax.layouts import Layout
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -21,6 +23,10 @@ class Atom:
     size: int
 
 
+def size_of(atoms: Iterable[Atom]) -> int:
+    return math.prod(atom.size for atom in atoms)
+
+
 @dataclasses.dataclass(frozen=True)
 class Axes:
     """For each axis of a value, the atoms of the leaf that it is made of, slowest first.
@@ -33,6 +39,14 @@ class Axes:
     @classmethod
     def of_leaf(cls, shape: Sequence[int]) -> Self:
         return cls(tuple((Atom(i - len(shape), (), size),) for i, size in enumerate(shape)))
+
+    def grouped(self, layout: Layout) -> "Axes":
+        """The axes of a leaf with the groups of its first output axis as an atom of their own."""
+        if layout.groups == 1:
+            return self
+        place = layout.output[0] + len(self.atoms)
+        (atom,) = self.atoms[place]
+        return self.replaced(place, _split(atom, layout.groups))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -53,6 +67,18 @@ class Axes:
 
     def replaced(self, axis: int, atoms: tuple[Atom, ...]) -> "Axes":
         return Axes((*self.atoms[:axis], atoms, *self.atoms[axis + 1 :]))
+
+    def looked_up(self, axis: int, shape: Sequence[int], offset_dims: Sequence[int]) -> "Axes":
+        """Of the layers that ids of this shape pick along an axis of one atom: an atom for each
+        axis of the ids, beside the other axes, which are at `offset_dims`."""
+        (atom,) = self.atoms[axis] or (Atom(0, (), 1),)  # an axis that the program added
+        ids = iter(
+            (dataclasses.replace(atom, part=(*atom.part, i), size=size),)
+            for i, size in enumerate(shape)
+        )
+        others = dict(zip(offset_dims, self.without((axis,)).atoms, strict=True))
+        count = len(shape) + len(others)
+        return Axes(tuple(others[i] if i in others else next(ids) for i in range(count)))
 
     def resized(self, size: Callable[[int, Atom], int]) -> "Axes":
         """Each atom of an axis with the size that `size(axis, atom)` gives it."""

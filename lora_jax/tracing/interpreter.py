@@ -43,19 +43,25 @@ def evaluate(jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
             continue
         if not all(var in values for var in read):
             run_waiting()
-        results = _apply_rule(eqn, [value(atom) for atom in eqn.invars])
+        results = _apply_rule(jaxpr, eqn, [value(atom) for atom in eqn.invars])
         values.update(zip(eqn.outvars, results, strict=True))
     run_waiting()
     return [value(atom) for atom in jaxpr.outvars]
 
 
-def _apply_rule(eqn: Any, operands: list[Any]) -> list[Any]:
+def _apply_rule(jaxpr: Any, eqn: Any, operands: list[Any]) -> list[Any]:
     name = eqn.primitive.name
+    watched = next(operand for operand in operands if is_tracked(operand))
     try:
-        if name in inner_jaxprs.RULES:
-            return inner_jaxprs.RULES[name](eqn, operands, evaluate)
-        return single_equations.RULES.get(name, plain.read_dense)(eqn, operands)
+        with watched.within(jaxpr, eqn):
+            if name in inner_jaxprs.RULES:
+                return inner_jaxprs.RULES[name](eqn, operands, evaluate)
+            return single_equations.RULES.get(name, plain.read_dense)(eqn, operands)
     except RefusedError as error:
+        settled = [value.settled() if is_tracked(value) else value for value in operands]
+        if any(new is not old for new, old in zip(settled, operands, strict=True)):
+            is_plain = not any(map(is_tracked, settled))
+            return plain.run_one(eqn, settled) if is_plain else _apply_rule(jaxpr, eqn, settled)
         error.primitive = error.primitive or name
         error.line = error.line or line_of(eqn)  # a cached inner trace does not know its caller
         raise

@@ -1,8 +1,6 @@
 """A weight that is applied and never built dense, wherever the program moves its axes."""
 
-import contextlib
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -14,18 +12,18 @@ from jax.sharding import PartitionSpec
 
 from lora_jax.adapted import Adapted
 from lora_jax.layouts import Layout
-from lora_jax.tracing.applying import arranged, as_traced, over_stack
-from lora_jax.tracing.axes import Atom, Axes
-from lora_jax.tracing.tracked import Lookup, Product, RefusedError, Tracked
+from lora_jax.tracing.applied import Applied
+from lora_jax.tracing.applying import arranged
+from lora_jax.tracing.axes import Atom, Axes, size_of
+from lora_jax.tracing.modified import Modified
+from lora_jax.tracing.parts import Pick, Taken, part_of
+from lora_jax.tracing.tracked import Lookup, RefusedError
 from lora_jax.weights import (
     Weight,
     as_matrix,
     cast,
     dense,
-    embed,
     is_shared,
-    linear,
-    transpose,
 )
 
 # The ways out, for the path of an adapted weight and of one that is only quantised.
@@ -41,11 +39,14 @@ INFER = (
 
 
 @flax.struct.dataclass
-class Lazy(Tracked):
+class Lazy(Applied):
     """A weight `[stack..., d_in, d_out]` and the axes in which the program has it now.
 
     The leading axes of every array in `weight` are the stack axes that `axes` still has, in the
     order of the leaf.
+
+    Attributes:
+      is_part: whether it is a part of a side, such as the rows of a table, which may be built.
     """
 
     weight: Any
@@ -53,35 +54,40 @@ class Lazy(Tracked):
     axes: Axes = flax.struct.field(pytree_node=False)
     dtype: Any = flax.struct.field(pytree_node=False)
     layout: Layout = flax.struct.field(pytree_node=False)
+    is_part: bool = flax.struct.field(pytree_node=False, default=False)
 
     @classmethod
     def of_leaf(cls, path: str, weight: Weight) -> "Lazy":
         return cls(
             weight=as_matrix(weight, weight.layout),
             path=path,
-            axes=Axes.of_leaf(weight.shape),
+            axes=Axes.of_leaf(weight.shape).grouped(weight.layout),
             dtype=jnp.dtype(weight.dtype),
             layout=weight.layout,
         )
 
     def stack(self) -> list[Atom]:
         named = (*self.layout.contracted, *self.layout.output)
-        return sorted(atom for atom in self.axes.all() if atom.axis not in named)
+        atoms = self.axes.all()
+        groups = [atom for atom in atoms if self._is_group(atom)]
+        return [*sorted(atom for atom in atoms if atom.axis not in named), *sorted(groups)]
+
+    def _is_group(self, atom: Atom) -> bool:
+        grouped = self.layout.groups > 1 and atom.axis == self.layout.output[0]
+        return grouped and atom.part[:1] == (0,)
 
     def side(self, axes: Sequence[int]) -> list[Atom]:
         """The atoms of the contracted or of the output axes, in the order of the matrix."""
-        ours = [atom for atom in self.axes.all() if atom.axis in axes]
+        atoms = [atom for atom in self.axes.all() if not self._is_group(atom)]
+        ours = [atom for atom in atoms if atom.axis in axes]
         return sorted(ours, key=lambda atom: (axes.index(atom.axis), atom.part))
 
     def sides(self) -> tuple[list[Atom], list[Atom]]:
         return self.side(self.layout.contracted), self.side(self.layout.output)
 
     def moved(self, axes: Axes, move: Callable) -> "Lazy":
+        del move
         new = dataclasses.replace(self, axes=axes)
-        d_in, d_out = new.sides()
-        for atoms in axes.atoms:
-            if not any(set(atoms) <= set(group) for group in (d_in, d_out, new.stack())):
-                self._refuse("mixes the axes of its matrix")
         old, stack = ([atom.size for atom in lazy.stack()] for lazy in (self, new))
         if old == stack:
             return new
@@ -100,11 +106,42 @@ class Lazy(Tracked):
             return dataclasses.replace(value, axes=axes)._each_stacked(
                 lambda leaf: jnp.take(leaf, picked, axis=place, mode="clip")
             )
-        if isinstance(self.weight, Adapted) and self.weight.adapter_ids is not None:
-            self._refuse("slices a table of which each batch row has its own")
+        if (part := self._part(axis, picked)) is not None:
+            return part
+        self._require_one_table()
         others = [i for i in range(len(self.shape)) if i != axis]
-        rows = self.rows(jnp.asarray(picked), Lookup(axis, tuple(range(1, len(self.shape)))))
+        lookup = Lookup(axis, tuple(range(1, len(self.shape))))
+        rows: Any = self.rows(jnp.asarray(picked), lookup)
         return arranged(rows, [axis, *others], list(range(rows.ndim)))
+
+    def _part(self, axis: int, picked: Any) -> "Lazy | None":
+        """The entries `picked` along an axis that is one run of atoms of a side."""
+        atoms = [atom for atom in self.axes.atoms[axis] if atom.size > 1]
+        for name, side in zip(("in", "out"), self.sides(), strict=True):
+            side = [atom for atom in side if atom.size > 1]
+            if not atoms or atoms[0] not in side:
+                continue
+            place = side.index(atoms[0])
+            if side[place : place + len(atoms)] != atoms:
+                return None
+            sizes = [a.size for a in (*side[:place], *side[place + len(atoms) :])]
+            sizes.insert(place, size_of(atoms))
+            weight = part_of(self.weight, name, Pick(tuple(sizes), place, picked))
+            atom = dataclasses.replace(atoms[0], size=len(picked))
+            axes = self.axes.replaced(axis, (atom,))
+            return dataclasses.replace(self, weight=weight, axes=axes, is_part=True)
+        return None
+
+    def _require_one_table(self) -> None:
+        adapted = self._adapted()
+        if adapted is not None and adapted.adapter_ids is not None:
+            self._refuse("slices a table of which each batch row has its own")
+
+    def settled(self) -> "Lazy | jax.Array":
+        if not self.is_part:
+            return self
+        self._require_one_table()
+        return self.dense()
 
     def scanned(self) -> tuple[Any, Callable]:
         inner = self.axes.without((0,))
@@ -137,7 +174,7 @@ class Lazy(Tracked):
             return self, atoms[0], place
         behind = [atom for atom in stack[place:] if atom not in atoms]
         order = [stack.index(atom) for atom in (*stack[:place], *atoms, *behind)]
-        atom = dataclasses.replace(min(atoms), size=_size(atoms))
+        atom = dataclasses.replace(min(atoms), size=size_of(atoms))
         sizes = [a.size for a in (*stack[:place], atom, *behind)]
 
         def join(leaf):
@@ -159,71 +196,33 @@ class Lazy(Tracked):
         axes = self.axes.resized(lambda axis, atom: atom.size // blocks(spec[axis]))
         return self.weight, specs, lambda block: dataclasses.replace(self, weight=block, axes=axes)
 
-    def contract(self, x: jax.Array, product: Product) -> jax.Array:
-        contracted, batch = (
-            self.axes.chosen(axes) for axes in (product.w_contracted, product.w_batch)
+    def multiplied(self, factor: jax.Array) -> "Lazy":
+        (d_in, d_out), stack = self.sides(), self.stack()
+        varying = [i for i, size in enumerate(factor.shape) if size > 1]
+        touched = set(self.axes.chosen(varying))
+        if touched & set(d_in) and touched & set(d_out):
+            self._refuse("multiplies it entry by entry")
+        side = d_in if touched & set(d_in) else d_out
+        labels = [a for i in varying for a in self.axes.atoms[i] if a.size > 1]
+        vector = arranged(
+            factor.reshape([a.size for a in labels]),
+            labels,
+            [a for a in (*stack, *side) if a in touched and a.size > 1],
         )
-        (d_in, d_out), stack = self.sides(), self.stack()
-        summed = [atom for atom in stack if atom in contracted]  # layers, whose outputs are added
-        contracted = [atom for atom in contracted if atom not in summed]
-        forward = _same(contracted, d_in)
-        if not forward:
-            d_in, d_out = d_out, d_in
-        if not _same(contracted, d_in) or not {a for a in batch if a.size > 1} <= set(stack):
-            self._contradict(f"contracts the axes {product.w_contracted} of its shape {self.shape}")
-        meets = dict(zip(product.x_contracted, product.w_contracted, strict=True))
-        meets |= dict(zip(product.x_batch, product.w_batch, strict=True))
-        x_labels = [self.axes.atoms[meets[i]] if i in meets else (i,) for i in range(x.ndim)]
-        free = [i for i in range(x.ndim) if i not in meets]
-        along = [atom in batch or atom in summed for atom in stack]
+        ones = [a.size if a in touched else 1 for a in (*stack, *side)]
+        vector = jnp.broadcast_to(vector.reshape(ones), [a.size for a in (*stack, *side)])
+        vector = vector.reshape(*(a.size for a in stack), size_of(side))
+        if side is d_in:
+            return dataclasses.replace(self, weight=Modified(self.weight, rows=vector))
+        return dataclasses.replace(self, weight=Modified(self.weight, columns=vector))
 
-        labels = [label for group in x_labels for label in group]
-        sizes = [label.size if isinstance(label, Atom) else x.shape[label] for label in labels]
-        batched = [atom for atom, mapped in zip(stack, along, strict=True) if mapped]
-        rows = arranged(x.reshape(sizes), labels, [*batched, *free, *_in(labels, d_in)])
-        rows = rows.reshape(*rows.shape[: len(batched) + len(free)], _size(d_in))
-
-        def apply(weight, rows):
-            return linear(rows, weight if forward else transpose(weight))
-
-        weight = as_traced(self.weight, x.dtype, product.precision, product.dtype)
-        with _precision(product.precision):
-            y = self._explained(
-                lambda: over_stack(apply, weight, rows.astype(product.dtype), along)
-            )
-        if summed:
-            y = jnp.sum(y.astype(jnp.float32), [stack.index(atom) for atom in summed])
-            stack = [atom for atom in stack if atom not in summed]
-        y = y.astype(product.dtype).reshape(*y.shape[:-1], *(atom.size for atom in d_out))
-        labels = [*stack, *free, *d_out]
-        ours = _in(labels, self.axes.without((*product.w_contracted, *product.w_batch)).all())
-        batch = _in(labels, batch)
-        order = [*batch, *ours, *free] if product.w_first else [*batch, *free, *ours]
-        return arranged(y, labels, order).reshape(product.shape)
-
-    def rows(self, ids: jax.Array, lookup: Lookup) -> jax.Array:
-        if self._stacks(lookup.axis):
-            self._refuse("picks layers of a stack by an array of indices or by a take that fills")
-        (d_in, d_out), stack = self.sides(), self.stack()
-        looked = self.axes.atoms[lookup.axis]
-        forward = _same(looked, d_in)
-        if not forward:
-            d_in, d_out = d_out, d_in
-        if not _same(looked, d_in):
-            self._contradict(f"looks up entries along axis {lookup.axis} of its shape {self.shape}")
-        ids = _reordered(ids, looked, d_in)
-
-        def apply(weight, ids):
-            return embed(ids, weight if forward else transpose(weight))
-
-        y = self._explained(lambda: over_stack(apply, self.weight, ids, [False] * len(stack)))
-        y = y.astype(self.dtype).reshape(*y.shape[:-1], *(atom.size for atom in d_out))
-        others = self.axes.without((lookup.axis,))
-        labels = [*stack, *range(ids.ndim), *d_out]
-        y = arranged(y, labels, [*range(ids.ndim), *_in(labels, others.all())])
-        y = y.reshape(*ids.shape, *others.shape)
-        places = range(ids.ndim, y.ndim)
-        return jnp.moveaxis(y, places, lookup.offset_dims)
+    def filled(self, within: jax.Array, fill: float, axes: Sequence[int]) -> "Lazy":
+        stack, ids = self.stack(), self.axes.chosen(axes)
+        present = arranged(within, ids, [atom for atom in stack if atom in ids])
+        present = present.reshape([atom.size if atom in ids else 1 for atom in stack])
+        present = jnp.broadcast_to(present, [atom.size for atom in stack])
+        weight = Modified(self.weight, present=present, fill=fill)
+        return dataclasses.replace(self, weight=weight)
 
     def carried(self, after: Any) -> Any:
         structures: Any = jax.tree.structure(after), jax.tree.structure(self)
@@ -231,7 +230,10 @@ class Lazy(Tracked):
             self._refuse("carries it through a loop that returns it changed")
         return after
 
-    def read(self, reason: str = "would build the dense weight") -> NoReturn:
+    def read(self, reason: str = "would build the dense weight") -> jax.Array:
+        if self.is_part:
+            self._require_one_table()
+            return self.dense()
         self._refuse(reason)
 
     def dense(self) -> jax.Array:
@@ -240,6 +242,12 @@ class Lazy(Tracked):
         atoms = [*stack, *d_in, *d_out]
         entries = matrix.astype(self.dtype).reshape([atom.size for atom in atoms])
         return arranged(entries, atoms, self.axes.all()).reshape(self.shape)
+
+    def _adapted(self) -> Adapted | None:
+        weight = self.weight
+        while isinstance(weight, Modified | Taken):
+            weight = weight.weight
+        return weight if isinstance(weight, Adapted) else None
 
     def _each_stacked(self, change: Callable) -> "Lazy":
         def changed(leaf):
@@ -256,42 +264,10 @@ class Lazy(Tracked):
             raise RefusedError(self.path, str(error), "") from error
 
     def _refuse(self, reason: str, first: str = "") -> NoReturn:
-        ways_out = ADAPTED if isinstance(self.weight, Adapted) else FROZEN
+        ways_out = FROZEN if self._adapted() is None else ADAPTED
         raise RefusedError(self.path, reason, first + ways_out.format(path=self.path))
 
     def _contradict(self, reason: str) -> NoReturn:
         if self.layout == Layout():
             self._refuse(f"{reason}, but it was adapted as a stack of matrices", INFER)
         self._refuse(f"{reason}, but it was adapted as {self.layout}")
-
-
-def _same(ours: Sequence[Atom], theirs: Sequence[Atom]) -> bool:
-    return {a for a in ours if a.size > 1} == {a for a in theirs if a.size > 1}
-
-
-def _reordered(ids: jax.Array, looked: Sequence[Atom], d_in: Sequence[Atom]) -> jax.Array:
-    """Ids along an axis of the atoms `looked` as ids of the matrix's rows, which are `d_in`."""
-    ours, rows = ([atom for atom in atoms if atom.size > 1] for atoms in (looked, d_in))
-    if ours == rows:
-        return ids
-    each = dict(zip(ours, jnp.unravel_index(ids, [atom.size for atom in ours]), strict=True))
-    row = jnp.zeros_like(ids)
-    for atom in rows:
-        row = row * atom.size + each[atom]
-    return row
-
-
-def _size(atoms: Sequence[Atom]) -> int:
-    return math.prod(atom.size for atom in atoms)
-
-
-def _in(labels: Sequence[Any], atoms: Sequence[Atom]) -> list[Atom]:
-    # Atoms of size 1 may have been dropped by a reshape.
-    return [atom for atom in atoms if atom in labels]
-
-
-def _precision(precision: Any) -> Any:
-    """The program's precision of a product, for the products of an adapter too."""
-    if isinstance(precision, tuple) and isinstance(precision[0], jax.lax.Precision):
-        return jax.default_matmul_precision(precision[0].name.lower())
-    return contextlib.nullcontext()

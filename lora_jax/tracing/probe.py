@@ -1,7 +1,9 @@
 """A plain array that records which of its leaf's axes a program contracts, stacks or gains."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import flax.struct
@@ -12,7 +14,7 @@ import numpy as np
 from lora_jax.layouts import Layout
 from lora_jax.tracing import plain
 from lora_jax.tracing.axes import Atom, Axes
-from lora_jax.tracing.tracked import Lookup, Product, Tracked
+from lora_jax.tracing.tracked import Convolved, Lookup, Product, Ragged, Tracked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,26 +25,61 @@ class Use:
       contracted, output: atoms of the leaf; its other axes are stacked here.
       lookup: whether it was an embedding's lookup.
       layers: atoms along which entries are sliced, scanned or run along with an activation's.
+      groups: of a convolution, those that no axis of the leaf runs along.
+      read: whether the plain array was read, for an equation without a rule.
+      inside: the equation and those around it, outermost first, each with its jaxpr.
     """
 
     contracted: tuple[Atom, ...] = ()
     output: tuple[Atom, ...] = ()
     lookup: bool = False
     layers: tuple[Atom, ...] = ()
+    groups: int = 1
+    read: bool = False
+    inside: tuple[tuple[Any, Any], ...] = ()
+
+
+class Uses:
+    """What a program does with each leaf, noted while the program is walked.
+
+    Attributes:
+      of: `{path: uses}`.
+    """
+
+    def __init__(self) -> None:
+        self.of: dict[str, list[Use]] = {}
+        self._inside: list[tuple[Any, Any]] = []
+
+    @contextlib.contextmanager
+    def within(self, jaxpr: Any, eqn: Any) -> Iterator[None]:
+        self._inside.append((jaxpr, eqn))
+        try:
+            yield
+        finally:
+            self._inside.pop()
+
+    def note(self, path: str, use: Use) -> None:
+        self.of[path].append(dataclasses.replace(use, inside=tuple(self._inside)))
 
 
 @flax.struct.dataclass
 class Probe(Tracked):
-    """The array itself; calls `note(path, use)` at each use."""
+    """The array itself, which notes each use in `uses`."""
 
     value: jax.Array
     path: str = flax.struct.field(pytree_node=False)
     axes: Axes = flax.struct.field(pytree_node=False)
-    note: Callable[[str, Use], None] = flax.struct.field(pytree_node=False)
+    uses: Uses = flax.struct.field(pytree_node=False)
+    table: tuple[tuple[Atom, ...], tuple[Atom, ...]] | None = flax.struct.field(
+        pytree_node=False, default=None
+    )
 
     @property
     def dtype(self) -> Any:
         return self.value.dtype
+
+    def within(self, jaxpr: Any, eqn: Any) -> AbstractContextManager[None]:
+        return self.uses.within(jaxpr, eqn)
 
     def moved(self, axes: Axes, move: Callable) -> "Probe":
         return dataclasses.replace(self, value=move(self.value), axes=axes)
@@ -83,9 +120,48 @@ class Probe(Tracked):
         self._note(self.axes.chosen(product.w_contracted), gained.all(), layers=layers)
         return product.of_arrays(x, self.value)
 
-    def rows(self, ids: jax.Array, lookup: Lookup) -> jax.Array:
-        gained = self.axes.without((lookup.axis,))
-        self._note(self.axes.atoms[lookup.axis], gained.all(), lookup=True)
+    def convolve(self, x: jax.Array, convolved: Convolved) -> jax.Array:
+        outputs = list(self.axes.atoms[convolved.w[0]])
+        layers, groups = [], convolved.groups
+        while len(outputs) > 1 and groups > 1 and groups % outputs[0].size == 0:
+            if outputs[0].axis == outputs[-1].axis:
+                break
+            groups //= outputs[0].size
+            layers.append(outputs.pop(0))
+        use = Use(
+            tuple(self.axes.chosen(convolved.w[1:])), tuple(outputs), False, tuple(layers), groups
+        )
+        self.uses.note(self.path, use)
+        return convolved.run(x, self.value, convolved.groups)
+
+    def multiplied(self, factor: jax.Array) -> "Probe | jax.Array":
+        sides = {atom.axis for atom in self.axes.all() if atom.size > 1}
+        varying = [i for i, size in enumerate(factor.shape) if size > 1]
+        if sides <= {atom.axis for atom in self.axes.chosen(varying)}:  # such as a norm's scale
+            return self.read() * factor
+        return dataclasses.replace(self, value=self.value * factor)
+
+    def by_expert(self, x: jax.Array, sizes: jax.Array, ragged: Ragged) -> jax.Array:
+        gained = self.axes.without((ragged.w_expert, *ragged.w_contracted)).all()
+        experts = self.axes.atoms[ragged.w_expert]
+        self._note(self.axes.chosen(ragged.w_contracted), gained, layers=experts)
+        return ragged.run_as_traced(x, self.value, sizes)
+
+    def rows(self, ids: jax.Array, lookup: Lookup) -> "Probe | jax.Array":
+        rows, looked = self._rows(ids, lookup), self.axes.atoms[lookup.axis]
+        gained = self.axes.without((lookup.axis,)).all()
+        if len(looked) != 1 or len({atom.axis for atom in gained if atom.size > 1}) < 2:
+            self._note(looked, gained, lookup=True)
+            return rows
+        self._note(layers=looked)  # matrices: a stack of layers, unless they are read as they are
+        axes = self.axes.looked_up(lookup.axis, ids.shape, lookup.offset_dims)
+        return dataclasses.replace(self, value=rows, axes=axes, table=(looked, tuple(gained)))
+
+    def filled(self, within: jax.Array, fill: float, axes: Sequence[int]) -> "Probe":
+        del within, fill, axes  # of the values, which nobody reads
+        return self
+
+    def _rows(self, ids: jax.Array, lookup: Lookup) -> jax.Array:
         rows = jnp.take(self.value, ids, axis=lookup.axis)
         places = [lookup.axis + i for i in range(ids.ndim)]
         rows = jnp.moveaxis(rows, places, range(ids.ndim))
@@ -96,6 +172,10 @@ class Probe(Tracked):
 
     def read(self, reason: str = "") -> jax.Array:
         del reason
+        if self.table:
+            self._note(*self.table, lookup=True)
+        else:
+            self.uses.note(self.path, Use(read=True))
         return self.value
 
     def dense(self) -> jax.Array:
@@ -109,7 +189,7 @@ class Probe(Tracked):
         lookup: bool = False,
         layers: Sequence[Atom] = (),
     ) -> None:
-        self.note(self.path, Use(tuple(contracted), tuple(output), lookup, tuple(layers)))
+        self.uses.note(self.path, Use(tuple(contracted), tuple(output), lookup, tuple(layers)))
 
 
 def layout_of(path: str, shape: tuple[int, ...], uses: Sequence[Use]) -> Layout | None:
@@ -131,7 +211,14 @@ def layout_of(path: str, shape: tuple[int, ...], uses: Sequence[Use]) -> Layout 
                 f"{Layout(contracted, output)} and {Layout(other[0], other[1])}. No factors serve "
                 "both: leave the path out."
             )
-    return Layout(contracted, output, gathered=any(use.lookup for use in uses))
+    groups = {use.groups for use in uses if use.contracted and use.output}
+    if len(groups) > 1:
+        raise ValueError(
+            f"{path}, of shape {tuple(shape)}, is convolved with in {min(groups)} groups and in "
+            f"{max(groups)}. No factors serve both: leave the path out."
+        )
+    gathered = any(use.lookup for use in uses)
+    return Layout(contracted, output, gathered=gathered, groups=groups.pop())
 
 
 def _roles(
@@ -141,6 +228,8 @@ def _roles(
     the axes of which some use reads parts: stacked, unless the side has no others."""
     contracted, output = ({atom.axis for atom in atoms} for atoms in (use.contracted, use.output))
     if both := contracted & output:
+        output -= both  # parts of the contracted side, which a product runs along
+    if both and not output:
         raise ValueError(
             f"{path}, of shape {tuple(shape)}, has an axis ({', '.join(map(str, sorted(both)))}) "
             "of which one part is contracted and another is not. No factors serve that: leave the "

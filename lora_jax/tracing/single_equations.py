@@ -6,28 +6,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.tracing import plain, slicing
+from lora_jax.tracing import convolving, experts, joined, plain, slicing
 from lora_jax.tracing.plain import read_dense
-from lora_jax.tracing.tracked import Product, is_tracked
+from lora_jax.tracing.tracked import AFTER, Product, is_tracked
 
 
-def _moving(axes_after: Callable[[Any, Any], Any]) -> Callable:
-    """The rule of an equation that rearranges its first operand to `axes_after(axes, eqn)`, or
-    does something else to it where that is None."""
-
-    def rule(eqn, operands):
-        value, *rest = operands
-        axes = axes_after(value.axes, eqn)
-        if axes is None or rest:
-            return read_dense(eqn, operands)
-        return [value.moved(axes, lambda array: plain.run_one(eqn, [array])[0])]
-
-    return rule
-
-
-def _reshaped(axes, eqn):
-    order = eqn.params["dimensions"]
-    return (axes if order is None else axes.transposed(order)).reshaped(eqn.params["new_sizes"])
+def _arrange(eqn, operands):
+    """Rearranges the first operand, or does something else to it."""
+    value, *rest = operands
+    arranged = None if rest else value.arranged(eqn.primitive.name, eqn.params)
+    return read_dense(eqn, operands) if arranged is None else [arranged]
 
 
 def _convert(eqn, operands):
@@ -48,6 +36,27 @@ def _barrier(eqn, operands):
 
 def _same(eqn, operands):
     return operands[:1]
+
+
+def _multiply(eqn, operands):
+    tracked = [value for value in operands if is_tracked(value)]
+    if len(tracked) == 2:
+        return read_dense(eqn, operands)
+    first = is_tracked(operands[0])
+    value, factor = operands if first else operands[::-1]
+    aval = eqn.outvars[0].aval
+    shapes = [1 if f == 1 else s for f, s in zip(factor.shape, value.shape, strict=False)]
+    if tuple(aval.shape) != value.shape or list(factor.shape) != shapes[: len(factor.shape)]:
+        return read_dense(eqn, operands)
+    if eqn.primitive.name == "div":
+        if not first:
+            return read_dense(eqn, operands)
+        factor = 1 / factor
+    return [value.multiplied(jnp.asarray(factor))]
+
+
+def _negate(eqn, operands):
+    return [operands[0].multiplied(jnp.asarray(-1, operands[0].dtype))]
 
 
 def _dot_general(eqn, operands):
@@ -73,12 +82,7 @@ def _dot_general(eqn, operands):
 
 
 RULES: dict[str, Callable[[Any, list[Any]], list[Any]]] = {
-    "transpose": _moving(lambda axes, eqn: axes.transposed(eqn.params["permutation"])),
-    "reshape": _moving(_reshaped),
-    "squeeze": _moving(lambda axes, eqn: axes.without(eqn.params["dimensions"])),
-    "broadcast_in_dim": _moving(
-        lambda axes, eqn: axes.broadcast(eqn.params["shape"], eqn.params["broadcast_dimensions"])
-    ),
+    **dict.fromkeys(AFTER, _arrange),
     "convert_element_type": _convert,
     "stop_gradient": _on_every_array,
     "pvary": _on_every_array,
@@ -87,5 +91,11 @@ RULES: dict[str, Callable[[Any, list[Any]], list[Any]]] = {
     "sharding_constraint": _same,
     "reshard": _same,
     "dot_general": _dot_general,
+    "mul": _multiply,
+    "div": _multiply,
+    "neg": _negate,
+    "conv_general_dilated": convolving.rule,
+    "ragged_dot_general": experts.rule,
     **slicing.RULES,
+    **joined.RULES,
 }

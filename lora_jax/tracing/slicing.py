@@ -1,5 +1,6 @@
 """Rules of equations that read a part of a tracked leaf: its layers, or rows of its matrix."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -48,7 +49,10 @@ def _squeezed(value, axes):
     def squeeze(array):
         return jnp.squeeze(array, axes)
 
-    return value.moved(value.axes.without(axes), squeeze) if is_tracked(value) else squeeze(value)
+    if not is_tracked(value):
+        return squeeze(value)
+    arranged = value.arranged("squeeze", {"dimensions": axes})
+    return squeeze(value.read()) if arranged is None else arranged
 
 
 def _dynamic_window(value, axis, start, size):
@@ -89,11 +93,27 @@ def _gather(eqn, operands):
     kept = None if dims.collapsed_slice_dims else dims.offset_dims[axis]
     places = tuple(d - (kept is not None and d > kept) for d in dims.offset_dims if d != kept)
     rows = table.rows(_clamped(ids, last), Lookup(axis, places))
+    if is_tracked(rows):
+        ids_at = [i for i in range(len(rows.shape)) if i not in places]
+        return [_of_layers(eqn, rows, ids, last, kept, ids_at)]
     if mode != _Mode.CLIP:
         within = (ids >= 0) & (ids <= min(last, jnp.iinfo(ids.dtype).max))
         within = jnp.broadcast_to(jnp.expand_dims(within, places), rows.shape)
         rows = jnp.where(within, rows, _outside(eqn, rows))
     return [rows if kept is None else jnp.expand_dims(rows, kept)]
+
+
+def _of_layers(eqn, layers, ids, last, kept, ids_at):
+    """Layers that the ids picked out of a stack, filled out of bounds where the gather fills."""
+    if eqn.params["mode"] == _Mode.FILL_OR_DROP:
+        fill = eqn.params["fill_value"]
+        within = (ids >= 0) & (ids <= min(last, jnp.iinfo(ids.dtype).max))
+        layers = layers.filled(within, math.nan if fill is None else float(fill), ids_at)
+    if kept is None or not is_tracked(layers):
+        return layers if kept is None else jnp.expand_dims(layers, kept)
+    shape = (*layers.shape[:kept], 1, *layers.shape[kept:])
+    axes = layers.axes.broadcast(shape, [i for i in range(len(shape)) if i != kept])
+    return layers.moved(axes, lambda array: jnp.expand_dims(array, kept))
 
 
 def _outside(eqn, rows: jax.Array) -> jax.Array:

@@ -1,8 +1,10 @@
 """The protocol of a value in the place of a leaf while a jaxpr is evaluated."""
 
 import abc
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Self
 
 import jax
@@ -46,6 +48,45 @@ class Product:
 
 
 @dataclasses.dataclass(frozen=True)
+class Convolved:
+    """A convolution of an array `x` with a tracked kernel.
+
+    Attributes:
+      x, w, out: the places of (batch, features, space...) in `x`, of (outputs, inputs, space...) in
+        the kernel, of (batch, features, space...) in the result.
+      groups: of features.
+      run: the program's own convolution of x and a kernel, in a number of groups.
+      shape: of the result.
+    """
+
+    x: tuple[int, ...]
+    w: tuple[int, ...]
+    out: tuple[int, ...]
+    groups: int
+    run: Callable[[jax.Array, jax.Array, int], jax.Array]
+    shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ragged:
+    """A `ragged_dot` of rows `x`, sorted by expert, with a tracked stack of experts.
+
+    Attributes:
+      x_row, x_contracted: the axis of x along which its rows are, and those that are summed over.
+      w_expert, w_contracted: the axis of experts, and those that meet `x_contracted`.
+      run: of `x [m, d_in]`, `w [g, d_in, n]` and the group sizes.
+      run_as_traced: the program's own product of x, w and the group sizes.
+    """
+
+    x_row: int
+    x_contracted: tuple[int, ...]
+    w_expert: int
+    w_contracted: tuple[int, ...]
+    run: Callable[..., jax.Array]
+    run_as_traced: Callable[..., jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
 class Lookup:
     """A `gather` of full slices of a tracked value along one axis, by int32 `ids` within bounds.
 
@@ -77,6 +118,8 @@ class RefusedError(Exception):
 
     def message(self) -> str:
         where = f"{self.primitive}, at {self.line or 'an unknown line'},"
+        if self.primitive is None:
+            where = "the function returns what"
         return f"{self.path}: {where} {self.reason}. {self.advice}".rstrip()
 
 
@@ -92,9 +135,24 @@ class Tracked(abc.ABC):
     def shape(self) -> tuple[int, ...]:
         return self.axes.shape
 
+    def within(self, jaxpr: Any, eqn: Any) -> AbstractContextManager[None]:
+        """The context in which an equation of a jaxpr that reads this value is evaluated."""
+        del jaxpr, eqn
+        return contextlib.nullcontext()
+
     @abc.abstractmethod
     def moved(self, axes: Axes, move: Callable[[jax.Array], jax.Array]) -> Self:
         """The same entries arranged as `axes`, as `move` arranges a plain array."""
+
+    def arranged(self, name: str, params: dict[str, Any]) -> "Tracked | None":
+        """After an equation that moves axes: "transpose", "squeeze", "broadcast_in_dim", "reshape";
+        None where it does more than that."""
+        axes = AFTER[name](self.axes, params)
+        return None if axes is None else self.moved(axes, lambda a: MOVES[name](a, params))
+
+    def settled(self) -> "Self | jax.Array":
+        """The plain array, where that may be built, as of a part of a table; else the value."""
+        return self
 
     @abc.abstractmethod
     def cast(self, dtype: Any) -> Self:
@@ -130,8 +188,26 @@ class Tracked(abc.ABC):
         """The product's result."""
 
     @abc.abstractmethod
-    def rows(self, ids: jax.Array, lookup: Lookup) -> jax.Array:
-        """The lookup's result."""
+    def convolve(self, x: jax.Array, convolved: Convolved) -> jax.Array:
+        """The convolution's result."""
+
+    @abc.abstractmethod
+    def multiplied(self, factor: jax.Array) -> "Self | jax.Array":
+        """Times a scalar, or an array with as many axes, of which some may have size 1."""
+
+    @abc.abstractmethod
+    def by_expert(self, x: jax.Array, sizes: jax.Array, ragged: Ragged) -> jax.Array:
+        """The product's result."""
+
+    @abc.abstractmethod
+    def rows(self, ids: jax.Array, lookup: Lookup) -> "Self | jax.Array":
+        """The lookup's result: rows of a table, or the layers of a stack that the ids name."""
+
+    def filled(self, within: jax.Array, fill: float, axes: Sequence[int]) -> "Self | jax.Array":
+        """With `fill` in the place of the layers where `within` is False, which has the shape of
+        the ids that picked them; their axes are `axes`."""
+        del within, fill, axes
+        return self.read("fills layers of a stack that are out of bounds")
 
     @abc.abstractmethod
     def carried(self, after: Any) -> Any:
@@ -146,6 +222,28 @@ class Tracked(abc.ABC):
     @abc.abstractmethod
     def dense(self) -> jax.Array:
         """The plain array as the program has it now; builds it."""
+
+
+AFTER: dict[str, Callable[[Axes, dict[str, Any]], Axes | None]] = {
+    "transpose": lambda axes, params: axes.transposed(params["permutation"]),
+    "squeeze": lambda axes, params: axes.without(params["dimensions"]),
+    "broadcast_in_dim": lambda axes, params: axes.broadcast(
+        params["shape"], params["broadcast_dimensions"]
+    ),
+    "reshape": lambda axes, params: (
+        axes if params["dimensions"] is None else axes.transposed(params["dimensions"])
+    ).reshaped(params["new_sizes"]),
+}
+MOVES: dict[str, Callable[[jax.Array, dict[str, Any]], jax.Array]] = {
+    "transpose": lambda array, params: jax.lax.transpose(array, params["permutation"]),
+    "squeeze": lambda array, params: jax.lax.squeeze(array, params["dimensions"]),
+    "broadcast_in_dim": lambda array, params: jax.lax.broadcast_in_dim(
+        array, params["shape"], params["broadcast_dimensions"]
+    ),
+    "reshape": lambda array, params: jax.lax.reshape(
+        array, params["new_sizes"], params["dimensions"]
+    ),
+}
 
 
 def is_tracked(value: Any) -> bool:

@@ -24,12 +24,18 @@ class Kind:
       format: of the base, where it is quantised.
       transposes: whether a product may contract the weight's outputs.
       looks_up: whether rows of it may be read.
+      stacks: the sides of which parts may be layers of a stack.
+      experts: whether rows may be sorted by the layers of its stack.
+      convolves: whether it may be the kernel of a convolution.
     """
 
     method: lora.methods.Method | None
     format: str | None = None
     transposes: bool = True
     looks_up: bool = True
+    stacks: tuple[str, ...] = ("in", "out")
+    experts: bool = True
+    convolves: bool = True
 
     def sides(self) -> tuple[str, ...]:
         return ("in", "out") if self.transposes else ("in",)
@@ -45,16 +51,16 @@ PRODUCTS_ALONE = {"transposes": False, "looks_up": False}
 KINDS = {
     "lora": Kind(_plain("lora")),
     "lora_variant": Kind(_plain("lora_variant")),
-    "dora": Kind(_plain("dora"), transposes=False),
+    "dora": Kind(_plain("dora"), transposes=False, stacks=("out",), experts=False),
     "ia3": Kind(_plain("ia3"), **PRODUCTS_ALONE),
-    "ia3_input": Kind(lora.IA3(scales="input"), **PRODUCTS_ALONE),
-    "vera": Kind(_plain("vera"), **PRODUCTS_ALONE),
+    "ia3_input": Kind(lora.IA3(scales="input"), convolves=False, **PRODUCTS_ALONE),
+    "vera": Kind(_plain("vera"), stacks=(), **PRODUCTS_ALONE),
     "adalora": Kind(_plain("adalora"), **PRODUCTS_ALONE),
     "full": Kind(_plain("full")),
-    "nf4": Kind(None, "nf4"),
-    "nf4_lora": Kind(_plain("lora"), "nf4"),
-    "int8_dora": Kind(_plain("dora"), "int8", transposes=False),
-    "int8_ia3": Kind(_plain("ia3"), "int8", **PRODUCTS_ALONE),
+    "nf4": Kind(None, "nf4", stacks=("out",)),
+    "nf4_lora": Kind(_plain("lora"), "nf4", stacks=("out",)),
+    "int8_dora": Kind(_plain("dora"), "int8", transposes=False, stacks=("out",), experts=False),
+    "int8_ia3": Kind(_plain("ia3"), "int8", stacks=("out",), **PRODUCTS_ALONE),
 }
 
 
@@ -107,7 +113,14 @@ def programs(draw, kind: Kind, length: int = 5) -> Generated:
         names.append(name)
         return now[name].make(draw, held, args, lambda held: then(held, left - 1))
 
-    held = Held(tuple(axes), sides=kind.sides(), looks_up=kind.looks_up)
+    held = Held(
+        tuple(axes),
+        sides=kind.sides(),
+        looks_up=kind.looks_up,
+        experts=kind.experts,
+        convolves=kind.convolves,
+        stacks=kind.stacks,
+    )
     run = then(held, draw(st.integers(0, length)))
     return Generated(
         run=lambda params, given: run(params["w"], given),

@@ -41,6 +41,9 @@ class Held:
       dtype: of the entries.
       sides: what a product may contract: "in", and "out" where the method can be transposed.
       looks_up: whether rows may be read.
+      stacks: the sides of which parts may be layers.
+      experts: whether rows may be sorted by its layers.
+      convolves: whether a convolution may contract it.
       plain: whether it is an array by now, with which a program may do anything.
       on_mesh: whether it is inside a shard_map.
     """
@@ -49,6 +52,9 @@ class Held:
     dtype: str = "float32"
     sides: tuple[str, ...] = ("in", "out")
     looks_up: bool = True
+    stacks: tuple[str, ...] = ("in", "out")
+    experts: bool = True
+    convolves: bool = True
     plain: bool = False
     on_mesh: bool = False
 
@@ -72,7 +78,9 @@ class Held:
         return [named[side][0] for side in sides if len(named[side]) == 1]
 
     def slices(self) -> list[int]:
-        every = range(len(self.axes)) if self.plain else [*self.of("stack"), *self.rows()]
+        parts = [i for i in self.of("in", "out") if not self.axes[i].merged]
+        every = {*self.of("stack"), *self.rows(), *parts}
+        every = range(len(self.axes)) if self.plain else sorted(every)
         return [i for i in every if self.axes[i].size]
 
 
@@ -249,6 +257,25 @@ def constrained(draw, held, args, then):
     sharding = NamedSharding(MESH, P())
     rest = then(held)
     return lambda w, given: rest(jax.lax.with_sharding_constraint(w, sharding), given)
+
+
+@piece(MOVES, lambda held: not held.plain)
+def multiplied(draw, held, args, then):
+    """By a scalar, or along the axes of one side and of the stack."""
+    side = draw(st.sampled_from(["in", "out", "none"]))
+    along = [i for i in held.of(side, "stack") if side != "none" and draw(st.booleans())]
+    sizes = [axis.size if i in along else 1 for i, axis in enumerate(held.axes)]
+    factor = args.array(*sizes) if along else None
+    divides = factor is None and draw(st.booleans())
+    scales = any(held.axes[i].side != "stack" for i in along)
+    rest = then(dataclasses.replace(held, experts=False, convolves=held.convolves and not scales))
+
+    def run(w, given):
+        if factor is None:
+            return rest(w / jnp.asarray(2, w.dtype) if divides else -w, given)
+        return rest(w * given[factor].astype(w.dtype), given)
+
+    return run
 
 
 # Moves: parts are read. Of a stack these are layers; along a side of the matrix, an array of rows.
@@ -445,8 +472,16 @@ def contractible(held: Held) -> list[str]:
 def product(draw, held, args, then):
     """An einsum, with letters in any order, or a `dot_general` of the same axes."""
     side = pick(draw, contractible(held))
-    contracted, stack = held.of(side), held.of("stack")
-    batch = [i for i in stack if draw(st.booleans())]
+    contracted, layers = held.of(side), held.of("stack")
+    if held.plain or side in held.stacks:
+        some = [i for i in contracted if draw(st.booleans())]
+        if any(held.axes[i].size > 1 for i in some):
+            layers += [i for i in contracted if i not in some]
+            contracted = some
+        other = {"in": "out", "out": "in"}[side]
+        if any(held.axes[i].size > 1 for i in contracted) and (held.plain or other in held.stacks):
+            layers += held.of(other)
+    batch = [i for i in layers if draw(st.booleans())]
     letters = "abcdefgh"[: len(held.axes)]
     free = "yz"[: draw(st.integers(0, 2))]
     x_letters = [*draw(st.permutations([letters[i] for i in (*contracted, *batch)])), *free]
@@ -464,7 +499,10 @@ def product(draw, held, args, then):
         "precision": pick(draw, [None, "highest", "default"]),
         "preferred_element_type": preferred,
     }
-    own = pick(draw, [None, None, None, "vjp", "jvp"]) if "out" in held.sides else None
+    # The gradient of x would else contract nothing, or parts of both sides.
+    whole = set(batch) <= set(held.of("stack")) and contracted == held.of(side)
+    gains = whole and "out" in held.sides
+    own = pick(draw, [None, None, None, "vjp", "jvp"]) if gains else None
 
     def apply(x, w):
         return jnp.einsum(equation, *((w, x) if w_first else (x, w)), **rules)
@@ -494,6 +532,85 @@ def doubled(apply):
         return y, 2 * dy
 
     return new
+
+
+@piece(ENDS, lambda held: bool(contractible(held)) and not held.plain)
+def joined_product(draw, held, args, then):
+    """Of the weight and something else, one after the other along an axis."""
+    place = pick(draw, held.of("in", "out", "stack"))
+    size = held.axes[place].size
+    how = pick(draw, ["itself", "array", "pad"])
+    low, high = draw(st.integers(0, 2)), draw(st.integers(1, 2))
+    grown = {"itself": 2 * size, "array": size + 2, "pad": low + size + high}[how]
+    sizes = [2 if i == place else axis.size for i, axis in enumerate(held.axes)]
+    other = args.array(*sizes) if how == "array" else None
+    apply = product(draw, held.resized(place, grown), args, then)
+
+    def run(w, given):
+        if how == "pad":
+            edges = [(low, high) if i == place else (0, 0) for i in range(w.ndim)]
+            return apply(jnp.pad(w, edges), given)
+        last = -w if other is None else given[other].astype(w.dtype)
+        return apply(jnp.concatenate([w, last], axis=place), given)
+
+    return run
+
+
+def sortable(held: Held) -> bool:
+    one_each = all(len(held.of(side)) == 1 for side in ("stack", "in", "out"))
+    return held.experts and not held.plain and one_each and len(held.axes) == 3
+
+
+@piece(ENDS, sortable)
+def sorted_by_expert(draw, held, args, then):
+    """Some rows may have no expert."""
+    side = pick(draw, contractible(held))
+    order = [held.of(name)[0] for name in ("stack", side, {"in": "out", "out": "in"}[side])]
+    count = held.axes[order[0]].size
+    sizes = np.array([draw(st.integers(0, 3)) for _ in range(count)], np.int32)
+    x = args.array(int(sizes.sum()) + draw(st.integers(1, 2)), held.axes[order[1]].size)
+
+    def run(w, given):
+        return jax.lax.ragged_dot(given[x].astype(w.dtype), jnp.transpose(w, order), sizes)
+
+    return run
+
+
+def convolvable(held: Held) -> list[str]:
+    """The sides that a convolution may contract: the other is one axis, and no axis is stacked."""
+    other = {"in": "out", "out": "in"}
+    sides = contractible(held) if held.convolves and not held.of("stack") else []
+    return [side for side in sides if len(held.of(other[side])) == 1]
+
+
+@piece(ENDS, lambda held: bool(convolvable(held)) and not held.plain)
+def convolved(draw, held, args, then):
+    """With the axes of the kernel anywhere; the last one of its side is the channels."""
+    side = pick(draw, convolvable(held))
+    (out,) = held.of({"in": "out", "out": "in"}[side])
+    *space, channels = [*held.of("new"), *held.of(side)]
+    n = len(space)
+    numbers = jax.lax.ConvDimensionNumbers(
+        tuple(draw(st.permutations(range(n + 2)))),
+        (out, channels, *space),
+        tuple(draw(st.permutations(range(n + 2)))),
+    )
+    sizes = [0] * (n + 2)
+    for place, size in zip(numbers.lhs_spec, [2, held.axes[channels].size, *[5] * n], strict=True):
+        sizes[place] = size
+    x = args.array(*sizes)
+    how = {
+        "window_strides": [draw(st.integers(1, 2)) for _ in space],
+        "padding": [draw(st.sampled_from([(0, 0), (6, 7), (9, 8)])) for _ in space],
+        "lhs_dilation": [draw(st.integers(1, 2)) for _ in space],
+        "rhs_dilation": [draw(st.integers(1, 2)) for _ in space],
+        "dimension_numbers": numbers,
+    }
+
+    def run(w, given):
+        return jax.lax.conv_general_dilated(given[x].astype(held.dtype), w, **how)
+
+    return run
 
 
 def tables(held: Held) -> list[int]:
@@ -550,7 +667,7 @@ def large(held: Held) -> bool:
 
 @refusal("mul")
 def scaled(w):
-    return w * jnp.asarray(2, w.dtype)
+    return w * w
 
 
 @refusal("add")
@@ -566,16 +683,6 @@ def norm(w):
 @refusal("rev", possible=large)
 def reversed_axes(w):
     return w[::-1]
-
-
-@refusal("pad")
-def padded(w):
-    return jnp.pad(w, [(0, 1)] * w.ndim)
-
-
-@refusal("concatenate")
-def concatenated(w):
-    return jnp.concatenate([w, w], axis=0)
 
 
 @refusal("select_n")
@@ -598,11 +705,9 @@ def written_to(w):
     return w.at[(0,) * w.ndim].set(0)
 
 
-@refusal(
-    "reshape", possible=lambda held: large(held) and bool(held.of("in")) and bool(held.of("out"))
-)
+@refusal("sort", possible=lambda held: large(held) and bool(held.of("in")) and bool(held.of("out")))
 def flattened(w):
-    return w.reshape(-1)
+    return jnp.sort(w.reshape(-1))
 
 
 @refusal("dot_general")

@@ -17,6 +17,7 @@ HEADS = normal(4, 6, 2, 3)
 X = normal(5, 4, 6)
 IDS = np.array([[1, 0, 8], [3, 3, 2]], np.int32)
 OUTSIDE, LAST = np.array([-10, -1, 0, 8, 9, 100], np.int32), np.int32(5)
+SOME = OUTSIDE[:4]
 FOUR, IN_HEADS = normal(10, 2, 3, 6, 6) / 2, normal(11, 2, 3, 4)
 EXPLICIT = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
 
@@ -36,6 +37,21 @@ def one(run, weight=W, *args):
 
 def taken(axis, mode, **fill):
     return one(lambda w, ids: jnp.take(w, ids, axis=axis, mode=mode, **fill), TABLE, OUTSIDE)
+
+
+def carrying(w, x):
+    return jax.lax.fori_loop(0, 2, lambda _, carry: (carry[0] @ carry[1], carry[1]), (x, w))[0]
+
+
+def absorbed(w, x):
+    """The query meets the keys' projection before the latent does."""
+    keys, values = jnp.split(w.reshape(5, 3, 4), 2, axis=-1)
+    latent = jnp.einsum("bhd,rhd->bhr", x.reshape(4, 3, 2), keys)
+    return jnp.einsum("bhr,rhd->bhd", jnp.tanh(latent), values)
+
+
+def chosen(x, w):
+    return jnp.einsum("bi,bio->bo", x, w)
 
 
 def each_layer(w, x):
@@ -125,6 +141,24 @@ def data_parallel(w, x):
     return jax.shard_map(lambda w, x: x @ w, mesh=MESH, **specs)(w, x)
 
 
+def by_expert(x, w):
+    return jax.lax.ragged_dot(x, w, jnp.array([1, 2, 1]))
+
+
+def joined(w):
+    return jnp.concatenate([w, w], axis=-1)
+
+
+def filtered(x, w):
+    return jnp.tanh(jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=NHWC))
+
+
+def convolved(x, w, *how, **more):
+    return one(lambda w, x: jax.lax.conv_general_dilated(x, w, *how, **more), w, x)
+
+
+NHWC = ("NHWC", "HWIO", "NHWC")
+IMAGE, FILTERS = normal(2, 2, 5, 6, 6), normal(1, 2, 3, 2, 6, 6) / 4
 FOLLOWED = {
     "einsum, matmul: contracted with an activation": [
         one(lambda w, x: x @ w),
@@ -137,6 +171,30 @@ FOLLOWED = {
     "batched einsum over stacked weights (experts)": [
         one(lambda w, x: jnp.einsum("etd,edf->etf", x, w), STACK, normal(8, 3, 4, 6)),
         one(lambda w, x: jnp.einsum("etd,edf->tef", x, w), STACK, normal(8, 3, 4, 6)),
+    ],
+    "convolution: any space, stride, dilation, layout": [
+        convolved(IMAGE, normal(1, 3, 2, 6, 4) / 4, (2, 1), "SAME", dimension_numbers=NHWC),
+        convolved(IMAGE, normal(1, 3, 2, 6, 4) / 4, (1, 1), "VALID", None, (1, 2), NHWC),
+        convolved(normal(2, 2, 6, 7), normal(1, 4, 6, 3) / 4, (1,), [(2, 1)]),
+        convolved(IMAGE, normal(1, 1, 1, 6, 4) / 4, (1, 1), "SAME", dimension_numbers=NHWC),
+        convolved(normal(2, 2, 6), normal(1, 4, 6), (), "VALID"),
+        one(lambda w, x: jax.vmap(lambda w: filtered(x, w))(w), FILTERS, IMAGE),
+        one(
+            lambda w, x: jax.lax.scan(lambda x, w: (filtered(x, w), None), x, w)[0], FILTERS, IMAGE
+        ),
+    ],
+    "convolution in groups, or of stacked weights": [
+        convolved(IMAGE, normal(1, 2, 2, 3, 4), (1, 1), "SAME", None, None, NHWC, 2),
+        convolved(normal(2, 2, 6, 7), normal(1, 4, 3, 3), (1,), "SAME", feature_group_count=2),
+        one(lambda w, x: jax.vmap(filtered)(jnp.stack([x, -x]), w), FILTERS, IMAGE),
+    ],
+    "transposed convolution": [
+        one(lambda w, x: jax.lax.conv_transpose(x, w, (2, 2), "SAME"), FILTERS[0], IMAGE),
+    ],
+    "ragged_dot: rows sorted by expert": [
+        one(lambda w, x: jax.lax.ragged_dot(x, w, jnp.array([1, 0, 2])), STACK, X),
+        one(lambda w, x: jax.lax.ragged_dot(x, w.swapaxes(1, 2), jnp.array([1, 2, 1])), STACK, X),
+        one(lambda w, x: jax.lax.scan(lambda x, w: (by_expert(x, w), None), x, w)[0], FOUR, X),
     ],
     "sum over stacked weights, each with its activation": [
         one(lambda w, x: jnp.einsum("bsi,sio->bo", x, w), STACK, normal(8, 4, 3, 6)),
@@ -185,6 +243,33 @@ FOLLOWED = {
         ),
         one(lambda w, x: x @ jax.sharding.reshard(w, jax.sharding.NamedSharding(EXPLICIT, P()))),
     ],
+    "parts of a side: split, slice, index": [
+        one(lambda w, x: x[:, :3] @ w[:3] + x[:, 3:] @ w[3:] + jnp.tanh(x @ w[:, 2:]) @ w[:2]),
+        one(lambda w, x: jnp.concatenate([x @ part for part in jnp.split(w, 2, axis=1)])),
+        one(lambda w, x: x @ w.reshape(6, 2, 2)[:, 0] + x @ w.reshape(6, 2, 2)[:, :, 1]),
+        one(lambda w, i, x: x @ jax.lax.dynamic_slice_in_dim(w, i, 3, 1), W, np.int32(9), X),
+        one(lambda w, x: each_layer(w[:, :, 1:4], x), STACK),
+        one(lambda w, x: x @ (w[:, 1:] * 2) + jnp.sum(w[2:] ** 2)),
+        one(
+            lambda w, x: jax.lax.fori_loop(
+                0, 2, lambda _, c: (c[0] @ c[1], c[1]), (x[:, :4], w[:4])
+            )[0]
+        ),
+    ],
+    "parts of a side as layers (absorbed attention)": [
+        one(lambda w, x: jnp.einsum("bi,iho->bho", x[:, :2], w.reshape(2, 3, 4))),
+        one(lambda w, x: jnp.einsum("bhi,iho->bho", x.reshape(4, 3, 2), w.reshape(2, 3, 4))),
+        one(lambda w, x: absorbed(w, x), normal(6, 5, 12)),
+    ],
+    "concatenation, stack and padding of weights": [
+        one(lambda w, x: x @ jnp.concatenate([w, x[:, :2].repeat(2, 0)[:6], -w[:, :1]], axis=1)),
+        one(lambda w, x: jnp.concatenate([x, x], 1) @ jnp.concatenate([w, w * 2], axis=0)),
+        one(lambda w, x: each_layer(jnp.stack([w, 2 * w]), x)),
+        one(lambda w, x: jnp.pad(x, ((0, 0), (1, 2))) @ jnp.pad(w, ((1, 2), (0, 3)))),
+        one(lambda w, x: x @ jnp.pad(w, ((0, 0), (0, 4)))[:, 2:7].astype(jnp.float32)),
+        one(lambda w, x: jnp.concatenate([w, w], 1).T.reshape(8, 3, 2)[5:, 1] @ x[:, :2].T),
+        one(lambda w, x: jnp.concatenate([w, w], 1)[:, None].squeeze(1).T @ x.T),
+    ],
     "layers of a stack: index, slice, split, unstack": [
         one(lambda w, x: jnp.tanh(x @ w[2]) @ w[0], STACK),
         one(lambda w, x: jnp.tanh(x @ w[1:][0]), STACK),
@@ -198,6 +283,28 @@ FOLLOWED = {
         one(lambda w, x: jnp.tanh(x @ jnp.unstack(w)[2]), STACK),
         one(lambda w, x: each_layer(w[3:], x).sum() + x @ w[0], STACK),
         one(lambda w, x: x @ jnp.moveaxis(w, 0, 1).reshape(6, 6, 6)[4], FOUR),  # merged stacks
+    ],
+    "experts by an array of indices, in every mode": [
+        one(lambda w, i, x: jnp.einsum("bi,bnio->nbo", x, w[i]), STACK, IDS[[0, 1, 0, 1]] % 3, X),
+        one(lambda w, i, x: jax.vmap(lambda i, x: x @ w[i])(i, x), STACK, IDS[0, [0, 1, 0, 0]], X),
+        *(
+            one(
+                lambda w, i, x, how=how: chosen(x, jnp.take(w, i, axis=0, **how)),
+                STACK,
+                OUTSIDE[:4],
+                X,
+            )
+            for how in ({}, {"mode": "clip"}, {"mode": "fill", "fill_value": 0.0})
+        ),
+        one(lambda w, i, x: x @ jnp.take(w, i, axis=0), STACK, jnp.int32(1), X),
+        one(lambda w, i, x: chosen(x, w.reshape(6, 6, 6)[i]), FOUR, OUTSIDE[1:5], X),
+    ],
+    "times a scalar, or a vector along one side": [
+        one(lambda w, x: x @ (w * 2) + x @ (-w / 3)),
+        one(lambda w, x: x @ (w * x[0][:, None]) * jnp.sum(w[2:3] * 2)),
+        one(lambda w, x: x @ (x[:1, :4] * w)),
+        one(lambda w, x: each_layer(w * x[0, :3, None, None], x), STACK),
+        one(lambda w, x: x @ (w * x[0].reshape(1, 2, 3)).reshape(6, 6), HEADS),
     ],
     "jit": [one(lambda w, x: jax.jit(lambda w: x @ w)(w))],
     "checkpoint": [one(lambda w, x: jax.checkpoint(lambda x: jnp.tanh(x @ w))(x))],
@@ -239,22 +346,14 @@ REFUSED = {
     "pallas_call that takes a weight": [
         ("pallas_call", one(lambda w, x: kernel(x[:, :4], w), normal(1, 4, 4)))
     ],
-    "convolution with a weight, ragged_dot": [
+    "convolution in groups of its batch": [
         (
             "conv_general_dilated",
-            one(
-                lambda w, x: jax.lax.conv(x, w, (1,), "SAME"),
-                normal(1, 2, 3, 3),
-                normal(2, 1, 3, 5),
-            ),
-        ),
-        (
-            "ragged_dot_general",
-            one(lambda w, x: jax.lax.ragged_dot(x, w, jnp.array([1, 2, 1])), STACK),
+            convolved(normal(2, 2, 6, 7), normal(1, 4, 6, 3), (1,), "SAME", batch_group_count=2),
         ),
     ],
     "elementwise operation, sum or norm of a weight": [
-        ("mul", one(lambda w, x: x @ (w * 2))),
+        ("mul", one(lambda w, x: x @ (w * x.T))),
         ("mul", one(lambda w, x: x @ (w * w))),
         ("add", one(lambda w, x: x @ (w + 1))),
         ("add", one(lambda w, x: x @ (w + w.T), STACK[0])),
@@ -265,10 +364,14 @@ REFUSED = {
     "cast of a weight to integers": [
         ("convert_element_type", one(lambda w, x: x @ w.astype(jnp.int32).astype(jnp.float32)))
     ],
-    "reversal, padding, concatenation, repetition": [
+    "reversal, padding between entries, repetition": [
         ("rev", one(lambda w, x: x @ w[::-1])),
-        ("pad", one(lambda w, x: x @ jnp.pad(w, ((0, 0), (0, 2))))),
-        ("concatenate", one(lambda w, x: x @ jnp.concatenate([w, w], axis=1))),
+        ("pad", one(lambda w, x: x @ jax.lax.pad(w, 0.0, ((0, 0, 0), (0, 0, 1))))),
+        ("pad", one(lambda w, x: x[:, :5] @ jax.lax.pad(w, 0.0, ((-1, 0, 0), (0, 0, 0))))),
+        (
+            "conv_general_dilated",
+            one(lambda w, x: filtered(x, joined(w)), FILTERS[0], IMAGE),
+        ),
         ("broadcast_in_dim", one(lambda w, x: x @ jnp.repeat(w, 2, axis=1))),
     ],
     "select, write into a weight, lookup of entries": [
@@ -276,26 +379,20 @@ REFUSED = {
         ("scatter", one(lambda w, x: x @ w.at[0].set(0.0))),
         ("gather", one(lambda w, x: x[:, :2] * w[np.array([0, 1]), np.array([1, 0])][None])),
     ],
-    "layers by an array of indices or by a filling take": [
-        ("gather", one(lambda w, x: jnp.einsum("bi,nio->nbo", x, w[np.array([1, 1])]), STACK)),
-        ("gather", one(lambda w, i, x: jax.vmap(lambda i: x @ w[i])(i), STACK, IDS[0], X)),
-        ("gather", one(lambda w, i, x: x @ jnp.take(w, i, axis=0), STACK, jnp.int32(1), X)),
-    ],
     "lookup or slice that differs from layer to layer": [
         ("gather", one(lambda w, ids: jax.vmap(lambda w, i: w[i])(w, ids), STACK, IDS.T)),
     ],
     "reshape that mixes both sides of the matrix": [
-        ("reshape", one(lambda w, x: x @ w.reshape(-1).reshape(6, 4)))
+        ("reshape", one(lambda w, x: x[:, :4] @ w.reshape(4, 6))),
+        ("sort", one(lambda w, x: x @ jax.lax.sort(w.reshape(-1)).reshape(6, 4))),
     ],
     "reshape that splits a side where it was not": [
         ("reshape", one(lambda w, x: jnp.einsum("bd,dnh->bnh", x, w.reshape(6, 3, 2)), HEADS)),
     ],
-    "slice or scan along a part of a side": [
+    "scan along a side": [
         ("scan", one(lambda w, x: jax.lax.scan(lambda s, row: (s + row.sum(), None), 0.0, w)[0])),
-        ("slice", one(lambda w, x: x @ w.reshape(6, 2, 2)[:, 0])),
     ],
-    "contraction with a part of a side, or with none": [
-        ("dot_general", one(lambda w, x: jnp.einsum("bi,iho->bho", x[:, :2], w.reshape(2, 3, 4)))),
+    "contraction with no side": [
         ("dot_general", one(lambda w, x: jnp.einsum("bc,io->bcio", x, w))),
         ("dot_general", one(lambda w, x: jnp.einsum("bi,io->bio", x, w))),
     ],

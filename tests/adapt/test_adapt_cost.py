@@ -59,18 +59,40 @@ def scanned(params, x):
 
 
 MOVES = {
-    "transpose", "reshape", "squeeze", "stop_gradient", "dynamic_slice", "broadcast_in_dim"
+    "transpose", "reshape", "squeeze", "stop_gradient", "dynamic_slice", "broadcast_in_dim",
+    "slice", "gather"
 }  # fmt: skip
 CALLS = {"scan", "remat2", "checkpoint", "closed_call", "jit", "custom_vjp_call"}
 # What a fusion computes stands in the text as well.
 COMPILED_MOVES = {
-    "parameter", "bitcast", "copy", "transpose", "fusion", "constant", "broadcast", "slice"
+    "parameter", "bitcast", "copy", "transpose", "fusion", "constant", "broadcast", "slice",
+    "gather"
 }  # fmt: skip
 PROGRAMS = {
     "product": (lambda params, x: x @ params["w"], W),
     "transposed": (lambda params, x: x @ params["w"].T, W.T),
     "scan": (scanned, jnp.stack([W, W])),
     "experts": (lambda params, x: jnp.einsum("td,edf->tef", x, params["w"]), jnp.stack([W, W])),
+    "convolution": (
+        lambda params, x: jax.lax.conv_general_dilated(
+            x[None], params["w"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+        ),
+        jnp.stack([W]),
+    ),
+    "by_expert": (
+        lambda params, x: jax.lax.ragged_dot(x, params["w"], jnp.array([2, 3])),
+        jnp.stack([W, W]),
+    ),
+    "gathered": (
+        lambda params, x: jnp.einsum("td,tdf->tf", x, params["w"][jnp.array([0, 1, 1, 0, 1])]),
+        jnp.stack([W, W]),
+    ),
+    "split": (
+        lambda params, x: [x @ part for part in jnp.split(params["w"], 2, axis=1)][1],
+        jnp.concatenate([W, W], 1),
+    ),
+    "joined": (lambda params, x: x @ jnp.concatenate([params["w"], params["w"]], axis=1), W),
+    "multiplied": (lambda params, x: x @ (params["w"] * x[0][:, None] * 2), W),
     "heads": (lambda params, x: x @ params["w"].reshape(29, 37), W.reshape(29, 37, 1)),
 }
 

@@ -121,7 +121,7 @@ def haiku():
 
 
 # Each library's model, its targets, and how many leaves "all-linear" finds in it.
-MODELS = {"linen": (linen, 7), "nnx": (nnx_lm, 6), "equinox": (equinox, 6), "haiku": (haiku, 6)}
+MODELS = {"linen": (linen, 8), "nnx": (nnx_lm, 6), "equinox": (equinox, 6), "haiku": (haiku, 6)}
 
 
 @functools.cache
@@ -198,14 +198,10 @@ def test_flax_dropout_and_adapter_dropout_draw_apart():
 
 
 @pytest.mark.mixed_dtypes
-def test_a_convolution_is_left_out_and_cannot_be_adapted():
+def test_a_convolution_that_was_adapted_as_a_stack_of_matrices():
     apply, params, layouts, _ = model("linen")
     kernel = "params/Conv_0/kernel"
-    assert layouts[kernel] is None
-    with pytest.raises(ValueError, match=f"target '{kernel}' matches .*contracted"):
-        lora.lora_transform(
-            params, lora.LoRA(rank=2), targets=kernel, key=jax.random.key(0), layouts=layouts
-        )
+    assert layouts[kernel] == lora.Layout(contracted=(-3, -2), output=(-1,))
     base, delta = lora.lora_transform(
         params, lora.LoRA(rank=2), targets=kernel, key=jax.random.key(0)
     )

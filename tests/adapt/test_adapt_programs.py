@@ -116,7 +116,8 @@ def test_a_gradient_of_its_own_that_builds_the_weight():
         return x @ w
 
     layer.defvjp(
-        lambda x, w: (x @ w, (x, w)), lambda saved, dy: (dy @ (2 * saved[1]).T, saved[0].T @ dy)
+        lambda x, w: (x @ w, (x, w)),
+        lambda saved, dy: (dy @ (saved[1] * saved[1]).T, saved[0].T @ dy),
     )
     base, delta = adapted(FOLLOWED["jit"][0])
 

@@ -145,9 +145,14 @@ def test_an_axis_used_in_parts():
     def half(params, x):
         return jnp.einsum("bd,ndf->bnf", x, params["w"].reshape(2, 6, 4))
 
+    def whole(params, x):
+        x = jnp.stack([x] * 4, axis=-1)
+        return jnp.einsum("bdf,ndf->bn", x, params["w"].reshape(2, 6, 4))
+
     assert lora.infer_layouts(run, {"w": shaped(6, 8)}, shaped(4, 6)) == {"w": MATRIX}
+    assert lora.infer_layouts(half, {"w": shaped(12, 4)}, shaped(4, 6)) == {"w": MATRIX}
     with pytest.raises(ValueError, match=r"^w, of shape \(12, 4\), has an axis \(-2\) of which"):
-        lora.infer_layouts(half, {"w": shaped(12, 4)}, shaped(4, 6))
+        lora.infer_layouts(whole, {"w": shaped(12, 4)}, shaped(4, 6))
 
 
 def test_a_stack_that_the_program_contradicts():
@@ -174,3 +179,44 @@ def test_layouts_of_unknown_leaves_and_impossible_axes():
         transform(w=HEADS_IN)
     with pytest.raises(ValueError, match="does not fit"):
         transform(w=lora.Layout(contracted=(-1,), output=(-1,)))
+
+
+LEFT_OUT = {
+    "scale": (shaped(6), "multiplied entry by entry, as a norm's scale is (mul at "),
+    "bias": (shaped(6), "added, as a bias is (add at "),
+    "grid": (shaped(4, 6), "added, as a bias is (add at "),
+    "in_jit": (shaped(6), "multiplied entry by entry, as a norm's scale is (mul at "),
+    "in_scan": (shaped(3, 6), "added, as a bias is (add at "),
+    "sorted": (shaped(4, 6), "no product (sort at "),
+    "vector": (shaped(6), "contracted whole, or with none of its axes (dot_general at "),
+    "unused": (shaped(6, 6), "never used"),
+}
+
+
+def test_every_leaf_that_is_no_matrix_has_its_reason_and_line():
+    def run(p, x):
+        x = x * p["scale"][None] + p["bias"][None] + p["grid"]
+        x = jax.jit(lambda g: x * g[None])(p["in_jit"])
+        x = jax.lax.scan(lambda x, b: (x + b[None], None), x, p["in_scan"])[0]
+        return x @ p["w"] + (jnp.sort(p["sorted"]).sum() + x @ p["vector"]).sum()
+
+    params = {name: weight for name, (weight, _) in LEFT_OUT.items()} | {"w": shaped(6, 6)}
+    found = lora.infer_layouts(run, params, shaped(4, 6))
+    assert found.reasons.keys() == LEFT_OUT.keys() and found["w"] == MATRIX
+    for name, (_, said) in LEFT_OUT.items():
+        assert found.reasons[name].startswith(said), found.reasons[name]
+        assert said == "never used" or f"{__file__}:" in found.reasons[name]
+
+
+def test_all_linear_goes_by_use_where_layouts_tell():
+    """A matrix called an embedding is adapted; a table by another name is not."""
+
+    def run(p, ids):
+        return p["rows"][ids] @ p["time_embed"] @ p["lm_head"]
+
+    params = {"rows": X, "time_embed": cases.normal(0, 6, 6), "lm_head": cases.normal(1, 6, 6)}
+    layouts = lora.infer_layouts(run, params, jnp.array([1, 2]))
+    _, delta = lora.lora_transform(
+        params, lora.LoRA(rank=1), key=jax.random.key(0), layouts=layouts
+    )
+    assert delta.keys() == {"time_embed"}

@@ -356,3 +356,52 @@ def test_checkpoints_keep_the_bytes(tmp_path, how):
     _, restored, _ = checkpoints.restore(tmp_path, tree, identity={})
     chex.assert_trees_all_equal(restored, tree)
     assert restored["up_proj"].codes.dtype == jnp.uint8
+
+
+RAGGED = {
+    "up_proj": np.ones((64, 4), np.float32),
+    "patches": {"kernel": np.ones((60, 4), np.float32), "other": np.ones((20, 4), np.float16)},
+    "router": np.ones((64, 4), np.float32),
+    "lm_head": np.ones((64, 4), np.float32),
+}
+
+
+def formats_of(tree):
+    flat = lora.paths.flatten(tree, is_leaf=lora.weights.is_weight)
+    return {path: getattr(leaf, "format", None) for path, leaf in flat.items()}
+
+
+def test_a_preset_leaves_ragged_rows_in_floats_and_says_so():
+    message = r"patches/kernel, patches/other stay in floats, 1,120 bytes, .* has 60 rows"
+    with pytest.warns(UserWarning, match=message):
+        base = lora.quantize(RAGGED, "nf4")
+    assert formats_of(base) == {
+        "up_proj": "nf4", "router": "nf4", "patches/kernel": None, "patches/other": None,
+        "lm_head": None,
+    }  # fmt: skip
+    with pytest.warns(UserWarning, match="patches/kernel stay in floats, 960 bytes"):
+        leaf = lora.quant.quantizer("nf4")("patches/kernel", RAGGED["patches"]["kernel"])
+    assert isinstance(leaf, jax.Array)
+
+
+def test_targets_that_are_named_are_refused_together():
+    bad("patches/kernel has 60 rows (.|\n)*patches/other has 20 rows", RAGGED, targets="patches")
+    with pytest.raises(ValueError, match="patches/kernel has 60 rows"):
+        lora.quant.quantizer("nf4", targets="patches")(
+            "patches/kernel", RAGGED["patches"]["kernel"]
+        )
+
+
+def test_a_mapping_of_formats_as_lora_transform_takes_methods():
+    formats = {"router": None, "patches": None, "lm_head": "int8", "all-linear": "nf4"}
+    base = lora.quantize(RAGGED, formats)
+    assert formats_of(base) == {
+        "up_proj": "nf4", "router": None, "patches/kernel": None, "patches/other": None,
+        "lm_head": "int8",
+    }  # fmt: skip
+    finish = lora.quant.quantizer(formats)
+    assert finish("lm_head", RAGGED["lm_head"]).format == "int8"
+    assert isinstance(finish("router", RAGGED["router"]), jax.Array)
+    bad("target 'lm_head' is mapped to 'nf5': expected one of", RAGGED, {"lm_head": "nf5"})
+    bad("target 'z' matches nothing", RAGGED, {"z": None, "all-linear": "nf4"})
+    bad("beside a mapping", RAGGED, formats, targets="router")
