@@ -33,8 +33,6 @@ from lora_jax.interop import Pretrained
 from lora_jax.tables import aligned
 from lora_jax.training import records
 
-RUNS = flags.DEFINE_list("runs", [], "Folders of runs or of adapters.")
-ARMS = flags.DEFINE_string("arms", "", "A regular expression that the arms' names must hold.")
 MEANINGS = flags.DEFINE_integer(
     "meanings", 0, "So many meaning representations, evenly spaced; 0: all.", lower_bound=0
 )
@@ -49,7 +47,9 @@ def work(config: ConfigDict, workdir: Path) -> None:
             f"config.data.source={config.data.source!r}: expected e2e, whose test split has "
             "several references each. Give --budget or the settings of the arms' run."
         )
-    arms = saved_arms.saved_arms([Path(run) for run in RUNS.value], ARMS.value)
+    arms = saved_arms.saved_arms(
+        [Path(run) for run in saved_arms.RUNS.value], saved_arms.ARMS.value
+    )
     flagged = {"meanings": MEANINGS.value}
     prepare("e2e_scores", ConfigDict({**config.to_dict(), "e2e_scores": flagged}), workdir)
     console.print(f"[bold]Scores[/bold] of {len(arms)} arms, records in {workdir}")

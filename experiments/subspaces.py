@@ -25,8 +25,6 @@ from experiments.harness.progress import console
 from experiments.harness.text_losses import losses_of
 from experiments.harness.workdir import prepare
 
-RUNS = flags.DEFINE_list("runs", [], "Folders of runs or of adapters.")
-ARMS = flags.DEFINE_string("arms", "", "A regular expression that the arms' names must hold.")
 TARGETS = flags.DEFINE_string("targets", "qv", "A preset or a regular expression of paths.")
 RANKS = flags.DEFINE_list("ranks", ["8", "64"], "Whose directions are compared.")
 TOP = flags.DEFINE_integer("top", 10, "Leading directions that may be intruders.", lower_bound=1)
@@ -55,9 +53,16 @@ def work(config: ConfigDict, workdir: Path) -> None:
     if jax.process_count() > 1:
         raise ValueError("this comparison runs in one process: start it without --distributed.")
     chosen = settings()
-    arms = saved_arms.saved_arms([Path(run) for run in RUNS.value], ARMS.value)
+    arms = saved_arms.saved_arms(
+        [Path(run) for run in saved_arms.RUNS.value], saved_arms.ARMS.value
+    )
     text = None if TEXT.value is None else Path(TEXT.value).expanduser()
-    flagged = {"runs": RUNS.value, "arms": ARMS.value, "text": TEXT.value or "", **vars(chosen)}
+    flagged = {
+        "runs": saved_arms.RUNS.value,
+        "arms": saved_arms.ARMS.value,
+        "text": TEXT.value or "",
+        **vars(chosen),
+    }
     prepare("subspaces", ConfigDict({**config.to_dict(), "subspaces": flagged}), workdir)
     console.print(f"[bold]Subspaces[/bold] of {len(arms)} arms, records in {workdir}")
     model = setup.load_model(config)

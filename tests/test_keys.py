@@ -14,7 +14,8 @@ import pytest
 
 import lora_jax as lora
 from lora_jax.models import llama
-from lora_jax.models.generate import choose, generate, stream
+from lora_jax.models.choosing import choose
+from lora_jax.models.generate import generate, sample, stream
 from lora_jax.models.rotation import random_rotation
 from lora_jax.training import init_state
 
@@ -43,6 +44,10 @@ def streamed(key):
     return jnp.stack(list(stream(PARAMS, TOKENS, LENGTHS, CONFIG, **sampled)))
 
 
+def sampled(key):
+    return sample(PARAMS, TOKENS, LENGTHS, CONFIG, max_new_tokens=2, eos_id=0, key=key)
+
+
 def combined(key):
     return lora.combine([DELTA], [1.0], how="dare", density=0.5, key=key)
 
@@ -59,7 +64,8 @@ TAKES_A_KEY = {
     ("lora_jax.models.rotation", "random_rotation"): lambda key: random_rotation(4, key=key),
     ("lora_jax.models.generate", "generate"): written,
     ("lora_jax.models.generate", "stream"): streamed,
-    ("lora_jax.models.generate", "choose"): lambda key: choose(LOGITS, key, temperature=1.0),
+    ("lora_jax.models.generate", "sample"): sampled,
+    ("lora_jax.models.choosing", "choose"): lambda key: choose(LOGITS, key, temperature=1.0),
 }
 CASES = TAKES_A_KEY | {
     ("lora_transform", name): transformed(*method)

@@ -7,10 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from absl import flags
+
 from experiments.harness import full_updates
 from lora_jax.interop import Pretrained, peft
 from lora_jax.interop.peft.folder import CONFIG
 from lora_jax.transform import Delta
+
+RUNS = flags.DEFINE_list("runs", [], "Folders of runs or of adapters, by commas.")
+ARMS = flags.DEFINE_string("arms", "", "A regular expression that the arms' names must hold.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

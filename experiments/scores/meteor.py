@@ -51,26 +51,36 @@ def meteor(outputs: Sequence[Text], references: Sequence[Sequence[Text]]) -> flo
     # The scorer's own options; which encoding Java takes for its pipes depends on the machine.
     command = ["java", "-Dfile.encoding=UTF-8", "-Xmx2G", "-jar", path.name]
     command += ["-", "-", "-stdio", "-l", "en", "-norm"]
-    with (
-        tempfile.TemporaryFile() as errors,
-        subprocess.Popen(
-            command,
-            cwd=path.parent,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            encoding="utf-8",
-        ) as process,
-    ):
-        assert process.stdin and process.stdout
+    with tempfile.TemporaryFile() as errors:
         try:
-            return _talk(process.stdin, process.stdout, outputs, references)
-        except (OSError, ValueError) as error:
-            process.kill()
-            process.wait()
+            return _run(command, path.parent, errors, outputs, references)
+        except (OSError, ValueError) as error:  # a broken pipe, or no number
             errors.seek(0)
             said = errors.read().decode(errors="replace").strip()
             raise RuntimeError(f"{path.name} gave no score: {said or error}") from error
+
+
+def _run(
+    command: Sequence[str],
+    folder: Path,
+    errors: IO[bytes],
+    outputs: Sequence[Text],
+    references: Sequence[Sequence[Text]],
+) -> float:
+    with subprocess.Popen(
+        command,
+        cwd=folder,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        encoding="utf-8",
+    ) as process:
+        assert process.stdin and process.stdout
+        try:
+            return _talk(process.stdin, process.stdout, outputs, references)
+        except BaseException:
+            process.kill()
+            raise
 
 
 def _talk(

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import cases
 import jax
 import pytest
 import serving_models
@@ -20,10 +21,9 @@ SIZES = dict(rows=4, readers=1, page_size=4, pages=40, chunk=8, max_length=40)
 
 def adapters_of(model):
     """LoRA of three ranks, and DoRA, which reads the base."""
-    targets, key = ["q_proj", "down_proj"], jax.random.key(5)
-    _, dora = lora.lora_transform(model.params, lora.DoRA(rank=3), targets=targets, key=key)
-    moved = jax.tree.map(lambda leaf: serving_models._moved(leaf, key), dora)
-    return serving_models.adapters_of(model) | {"dora": moved}
+    targets = ["q_proj", "down_proj"]
+    dora = cases.llama_delta(model.params, lora.DoRA(rank=3), seed=5, targets=targets)
+    return serving_models.adapters_of(model) | {"dora": dora}
 
 
 def parts_of(tree):

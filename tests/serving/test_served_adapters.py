@@ -112,7 +112,7 @@ WITHOUT_ROOM = {
 @pytest.mark.parametrize("name", WITHOUT_ROOM)
 def test_an_adapter_without_room_says_how_to_make_some(served, name):
     method, target, reason = WITHOUT_ROOM[name]
-    error = refusal(served, name, serving_models.LLAMA, method, target)
+    error = refusal(served, name, served[1].model, method, target)
     assert reason in error and "--max-rank" in error and "--adapters" in error
 
 
@@ -136,17 +136,18 @@ OTHER_BASES = {
 @pytest.mark.parametrize("name", OTHER_BASES)
 def test_an_adapter_of_another_base_is_refused(served, name):
     config = dataclasses.replace(serving_models.LLAMA, **OTHER_BASES[name])
-    error = refusal(served, name, config, lora.LoRA(rank=2), "all-linear", seed=1)
+    params = decoder.init(config, key=jax.random.key(1))
+    other = dataclasses.replace(served[1].model, params=params, config=config)
+    error = refusal(served, name, other, lora.LoRA(rank=2), "all-linear")
     assert "--max-rank" not in error and name in error  # of the folder
 
 
-def refusal(served, name, config, method, target, seed=0):
+def refusal(served, name, base, method, target):
     """What a server says of an adapter of this base, and that it answers the others on."""
     service, alone, parent = served
-    params = decoder.init(config, key=jax.random.key(seed))
-    _, delta = lora.lora_transform(params, method, targets=[target], key=jax.random.key(0))
-    names, heads = peft.model_names(config), config.num_kv_heads
-    peft.save_adapter(parent / name, delta, params, names, num_kv_heads=heads)
+    _, delta = lora.lora_transform(base.params, method, targets=[target], key=jax.random.key(0))
+    names, heads = peft.model_names(base.config), base.config.num_kv_heads
+    peft.save_adapter(parent / name, delta, base.params, names, num_kv_heads=heads)
     client = TestClient(app(service))
     load = {"lora_name": name, "lora_path": str(parent / name)}
     response = client.post("/v1/load_lora_adapter", json=load)
