@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
     )
     config.data = ConfigDict(
         {
-            "source": "restaurants",  # restaurants, e2e, jsonl, tfds:NAME
+            "source": "restaurants",  # restaurants, preferences, e2e, jsonl, tfds:NAME
             "path": "",  # the folder or file of e2e and jsonl
             "prompt_field": "",  # of a TFDS data set
             "response_field": "",
@@ -135,6 +135,13 @@ def get_config() -> ConfigDict:
             # the model in float32.
             "save_full": False,
             "cells": (),  # names of those to run; empty: all
+        }
+    )
+    config.preference = ConfigDict(
+        {
+            # Names of lora_jax/training/losses: what experiments/preference.py compares.
+            "losses": ("next_token", "dpo"),
+            "rank": 8,
         }
     )
     config.samples = ConfigDict({"prompts": 2, "max_new_tokens": 40})

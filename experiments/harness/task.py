@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 import lora_jax as lora
 from experiments.harness import devices, plan, setup
 from experiments.harness.arms import Arm
-from experiments.harness.run import Examples
+from experiments.harness.shared import Examples
 from lora_jax import data
 from lora_jax.interop import Pretrained
 from lora_jax.weights import is_weight
