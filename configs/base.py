@@ -144,5 +144,19 @@ def get_config() -> ConfigDict:
             "rank": 8,
         }
     )
+    config.reinforce = ConfigDict(
+        {
+            "prompts": 4,  # a step
+            "group": 8,  # answers to each
+            "new_tokens": 8,  # of an answer at most
+            "temperature": 1.0,
+            "updates": 1,  # on the same answers
+            "kl": 0.0,  # the weight of the divergence from the base
+            # What a reward that raises or is no number does: stop ends the run, skip leaves the
+            # answer out; the example is named.
+            "on_error": "stop",
+            "ia3": False,  # adds IA3 on the values of attention as an arm
+        }
+    )
     config.samples = ConfigDict({"prompts": 2, "max_new_tokens": 40})
     return config

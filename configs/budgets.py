@@ -53,6 +53,16 @@ PREFERENCE = {
     "samples.prompts": 0,
 }
 
+REINFORCE = {
+    "sweep.ranks": (1, 8, 64),
+    "sweep.full": True,
+    "sweep.full_learning_rate": 2e-5,
+    "reinforce.ia3": True,
+    "data.validation_examples": 32,
+    "study.margin": 0.0,
+    "samples.prompts": 0,
+}
+
 BUDGETS: dict[str, dict[str, dict[str, Any]]] = {
     "rank_sweep": {"cpu": {**CPU, **RANKS}, "gpu": {**GPU, **RANKS}},
     "target_ablation": {"cpu": CPU, "gpu": GPU},
@@ -73,6 +83,17 @@ BUDGETS: dict[str, dict[str, dict[str, Any]]] = {
             "train.eval_every": 100,
             "train.checkpoint_every": 100,
             "train.log_every": 10,
+        },
+    },
+    "reinforce": {
+        "cpu": {**REINFORCE, "train.steps": 32, "train.eval_every": 16},
+        "gpu": {
+            **REINFORCE,
+            "model.dtype": "bfloat16",
+            "reinforce.prompts": 32,
+            "train.steps": 100,
+            "train.eval_every": 50,
+            "train.checkpoint_every": 50,
         },
     },
     # Of the arms that the rank sweep saved.

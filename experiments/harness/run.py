@@ -79,7 +79,7 @@ def run(
     return {
         "base": base,
         "arms": rows,
-        "samples": sample(config, model, leading, log),
+        "samples": sample(config, model, leading, shared.task.held_out, log),
         "seconds": time.time() - started,
     }
 

@@ -8,7 +8,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import lora_jax as lora
-from experiments.harness import setup
 from experiments.harness.encoding import conversation
 from experiments.harness.outcome import Outcome
 from lora_jax import data, models
@@ -21,6 +20,7 @@ def sample(
     config: ConfigDict,
     model: Pretrained,
     best: Outcome | None,
+    held_out: Callable[[], Sequence[data.Record]],
     log: Callable[[dict[str, Any]], None],
 ) -> list[dict[str, str]]:
     """Greedy answers to the first validation prompts, by the base and by the best arm."""
@@ -29,7 +29,7 @@ def sample(
         return []
     log({"event": "sampling", "arm": best.arm.name})
     room = model.config.context_length - config.samples.max_new_tokens
-    asked = _asked(setup.records(config, "validation"), model, count, room)
+    asked = _asked(held_out(), model, count, room)
     if not asked:
         return []
     weights = lora.bind(model.params, best.delta)

@@ -35,6 +35,7 @@ class Task:
       identity: of a data seed, what tells these batches from those of another run.
       validation: the batches of a validation.
       sweep: of an arm, the steps of all arms that share its step.
+      held_out: the records of the validation, to sample answers from.
       settings: checks and completes the settings of an arm's loss.
       base_loss: the untuned model's.
       unit: what losses are means over.
@@ -46,6 +47,7 @@ class Task:
     validation: Sequence[Mapping[str, Any]]
     sweep: Callable[[Arm], Sweep]
     settings: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+    held_out: Callable[[], Sequence[data.Record]]
     base_loss: float
     unit: str = "token"
     positions: Callable[[Any], Any] | None = None
@@ -134,6 +136,7 @@ def _over(
         identity=functools.partial(setup.data_identity, config, examples),
         validation=validation,
         sweep=sweep,
+        held_out=lambda: setup.records(config, "validation"),
         settings=lambda given: loss.settings_of(**given),
         base_loss=base_loss,
         unit=loss.unit,

@@ -11,6 +11,7 @@ import pytest
 import lora_jax as lora
 from configs import tiny
 from experiments.harness import arms, progress, report, run
+from experiments.harness.losses import loss_of
 from lora_jax import training
 from lora_jax.interop import peft, save_huggingface
 
@@ -103,7 +104,7 @@ def test_the_best_is_reported_saved_and_sampled_from(tmp_path):
     model = run.setup.load_model(config)
     [saved] = (tmp_path / "run/adapters").iterdir()
     delta = peft.load_adapter(saved, model.params, peft.model_names(model.config))
-    loss = losses.loss_of(config, model.config, model.params)
+    loss = loss_of(config, model.config, model.params)
     sums = [
         loss(delta, model.params, batch, None)
         for batch in run.setup.validation_batches(config, model)
