@@ -83,6 +83,7 @@ def main(
 
     def work(config: ConfigDict, workdir: Path) -> None:
         setup.require_filled(config)
+        start: Callable[..., Any]
         if lockstep is None or _BUDGET.value:
             arms = studies.cells_of(config, study)
             start = functools.partial(studies.conduct, what=study)

@@ -118,7 +118,7 @@ def _margins(
                 jax.device_get(compiled(delta, model.params, execution.batch(batch)))
                 for batch in batches
             ]
-        margin, right = np.sum([total for total, _ in found], axis=0, dtype=np.float64)
+        margin, right = np.asarray([total for total, _ in found], np.float64).sum(axis=0).tolist()
         count = sum(float(number) for _, number in found)
         return {MARGIN: margin / count, RIGHT: right / count}
 

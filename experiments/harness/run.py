@@ -72,8 +72,8 @@ def run(
     if measures and measured:
         log({"event": "measuring", "what": ", ".join(measures.names)})
         base["measured"] = measured({})
-        for outcome, found in zip(outcomes, rows, strict=True):
-            found["measured"] = None if outcome.diverged else measured(outcome.delta)
+        for outcome, made in zip(outcomes, rows, strict=True):
+            made["measured"] = None if outcome.diverged else measured(outcome.delta)
         first = measures.better(rows)
         leading = None if first is None else outcomes[first]
     return {

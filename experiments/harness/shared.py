@@ -18,7 +18,7 @@ from lora_jax import data, training
 from lora_jax.interop import Pretrained
 from lora_jax.training import checkpoints
 from lora_jax.training.execution import Execution
-from lora_jax.training.losses.loss import Loss
+from lora_jax.training.losses.loss import Batch, Loss
 from lora_jax.training.sweep import Sweep, make_sweep
 from lora_jax.transform import Delta
 from lora_jax.weights import PyTree
@@ -162,7 +162,7 @@ def step_of(
 
 
 def mean_loss(
-    loss: Loss, delta: Delta, base: PyTree, execution: Execution, batches: Sequence[data.Batch]
+    loss: Loss, delta: Delta, base: PyTree, execution: Execution, batches: Sequence[Batch]
 ) -> float:
     """Over all that counts in the batches."""
     summed = execution.evaluate(functools.partial(_without_dropout, loss))

@@ -13,18 +13,16 @@ from lora_jax.training.rewards import Example
 
 SYSTEM = "Answer with the number alone."
 LARGEST, HELD_OUT, _SEED = 12, 32, 20241
-BEGINS, ALONE, RIGHT = 0.25, 0.5, 1.0
 
 
 def reward(prompt: str, completion: str, example: Example) -> float:
-    """1 for the right number and nothing else, 0.5 for another one, 0.25 for an answer that begins
-    with a number, else 0."""
-    text = completion.strip()
-    if text == example["answer"]:
-        return RIGHT
-    if re.fullmatch(r"\d+", text):
-        return ALONE
-    return BEGINS if re.match(r"\d", text) else 0.0
+    """1 for the right number and nothing else; else half of the share of digits among the
+    characters: 0.5 for another number, 0.33 for "5 + 7 = 12", 0 for words alone. In steps instead of a
+    share, a group of answers that are alike and not yet good would have nothing to go up by."""
+    text = "".join(completion.split())
+    if completion.strip() == example["answer"]:
+        return 1.0
+    return 0.5 * len(re.findall(r"[0-9]", text)) / max(len(text), 1)
 
 
 def examples() -> tuple[list[Example], list[Example]]:
