@@ -17,8 +17,8 @@ LARGEST, HELD_OUT, _SEED = 12, 32, 20241
 
 def reward(prompt: str, completion: str, example: Example) -> float:
     """1 for the right number and nothing else; else half of the share of digits among the
-    characters: 0.5 for another number, 0.33 for "5 + 7 = 12", 0 for words alone. In steps instead of a
-    share, a group of answers that are alike and not yet good would have nothing to go up by."""
+    characters: 0.5 for another number, 0.33 for "5 + 7 = 12", 0 for words alone. By steps instead
+    of a share, all answers of a group soon stand on one, and there is nothing to go up by."""
     text = "".join(completion.split())
     if completion.strip() == example["answer"]:
         return 1.0
