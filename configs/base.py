@@ -148,7 +148,7 @@ def get_config() -> ConfigDict:
         {
             "prompts": 4,  # a step
             "group": 8,  # answers to each
-            "new_tokens": 8,  # of an answer at most
+            "new_tokens": 4,  # of an answer at most
             "temperature": 1.0,
             "updates": 1,  # on the same answers
             "kl": 0.0,  # the weight of the divergence from the base

@@ -13,12 +13,12 @@ def get_config() -> ConfigDict:
     config = smollm2_135m.get_config()
     config.sweep.ranks = (1,)
     config.train.loss = "grpo"
-    config.train.steps = 20
+    config.train.steps = 16
     config.train.warmup_steps = 2
     config.train.schedule = "constant"
     config.train.learning_rate = 1e-3
-    config.train.eval_every = 10
-    config.train.checkpoint_every = 5
+    config.train.eval_every = 8
+    config.train.checkpoint_every = 4
     config.data.validation_examples = 8  # prompts, of 32 that are held out; measures take all
-    config.samples.max_new_tokens = 8
+    config.samples.max_new_tokens = 4
     return config

@@ -33,7 +33,7 @@ def measures_of(shared: Shared) -> Measured:
     - mistakes: facts left out or made up, the mean of an answer.
     - margin: by how many nats more than the base's its log-probability of the chosen answer
       exceeds that of the rejected one, the mean of a pair: DPO's reward margin at a beta of 1.
-    - told right: the share of pairs whose margin is above 0.
+    - told right: the share of pairs whose margin is above 0; one of 0 is half.
     """
     config, model = shared.config, shared.model
     count = config.data.validation_examples
@@ -105,14 +105,14 @@ def _margins(
         )
         counted = (ours.chosen.lengths > 0) & (ours.rejected.lengths > 0)
         margin = jnp.where(counted, chosen - rejected, 0.0)
-        right = jnp.asarray(margin > 0, jnp.float32)
+        right = jnp.where(counted, (jnp.sign(margin) + 1) / 2, 0.0)
         return jnp.stack([margin.sum(), right.sum()]), counted.sum().astype(jnp.float32)
 
     compiled = execution.evaluate(sums)
 
     def margins(delta: Delta) -> Numbers:
         if not delta:
-            return {MARGIN: 0.0, RIGHT: 0.0}
+            return {MARGIN: 0.0, RIGHT: 0.5}
         with execution.context():
             found = [
                 jax.device_get(compiled(delta, model.params, execution.batch(batch)))

@@ -1,7 +1,7 @@
 """A task with a reward that a rule can check: sums of two numbers, answered by a number alone.
 
-A base that was tuned to chat answers in sentences, so there is much to learn, and now and then with
-a number, so there is something to learn from.
+A prompt shows one sum with its answer. A small base tuned to chat then answers about every second
+time with a number, seldom the right one, and else with words: there is something to learn from.
 """
 
 import re
@@ -11,22 +11,25 @@ import numpy as np
 
 from lora_jax.training.rewards import Example
 
-SYSTEM = "Answer with the number alone."
+SHOWN = [
+    {"role": "system", "content": "Answer with the number alone."},
+    {"role": "user", "content": "What is 2 + 3?"},
+    {"role": "assistant", "content": "5"},
+]
 LARGEST, HELD_OUT, _SEED = 12, 32, 20241
 
 
 def reward(prompt: str, completion: str, example: Example) -> float:
-    """1 for the right number and nothing else; else half of the share of digits among the
-    characters: 0.5 for another number, 0.33 for "5 + 7 = 12", 0 for words alone. By steps instead
-    of a share, all answers of a group soon stand on one, and there is nothing to go up by."""
-    text = "".join(completion.split())
-    if completion.strip() == example["answer"]:
-        return 1.0
-    return 0.5 * len(re.findall(r"[0-9]", text)) / max(len(text), 1)
+    """`1 / (1 + e)` for a number alone that is wrong by e, so 1 for the right one; 0 for anything
+    else. By degrees, since a group whose answers are all worth the same teaches nothing."""
+    text = completion.strip()
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        return 0.0
+    return 1 / (1 + abs(int(text) - int(example["answer"])))
 
 
 def examples() -> tuple[list[Example], list[Example]]:
-    """Those to train on and those that are held out; no sum is in both."""
+    """Those to train on and those that are held out; neither has the sum that is shown."""
     everything = list(_all())
     order = np.random.default_rng(_SEED).permutation(len(everything))
     shuffled = [everything[index] for index in order]
@@ -36,8 +39,7 @@ def examples() -> tuple[list[Example], list[Example]]:
 def _all() -> Iterator[Example]:
     for a in range(1, LARGEST + 1):
         for b in range(1, LARGEST + 1):
-            messages = [
-                {"role": "system", "content": SYSTEM},
-                {"role": "user", "content": f"What is {a} + {b}?"},
-            ]
+            if (a, b) == (2, 3):
+                continue
+            messages = [*SHOWN, {"role": "user", "content": f"What is {a} + {b}?"}]
             yield {"id": f"{a}+{b}", "prompt": messages, "answer": str(a + b)}
