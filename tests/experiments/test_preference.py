@@ -117,6 +117,8 @@ QUICK = (
     "--config.data.source=preferences",
     "--config.data.validation_examples=3",
     "--config.train.steps=2",
+    "--config.train.warmup_steps=1",
+    "--config.train.checkpoint_every=2",
     "--config.train.eval_every=2",
     "--config.samples.max_new_tokens=4",
 )
@@ -149,7 +151,7 @@ def test_a_study_over_losses_forgetting_included(tmp_path):
     (tmp_path / "other.txt").write_text("A text of its own, about nothing in particular. " * 200)
     flags = (*QUICK, "--budget=cpu", "--config.preference.losses=('next_token', 'simpo')",
              "--config.study.other_text=other.txt", "--config.study.most=3", "--workdir=run",
-             "--config.train.checkpoint_every=2", "--config.train.warmup_steps=1")  # fmt: skip
+             "--config.train.checkpoint_every=2")  # fmt: skip
     code, output = command.run(tmp_path, "preference", *flags)
     assert code == 0, output
     results = json.loads((tmp_path / "run/results.json").read_text())
