@@ -17,7 +17,7 @@ import pytest
 from configs import finetune as recipe
 from configs import tiny
 from experiments import finetune
-from experiments.harness import main, samples, setup, task, task_report
+from experiments.harness import samples, setup, task, task_report, workdir
 from lora_jax import data
 from lora_jax.interop import load, peft, save_huggingface, shapes_alone
 from lora_jax.interop.placing import StoredLeaf
@@ -54,7 +54,7 @@ def quickly(tmp_path, monkeypatch):
     monkeypatch.setenv("LORA_JAX_CACHE", str(tmp_path / "cache"))
     # What a run compiles, all tests share.
     xla, seconds = (jax.config.values[name] for name in COMPILED)
-    monkeypatch.setattr(main, "default_cache_dir", lambda: Path(xla).parent)
+    monkeypatch.setattr(workdir, "default_cache_dir", lambda: Path(xla).parent)
     write(tmp_path / "chats.jsonl")
     yield
     jax.config.update(COMPILED[0], xla)
