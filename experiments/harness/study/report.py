@@ -126,7 +126,7 @@ def _extreme(results: Mapping[str, Any]) -> str:
 def _measured(results: Mapping[str, Any]) -> list[str]:
     """The names of what has been measured beside what cells are compared by."""
     by = _compared(results)["by"]
-    names = dict.fromkeys(name for cell in results["cells"] for name in cell["measured"])
+    names = dict.fromkeys(name for cell in results["cells"] for name in cell.get("measured", ()))
     return [name for name in names if name != by]
 
 
