@@ -120,7 +120,7 @@ def _spread(
 ) -> None:
     """Seeds as points beside their mean and its interval; `across` draws them from left to
     right."""
-    losses = [value for value in cell["values"].values() if value is not None]
+    losses = [value for value in cell.get("values", cell["losses"]).values() if value is not None]
     lines = axes.hlines if across else axes.vlines
 
     def scatter(values: Sequence[float], **how: Any) -> None:
