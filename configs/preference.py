@@ -1,7 +1,9 @@
 """SmolLM2-135M-Instruct and the generated preferences: what experiments/preference.py starts from.
 
 Command:  python experiments/preference.py
-Hardware: 2 CPU cores, no accelerator
+Hardware: 2 cores of an AMD EPYC, busy with other work, no accelerator
+Time:     1634 s, 430 s of CPU time (jax 0.10.2)
+Result:   win rate 0.938 by supervised tuning, 0.854 by DPO: experiments/README.md
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,9 @@
 """SmolLM2-135M-Instruct and rewards by rule: what experiments/reinforce.py starts from.
 
 Command:  python experiments/reinforce.py
-Hardware: 2 CPU cores, no accelerator
+Hardware: 2 cores of an AMD EPYC, busy with other work, no accelerator
+Time:     767 s, 461 s of CPU time (jax 0.10.2)
+Result:   mean reward 0.201 untuned, 0.417 at rank 1: experiments/README.md
 """
 
 from ml_collections import ConfigDict
