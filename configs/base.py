@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
     )
     config.data = ConfigDict(
         {
-            "source": "restaurants",  # restaurants, e2e, jsonl, tfds:NAME
+            "source": "restaurants",  # restaurants, preferences, e2e, jsonl, tfds:NAME
             "path": "",  # the folder or file of e2e and jsonl
             "prompt_field": "",  # of a TFDS data set
             "response_field": "",
@@ -135,6 +135,27 @@ def get_config() -> ConfigDict:
             # the model in float32.
             "save_full": False,
             "cells": (),  # names of those to run; empty: all
+        }
+    )
+    config.preference = ConfigDict(
+        {
+            # Names of lora_jax/training/losses: what experiments/preference.py compares.
+            "losses": ("next_token", "dpo"),
+            "rank": 8,
+        }
+    )
+    config.reinforce = ConfigDict(
+        {
+            "prompts": 4,  # a step
+            "group": 8,  # answers to each
+            "new_tokens": 4,  # of an answer at most
+            "temperature": 1.0,
+            "updates": 1,  # on the same answers
+            "kl": 0.0,  # the weight of the divergence from the base
+            # What a reward that raises or is no number does: stop ends the run, skip leaves the
+            # answer out; the example is named.
+            "on_error": "stop",
+            "ia3": False,  # adds IA3 on the values of attention as an arm
         }
     )
     config.samples = ConfigDict({"prompts": 2, "max_new_tokens": 40})

@@ -46,12 +46,55 @@ GPU = {
 }
 RANKS = {"sweep.ranks": (8, 1, 2, 4, 16, 64, 256), "sweep.full": True, "study.save_full": True}
 
+PREFERENCE = {
+    "preference.losses": ("next_token", "dpo", "dpo_norm", "ipo", "kto", "simpo", "orpo"),
+    "study.margin": 0.0,
+    "data.validation_examples": 48,
+    "samples.prompts": 0,
+}
+
+REINFORCE = {
+    "sweep.ranks": (1, 8, 64),
+    "sweep.full": True,
+    "sweep.full_learning_rate": 2e-5,
+    "reinforce.ia3": True,
+    "data.validation_examples": 32,
+    "study.margin": 0.0,
+    "samples.prompts": 0,
+}
+
 BUDGETS: dict[str, dict[str, dict[str, Any]]] = {
     "rank_sweep": {"cpu": {**CPU, **RANKS}, "gpu": {**GPU, **RANKS}},
     "target_ablation": {"cpu": CPU, "gpu": GPU},
     "learning_rates": {
         "cpu": {**CPU, **SHORT, "sweep.ranks": (4, 16, 64)},
         "gpu": {**GPU, "sweep.ranks": (4, 16, 64, 256)},
+    },
+    # Losses of one search are of one kind, but their units differ: no run is given up.
+    "preference": {
+        "cpu": {**PREFERENCE, "train.steps": 48, "train.eval_every": 48},
+        "gpu": {
+            **PREFERENCE,
+            "model.dtype": "bfloat16",
+            "data.batch_size": 16,
+            "data.validation_examples": 200,
+            "train.steps": 200,
+            "train.warmup_steps": 10,
+            "train.eval_every": 100,
+            "train.checkpoint_every": 100,
+            "train.log_every": 10,
+        },
+    },
+    "reinforce": {
+        "cpu": {**REINFORCE, "train.steps": 32, "train.eval_every": 16},
+        "gpu": {
+            **REINFORCE,
+            "model.dtype": "bfloat16",
+            "reinforce.prompts": 32,
+            "train.steps": 100,
+            "train.eval_every": 50,
+            "train.checkpoint_every": 50,
+        },
     },
     # Of the arms that the rank sweep saved.
     "subspaces": {"cpu": CPU, "gpu": GPU},

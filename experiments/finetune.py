@@ -11,6 +11,7 @@ The settings and their reasons are in configs/finetune.py.
     python experiments/finetune.py --config.data.path=chats.jsonl --config.base.quantize=nf4
 """
 
+import functools
 import sys
 from pathlib import Path
 
@@ -22,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from a checkout, inst
 from experiments.harness import pictures, task_report
 from experiments.harness.main import conduct, launch
 from experiments.harness.progress import console
+from experiments.harness.shared import prepared
 from experiments.harness.task import settled
 
 
@@ -38,7 +40,7 @@ def finetune(config: ConfigDict, workdir: Path, *, plan_only: bool = False) -> N
         [task.arm],
         workdir,
         pictures.loss_by_step,
-        examples=task.examples,
+        load=functools.partial(prepared, given=task.examples),
     )
     console.print(f"\n{task_report.next_commands(task, workdir, results)}", markup=False)
 

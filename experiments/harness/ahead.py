@@ -16,7 +16,7 @@ from experiments.harness import devices, setup
 from experiments.harness.arms import Arm, rank_arms, trained_together
 from experiments.harness.losses import loss_of
 from experiments.harness.plan import abstract_params
-from experiments.harness.run import optimizer, step_of
+from experiments.harness.shared import optimizer, step_of
 from lora_jax import parallel, training
 from lora_jax.planning import cost, hlo
 from lora_jax.planning.chips import Machine

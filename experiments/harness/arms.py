@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -32,6 +33,8 @@ class Arm:
       b_ratio: LoRA+'s ratio of learning rates.
       project_b: whether the gradient of B is LoRA-FA's.
       in_peft: whether PEFT's format has the adapter.
+      loss: what it learns by; empty is `config.train.loss`.
+      settings: of the loss, by keyword, such as DPO's beta.
     """
 
     name: str
@@ -48,6 +51,8 @@ class Arm:
     b_ratio: float = 1.0
     project_b: bool = False
     in_peft: bool = True
+    loss: str = ""
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def folder(self) -> str:
@@ -57,7 +62,7 @@ class Arm:
     @property
     def step(self) -> Hashable:
         """The same for arms that train through one compiled step."""
-        return type(self.method), self.label
+        return type(self.method), self.label, self.loss, tuple(self.settings)
 
 
 def rank_arms(config: ConfigDict) -> list[Arm]:

@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 import lora_jax as lora
 from experiments.harness.arms import Arm
 from experiments.harness.losses import make_loss
-from experiments.harness.run import optimizer, step_of
 from experiments.harness.setup import as_configured
+from experiments.harness.shared import optimizer, step_of
 from lora_jax import models, training
 from lora_jax.models import DecoderConfig
 

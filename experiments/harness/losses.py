@@ -5,12 +5,13 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments.harness import devices
+from experiments.harness.encoding import ENCODE, Encode
 from lora_jax.models import DecoderConfig
 from lora_jax.training.losses import LOSSES, Entry
 from lora_jax.training.losses.loss import Loss
 from lora_jax.weights import PyTree
 
-BATCHES = ("next-token",)  # that `lora_jax.data` makes
+BATCHES = tuple(ENCODE)  # that `lora_jax.data` makes
 
 
 def require_batches(config: ConfigDict) -> None:
@@ -23,6 +24,26 @@ def require_batches(config: ConfigDict) -> None:
             f"config.data make {', '.join(BATCHES)} batches alone. Choose a loss of these, {ours}, "
             "or give training.train_step batches of your own."
         )
+
+
+def encode_of(config: ConfigDict) -> Encode:
+    """How records become examples of the loss. Raises ValueError as `require_batches`."""
+    require_batches(config)
+    return ENCODE[_entry(config).batches]
+
+
+def learning_by(config: ConfigDict, loss: str) -> ConfigDict:
+    """The config with another loss; an empty name is the config's own.
+
+    Raises:
+      ValueError: for an unknown loss.
+    """
+    if loss in ("", config.train.loss):
+        return config
+    config = config.copy_and_resolve_references()
+    config.train.loss = loss
+    _entry(config)
+    return config
 
 
 def make_loss(config: ConfigDict, shape: DecoderConfig, **options: Any) -> Loss:

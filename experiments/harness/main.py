@@ -18,8 +18,10 @@ from ml_collections import ConfigDict, config_flags
 from configs.budgets import BUDGETS
 from experiments.harness import plan, report, setup
 from experiments.harness.arms import Arm
+from experiments.harness.measures import Measures
 from experiments.harness.progress import console, counted, reporting
-from experiments.harness.run import Examples, run
+from experiments.harness.run import run
+from experiments.harness.shared import Load
 from experiments.harness.study import study as studies
 from experiments.harness.study.study import Study
 from experiments.harness.workdir import prepare
@@ -69,23 +71,37 @@ class Lockstep:
     draw: Callable[[Path, dict], None]
 
 
-def main(experiment: str, title: str, study: Study, lockstep: Lockstep | None = None) -> None:
+def main(
+    experiment: str,
+    title: str,
+    study: Study,
+    lockstep: Lockstep | None = None,
+    *,
+    config_file: str = "smollm2_135m",
+) -> None:
     """Runs the study, or without --budget the quicker arms in lockstep where there are some."""
 
     def work(config: ConfigDict, workdir: Path) -> None:
         setup.require_filled(config)
+        start: Callable[..., Any]
         if lockstep is None or _BUDGET.value:
             arms = studies.cells_of(config, study)
-            start: Callable[..., Any] = functools.partial(studies.conduct, what=study)
+            start = functools.partial(studies.conduct, what=study)
         else:
             arms = lockstep.arms(config)
-            start = functools.partial(conduct, draw=lockstep.draw, sized=study.sized)
+            start = functools.partial(
+                conduct,
+                draw=lockstep.draw,
+                sized=study.sized,
+                load=study.load,
+                measures=study.measures,
+            )
         if _PLAN.value:
             console.print(plan.plan(config, arms), markup=False)
         else:
             start(experiment, title, config, arms, workdir)
 
-    launch(experiment, work, plans=True)
+    launch(experiment, work, plans=True, config_file=config_file)
 
 
 def launch(
@@ -107,8 +123,8 @@ def launch(
             sys.exit(f"{experiment}: unexpected argument {argv[1]!r}; flags start with --.")
         if _PLAN.value and not plans:
             sys.exit(
-                f"{experiment}: no --plan here; rank_sweep, target_ablation, methods "
-                "and finetune have it."
+                f"{experiment}: no --plan here; rank_sweep, target_ablation, methods, "
+                "preference, reinforce and finetune have it."
             )
         setup.quiet_logs()
         config = _with_budget(experiment, given)
@@ -144,21 +160,22 @@ def conduct(
     draw: Callable[[Path, dict], None],
     *,
     sized: bool = False,
-    examples: Examples | None = None,
+    load: Load | None = None,
+    measures: Measures | None = None,
 ) -> Results:
     """Runs all arms, leaves records, results, a table and a picture in `workdir`, and returns the
     results.
 
     Args:
       sized: whether arms took their sizes from `config.model.shape`, which then has to be true.
-      examples: see `run`.
+      load, measures: see `run`.
     """
     prepare(experiment, config, workdir)
     console.print(
         f"[bold]{title}[/bold] with {config.name}: {counted(len(arms))}, records in {workdir}"
     )
     with reporting(workdir / "metrics.jsonl") as log:
-        results = run(config, arms, workdir, log, sized=sized, examples=examples)
+        results = run(config, arms, workdir, log, sized=sized, load=load, measures=measures)
 
     def record() -> None:
         report.write(workdir, f"{title}, {config.name}", shlex.join(["python", *sys.argv]), results)

@@ -36,8 +36,8 @@ class Outcome:
         return math.inf if self.val_loss is None else self.val_loss
 
 
-def row(outcome: Outcome) -> dict[str, Any]:
-    """The record of an arm in `results.json`."""
+def row(outcome: Outcome, unit: str) -> dict[str, Any]:
+    """The record of an arm in `results.json`; `unit` is what its losses are means over."""
     arm, progress, counts = outcome.arm, outcome.progress, outcome.counts
     loss = outcome.val_loss
     return {
@@ -53,7 +53,7 @@ def row(outcome: Outcome) -> dict[str, Any]:
         "trainable_percent": counts.trainable_percent,
         "train_loss": progress.train_loss,
         "val_loss": loss,
-        "perplexity": None if loss is None else math.exp(loss),
+        "perplexity": math.exp(loss) if loss is not None and unit == "token" else None,
         "tokens_per_second": progress.tokens_per_second,
         "stopped": progress.stopped,
     }

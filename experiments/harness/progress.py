@@ -66,7 +66,7 @@ def reporting(metrics: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
             say(f"step {record['step']}: {record['arm']} validation loss {record['val_loss']:.4f}")
         else:
             losses[record["arm"]] = record["loss"]
-            rates[record["arm"]] = record["tokens_per_second"]
+            rates[record["arm"]] = record.get("tokens_per_second", 0.0)
             mean_rate = sum(rates.values()) / len(rates)
             low, high = min(losses.values()), max(losses.values())
             bar.update(
@@ -96,6 +96,7 @@ def _sentence(record: dict[str, Any]) -> str:
         "no adapter": f"[red]no adapter folder for {arm}: {escape(record.get('why', ''))}[/red]",
         "verified": _verified(record),
         "unverified": f"[red]the adapter of {arm} fails: {escape(record.get('why', ''))}[/red]",
+        "measuring": f"measuring {record.get('what')}",
         "sampling": f"sampling from the base and from {arm}",
     }
     return sentences[event]

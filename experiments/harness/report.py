@@ -60,9 +60,13 @@ def write(workdir: Path, title: str, command: str, results: Mapping[str, Any]) -
 
 def by_arm(results: Mapping[str, Any]) -> Table:
     """An arm a row, the untuned base first."""
-    base = results["base"]
+    base, names = results["base"], _measured(results)
+    unit = base.get("unit", "token")
+    perplexity = math.exp(base["val_loss"]) if unit == "token" else None
+    # Of losses of several, each has its own value of the untuned base.
+    losses = ("", "") if names else (_number(base["val_loss"]), _number(perplexity, 2))
     cells: list[tuple[str, ...]] = [
-        (f"{base['name']}, untuned", "", "", "0", "", "", *_losses(base["val_loss"]), "")
+        (f"{base['name']}, untuned", "", "", "0", "", "", *losses, "", *_numbers(base, names))
     ]
     for arm in results["arms"]:
         cells.append(
@@ -73,12 +77,16 @@ def by_arm(results: Mapping[str, Any]) -> Table:
                 f"{arm['trainable_params']:,}",
                 f"{arm['trainable_percent']:.3f}",
                 _number(arm["train_loss"]),
-                *_losses(arm["val_loss"]),
+                _number(arm["val_loss"]),
+                _number(arm["perplexity"], 2),
                 _number(arm["tokens_per_second"], 0),
+                *_numbers(arm, names),
             )
         )
     note = "Losses are nats a response token; train is the mean of the last ten steps."
-    return HEADER, cells, [note]
+    if names:
+        note = "Losses are each arm's own; train is the mean of the last ten steps."
+    return (*HEADER, *names), cells, [note]
 
 
 def markdown(title: str, command: str, results: Mapping[str, Any], body: Sequence[str]) -> str:
@@ -108,8 +116,13 @@ def machine(results: Mapping[str, Any]) -> str:
     )
 
 
-def _losses(loss: float | None) -> tuple[str, str]:
-    return _number(loss), _number(None if loss is None else math.exp(loss), 2)
+def _measured(results: Mapping[str, Any]) -> list[str]:
+    """The names of what was measured beside the loss."""
+    return list(results["base"].get("measured") or ())
+
+
+def _numbers(found: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    return [_number((found["measured"] or {}).get(name), 3) for name in names]
 
 
 def _number(value: float | None, digits: int = 4) -> str:

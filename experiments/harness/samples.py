@@ -8,7 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import lora_jax as lora
-from experiments.harness import setup
+from experiments.harness.encoding import conversation
 from experiments.harness.outcome import Outcome
 from lora_jax import data, models
 from lora_jax.interop import Pretrained
@@ -20,6 +20,7 @@ def sample(
     config: ConfigDict,
     model: Pretrained,
     best: Outcome | None,
+    held_out: Callable[[], Sequence[data.Record]],
     log: Callable[[dict[str, Any]], None],
 ) -> list[dict[str, str]]:
     """Greedy answers to the first validation prompts, by the base and by the best arm."""
@@ -28,11 +29,11 @@ def sample(
         return []
     log({"event": "sampling", "arm": best.arm.name})
     room = model.config.context_length - config.samples.max_new_tokens
-    asked = _asked(setup.records(config, "validation"), model, count, room)
+    asked = _asked(held_out(), model, count, room)
     if not asked:
         return []
     weights = lora.bind(model.params, best.delta)
-    answers = _answering(config, model, [rendered for _, rendered in asked])
+    answers = answering(config, model, [rendered for _, rendered in asked])
     before, after = answers(model.params), answers(weights)
     return [
         {
@@ -53,7 +54,7 @@ def _asked(
     room for an answer."""
     found = []
     for record in held_out:
-        messages = record["messages"]
+        messages = conversation(record)
         last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
         rendered = data.render_messages(
             messages[:last], model.tokenizer, add_generation_prompt=True
@@ -65,7 +66,7 @@ def _asked(
     return found
 
 
-def _answering(
+def answering(
     config: ConfigDict, model: Pretrained, prompts: list[str]
 ) -> Callable[[models.Params], list[str]]:
     """The function from params to the greedy answers to `prompts`."""

@@ -1,8 +1,9 @@
 """Model and data as a config names them."""
 
 import dataclasses
+import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments.harness import devices
+from experiments.harness.losses import encode_of
 from lora_jax import data, models, paths
 from lora_jax.interop import Place, Pretrained, load, shapes_alone
 from lora_jax.models import SHAPES, DecoderConfig
@@ -155,10 +157,15 @@ def _held_out(config: ConfigDict) -> data.HeldOut | None:
 
 
 def training_examples(config: ConfigDict, model: Pretrained) -> data.EncodedSource:
-    """The training split as tokens."""
-    settings = config.data
+    """The training split as tokens, for the configured loss."""
     require_context(config, model)
-    return data.encode_source(records(config, "train"), model.tokenizer, seq_len=settings.seq_len)
+    return _encoded(config, model, records(config, "train"))
+
+
+def _encoded(
+    config: ConfigDict, model: Pretrained, source: Iterable[data.Record]
+) -> data.EncodedSource:
+    return encode_of(config)(source, model.tokenizer, seq_len=config.data.seq_len)
 
 
 def require_context(config: ConfigDict, model: Pretrained) -> None:
@@ -207,13 +214,17 @@ def validation_batches(
     config: ConfigDict, model: Pretrained, examples: data.EncodedSource | None = None
 ) -> list[data.Batch]:
     """The first `validation_examples` of the validation split, or of it as `examples`."""
-    settings = config.data
+    settings, limit = config.data, config.data.validation_examples
+    if examples is None:
+        # Records, not examples, are counted: a pair is one, and two judged answers.
+        first = itertools.islice(records(config, "validation"), limit)
+        examples, limit = _encoded(config, model, first), None
     return data.eval_batches(
-        records(config, "validation") if examples is None else examples,
+        examples,
         model.tokenizer,
         batch_size=settings.batch_size,
         seq_len=settings.seq_len,
-        limit=settings.validation_examples,
+        limit=limit,
         pack=settings.pack,
     )
 

@@ -11,7 +11,9 @@ from ml_collections import ConfigDict
 import lora_jax as lora
 from experiments.harness import devices, plan, setup
 from experiments.harness.arms import Arm
-from experiments.harness.run import Examples
+from experiments.harness.encoding import encode_conversations
+from experiments.harness.losses import encode_of
+from experiments.harness.shared import Examples
 from lora_jax import data
 from lora_jax.interop import Pretrained
 from lora_jax.weights import is_weight
@@ -95,6 +97,12 @@ def _require_recipe(config: ConfigDict) -> None:
         raise ValueError(
             "--config: expected a file that starts from configs/finetune.py, which says what "
             "follows from the data. Another model is --config.model.source=FOLDER."
+        )
+    if encode_of(config) is not encode_conversations:
+        raise ValueError(
+            f"config.train.loss={config.train.loss!r} learns from pairs of answers, and this from "
+            "chats: experiments/rank_sweep.py takes it, with --config.data.source=preferences or a "
+            "JSONL file of prompt, chosen and rejected."
         )
     steps, epochs = config.train.steps, config.train.epochs
     if steps is not None and epochs is not None:

@@ -145,6 +145,9 @@ def test_a_model_without_a_template_and_a_config_without_a_recipe_are_refused(mo
         task.settled(configured())
     with pytest.raises(ValueError, match=r"expected a file that starts from configs/finetune\.py"):
         task.settled(tiny.get_config())
+    for loss in ("dpo", "kto"):
+        with pytest.raises(ValueError, match="learns from pairs of answers, and this from chats"):
+            task.settled(configured(**{"train.loss": loss}))
     with pytest.raises(ValueError, match="config.data.batch_size is None: experiments/finetune.py"):
         setup.require_filled(configured())
     setup.require_filled(tiny.get_config())

@@ -11,6 +11,7 @@ import pytest
 import lora_jax as lora
 from configs import tiny
 from experiments.harness import arms, progress, report, run
+from experiments.harness.losses import loss_of
 from lora_jax import training
 from lora_jax.interop import peft, save_huggingface
 
@@ -103,7 +104,7 @@ def test_the_best_is_reported_saved_and_sampled_from(tmp_path):
     model = run.setup.load_model(config)
     [saved] = (tmp_path / "run/adapters").iterdir()
     delta = peft.load_adapter(saved, model.params, peft.model_names(model.config))
-    loss = run.loss_of(config, model.config, model.params)
+    loss = loss_of(config, model.config, model.params)
     sums = [
         loss(delta, model.params, batch, None)
         for batch in run.setup.validation_batches(config, model)
@@ -167,11 +168,12 @@ def test_a_loss_that_is_none_or_whose_batches_nobody_makes_is_refused_unloaded(
     tmp_path, monkeypatch
 ):
     monkeypatch.setattr(run.setup, "load_model", lambda config: pytest.fail("loads"))
-    entry = training.LOSSES["next_token"]._replace(batches="preference")
+    entry = training.LOSSES["next_token"]._replace(batches="rollouts")
     monkeypatch.setitem(training.LOSSES, "pairs", entry)
     with pytest.raises(ValueError, match="loss='next': expected one of next_token, .*pairs"):
         ran(configured(loss="next"), [an_arm("one")], tmp_path / "one")
     with pytest.raises(
-        ValueError, match=r"train\.loss='pairs' takes preference batches.*make next-token batches"
+        ValueError,
+        match=r"train\.loss='pairs' takes rollouts batches.*make next-token, preference, judged ",
     ):
         ran(configured(loss="pairs"), [an_arm("one")], tmp_path / "two")

@@ -118,9 +118,9 @@ def loss_by_method(path: Path, results: dict[str, Any]) -> None:
 def _spread(
     axes, place: float, cell: Cell, color: str, *, label: str = "", across: bool = False
 ) -> None:
-    """Seeds as points beside their mean and its interval; `across` draws losses from left to
+    """Seeds as points beside their mean and its interval; `across` draws them from left to
     right."""
-    losses = [loss for loss in cell["losses"].values() if loss is not None]
+    losses = [value for value in cell.get("values", cell["losses"]).values() if value is not None]
     lines = axes.hlines if across else axes.vlines
 
     def scatter(values: Sequence[float], **how: Any) -> None:

@@ -5,13 +5,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from experiments.harness.measures import compared_by
 from experiments.harness.report import environment, machine, table
 from experiments.harness.study.statistics import LEVEL
 from lora_jax.tables import aligned
 from lora_jax.training import records
 
-HEADER = ("cell", "trainable", "best rate", "tried", "seeds", "mean", "95 % interval",
-          "against the lowest mean, paired")  # fmt: skip
+LOSS = compared_by(None)
+HEADER = ("cell", "trainable", "best rate", "tried", "seeds")
 COSTS = {  # columns of what is known, and the unit that a number is divided by
     "forgotten": ("forgotten", 1.0, 3),
     "flops": ("GFLOP", 1e9, 1),
@@ -19,7 +20,7 @@ COSTS = {  # columns of what is known, and the unit that a number is divided by
     "peak_bytes": ("peak MB", 1e6, 0),
 }
 NOTE = (
-    "Losses are nats a counted token. Each cell runs at its own best learning rate; * marks one at "
+    "Each cell runs at its own best learning rate; * marks one at "
     "the edge of those tried. Intervals are Student's t over seeds; differences are of the same "
     "seeds, and none is corrected for their number: of twenty true ties about one is told apart."
 )
@@ -35,7 +36,7 @@ def write(workdir: Path, title: str, command: str, results: Mapping[str, Any]) -
     results = {"title": title, "command": command, **results, "environment": environment()}
     records.write_json(workdir / "results.json", results)
     lines = [f"# {title}", "", f"`{command}`", "", *table(header(results), cells(results)), ""]
-    lines += [NOTE, "", *([COSTS_NOTE, ""] if _costs(results) else [])]
+    lines += [_note(results), "", *([COSTS_NOTE, ""] if _costs(results) else [])]
     lines += [findings(results), "", machine(results), ""]
     (workdir / "results.md").write_text("\n".join(lines))
 
@@ -46,7 +47,10 @@ def in_words(results: Mapping[str, Any]) -> str:
 
 
 def header(results: Mapping[str, Any]) -> tuple[str, ...]:
-    return (*HEADER, *(COSTS[key][0] for key in _costs(results)))
+    by, extreme = _compared(results)["by"], _extreme(results)
+    mean = "mean" if by == LOSS["by"] else f"mean {by}"
+    against = (mean, "95 % interval", f"against the {extreme} mean, paired")
+    return (*HEADER, *against, *_measured(results), *(COSTS[key][0] for key in _costs(results)))
 
 
 def _costs(results: Mapping[str, Any]) -> list[str]:
@@ -63,7 +67,7 @@ def _cost(cell: Mapping[str, Any], key: str) -> str:
 
 def cells(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """A cell a row."""
-    best = lowest(results)
+    best = leading(results)
     return [
         (
             cell["cell"],
@@ -73,7 +77,11 @@ def cells(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
             str(len(cell["losses"])),
             "-" if cell["mean"] is None else f"{cell['mean']:.4f}",
             _interval(cell["interval"]),
-            "the lowest" if cell is best else _against(results, cell, best),
+            f"the {_extreme(results)}" if cell is best else _against(results, cell, best),
+            *(
+                f"{statistics.fmean(cell['measured'][name]):.3f}" if cell["measured"] else ""
+                for name in _measured(results)
+            ),
             *(_cost(cell, key) for key in _costs(results)),
         )
         for cell in results["cells"]
@@ -81,8 +89,8 @@ def cells(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def findings(results: Mapping[str, Any]) -> str:
-    """Which cells differ from the lowest mean by more than seeds do."""
-    best = lowest(results)
+    """Which cells differ from the best mean by more than seeds do."""
+    best = leading(results)
     if best is None:
         return "Nothing has been run with several seeds yet."
     apart: list[str] = []
@@ -91,18 +99,43 @@ def findings(results: Mapping[str, Any]) -> str:
         found = difference(results, cell["cell"], best["cell"])
         if cell is not best and found is not None:
             (apart if found["differ"] else together).append(cell["cell"])
-    said = f"{best['cell']} has the lowest mean, {best['mean']:.4f}."
+    by, other = _compared(results)["by"], "Lower" if _compared(results)["highest"] else "Higher"
+    what = "mean" if by == LOSS["by"] else f"mean {by}"
+    said = f"{best['cell']} has the {_extreme(results)} {what}, {best['mean']:.4f}."
     if apart:
-        said += f" Higher at {LEVEL:.0%}: {', '.join(apart)}."
+        said += f" {other} at {LEVEL:.0%}: {', '.join(apart)}."
     if together:
         said += f" Not told apart from it: {', '.join(together)}."
     return said if results["complete"] else f"{said} The study is not complete."
 
 
-def lowest(results: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The cell of the lowest mean, of those with an interval."""
+def leading(results: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The cell of the best mean, of those with an interval."""
     known = [cell for cell in results["cells"] if cell["interval"]]
-    return min(known, key=lambda cell: cell["mean"], default=None)
+    best = max if _compared(results)["highest"] else min
+    return best(known, key=lambda cell: cell["mean"], default=None)
+
+
+def _compared(results: Mapping[str, Any]) -> Mapping[str, Any]:
+    return results.get("compared", LOSS)
+
+
+def _extreme(results: Mapping[str, Any]) -> str:
+    return "highest" if _compared(results)["highest"] else "lowest"
+
+
+def _measured(results: Mapping[str, Any]) -> list[str]:
+    """The names of what has been measured beside what cells are compared by."""
+    by = _compared(results)["by"]
+    names = dict.fromkeys(name for cell in results["cells"] for name in cell.get("measured", ()))
+    return [name for name in names if name != by]
+
+
+def _note(results: Mapping[str, Any]) -> str:
+    compared = _compared(results)
+    if compared["by"] == LOSS["by"]:
+        return f"Losses are nats a counted token. {NOTE}"
+    return f"{NOTE} The rate is that of the lowest validation loss, the cell's own."
 
 
 def difference(results: Mapping[str, Any], one: str, other: str) -> dict[str, Any] | None:

@@ -10,17 +10,20 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments.harness import adapters, full_updates, run, setup
+from experiments.harness import adapters, devices, full_updates, run, setup
 from experiments.harness.arms import Arm
+from experiments.harness.losses import learning_by, loss_of
+from experiments.harness.measures import Measured, Measures, compared_by
 from experiments.harness.other_text import text_batches
 from experiments.harness.outcome import Outcome, row
 from experiments.harness.progress import console, reporting
+from experiments.harness.shared import Load, Log, Shared, mean_loss, prepared
 from experiments.harness.study import report
 from experiments.harness.study.search import Rules, hopeless, next_trial, rules_of
 from experiments.harness.study.summary import Results, results_of
@@ -34,14 +37,18 @@ ARMS = "arms.jsonl"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OtherText:
-    """The loss on `config.study.other_text`, and the untuned base's."""
+class Loaded:
+    """What the runs of a study need.
 
-    loss: Callable[[Delta], float]
-    of_base: float
+    Attributes:
+      shared: that of the config's own loss.
+      measured: what is measured of each run.
+      of_base: the same of the untuned base.
+    """
 
-
-Loaded = tuple[run.Shared, OtherText | None]
+    shared: Shared
+    measured: Measured
+    of_base: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,12 +60,16 @@ class Study:
       draw: the picture, into a file.
       completed: adds to the results when all runs have been made.
       sized: whether cells take their sizes from `config.model.shape`, which then has to be true.
+      load: loads model and data; see `prepared`.
+      measures: what is taken of each run beside its loss; cells are then compared by it.
     """
 
     cells: Callable[[ConfigDict], Sequence[Arm]]
     draw: Callable[[Path, Results], None]
     completed: Callable[[ConfigDict, Sequence[Arm], Results], Results] | None = None
     sized: bool = False
+    load: Load = prepared
+    measures: Measures | None = None
 
 
 def conduct(
@@ -83,8 +94,10 @@ def conduct(
         hosts.on_first(record)
 
     with reporting(workdir / "metrics.jsonl") as log:
-        shared = functools.cache(lambda: _loaded(config, workdir, log, what))
-        results = study(rules_of(config), cells, workdir, shared, recorded)
+        loaded = functools.cache(lambda: _loaded(config, workdir, log, what))
+        results = study(
+            rules_of(config), cells, workdir, loaded, recorded, compared_by(what.measures)
+        )
     if what.completed:
         results = what.completed(config, cells, results)
         recorded(results)
@@ -114,31 +127,32 @@ def study(
     workdir: Path,
     loaded: Callable[[], Loaded],
     recorded: Callable[[Results], None],
+    compared: Mapping[str, Any],
 ) -> Results:
     """Makes the runs that the record lacks; `recorded` hears of the results after each. Nothing is
     loaded where all have been made."""
     rows = list(records.read(workdir / ARMS))
-    results = results_of(rules, cells, rows)
+    results = results_of(rules, cells, rows, compared)
     sweeps: dict[Hashable, Sweep] = {}
     with hosts.preemption() as stop_requested:
         while (arm := next_trial(rules, cells, rows)) is not None:
-            shared, other_text = loaded()
+            shared = loaded().shared.by_loss(arm.loss)
             if arm.step not in sweeps:
-                sweeps[arm.step] = run.compiled_once(shared, arm)
+                sweeps[arm.step] = shared.task.sweep(arm)
             started = time.time()
             first = arm.seed == rules.seeds[0]
             give_up = hopeless(rules, arm, rows) if first else None
             [outcome] = run.train(shared, [arm], sweeps[arm.step], stop_requested, give_up)
-            done = _finished(shared, outcome, other_text)
+            done = _finished(shared, outcome, loaded())
             done["seconds"] = time.time() - started
             rows.append(done)
             hosts.on_first(functools.partial(records.append, workdir / ARMS, done))
-            results = results_of(rules, cells, rows)
+            results = results_of(rules, cells, rows, compared)
             recorded(results)
     return results
 
 
-def _finished(shared: run.Shared, outcome: Outcome, other_text: OtherText | None) -> dict[str, Any]:
+def _finished(shared: Shared, outcome: Outcome, loaded: Loaded) -> dict[str, Any]:
     """The row of a run, its adapter saved and its checkpoints gone."""
     workdir, arm = shared.workdir, outcome.arm
     if not outcome.progress.stopped:
@@ -154,26 +168,33 @@ def _finished(shared: run.Shared, outcome: Outcome, other_text: OtherText | None
         if record.get("arm") == arm.name and "val_loss" in record
     ]
     hosts.on_first(lambda: shutil.rmtree(workdir / "checkpoints" / arm.folder, ignore_errors=True))
-    base = {"name": shared.model.name, "source": shared.model.source, "val_loss": shared.base_loss}
-    made = {**row(outcome), "val_curve": curve, "base": base}
-    if other_text is not None:
-        base["other_loss"] = other_text.of_base
-        made["other_loss"] = None if outcome.diverged else other_text.loss(outcome.delta)
-    return made
+    base = {**shared.base, **loaded.of_base}
+    measured = dict.fromkeys(base) if outcome.diverged else loaded.measured(outcome.delta)
+    found = {name: measured[name] for name in loaded.of_base}
+    return {**row(outcome, shared.task.unit), "val_curve": curve, "base": base, **found}
 
 
-def _loaded(config: ConfigDict, workdir: Path, log: run.Log, what: Study) -> Loaded:
-    shared = run.prepared(config, workdir, log)
+def _loaded(config: ConfigDict, workdir: Path, log: Log, what: Study) -> Loaded:
+    shared = what.load(config, workdir, log)
     if what.sized:
         setup.require_shape(config, shared.model)
-    path = config.study.other_text
-    if not path:
-        return shared, None
+    parts: dict[str, Callable[[Delta], Any]] = {}
+    if what.measures:
+        parts["measured"] = what.measures.of(shared)
+    if config.study.other_text:
+        parts["other_loss"] = _other_loss(config, shared)
+
+    def measured(delta: Delta) -> dict[str, Any]:
+        return {name: take(delta) for name, take in parts.items()}
+
+    return Loaded(shared=shared, measured=measured, of_base=measured({}))
+
+
+def _other_loss(config: ConfigDict, shared: Shared) -> Callable[[Delta], float]:
+    """The loss of next tokens on `config.study.other_text`, whatever the runs learn by."""
     rows, length = config.data.batch_size, config.data.seq_len
-    batches = text_batches(shared.model, Path(path), rows=rows, length=length)
-
-    def loss(delta: Delta) -> float:
-        params, execution = shared.model.params, shared.execution
-        return run.mean_loss(shared.loss, delta, params, execution, batches)
-
-    return shared, OtherText(loss=loss, of_base=loss({}))
+    batches = text_batches(shared.model, Path(config.study.other_text), rows=rows, length=length)
+    config, params = learning_by(config, "next_token"), shared.model.params
+    loss = loss_of(config, shared.model.config, params)
+    execution = devices.execution(config, params, loss.fields)
+    return lambda delta: mean_loss(loss, delta, params, execution, batches)

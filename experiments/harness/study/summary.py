@@ -1,10 +1,11 @@
 """What the runs of a study say: each cell at its best rate, and the differences between cells."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.harness.arms import Arm
+from experiments.harness.measures import compared_by
 from experiments.harness.study.search import (
     Row,
     Rules,
@@ -19,11 +20,20 @@ from experiments.harness.study.search import (
 from experiments.harness.study.statistics import interval, paired
 
 Results = dict[str, Any]
+LOSS = compared_by(None)
 
 
-def results_of(rules: Rules, cells: Sequence[Arm], rows: Sequence[Row]) -> Results:
-    """What the rows say: a summary of each cell and the paired differences of all pairs."""
-    summary = [_cell(rules, cell, own) for cell in cells if (own := of_cell(cell, rows))]
+def results_of(
+    rules: Rules,
+    cells: Sequence[Arm],
+    rows: Sequence[Row],
+    compared: Mapping[str, Any] = LOSS,
+) -> Results:
+    """What the rows say: a summary of each cell and the paired differences of all pairs, in what
+    `compared` names; see `compared_by`."""
+    summary = [
+        _cell(rules, cell, own, compared["by"]) for cell in cells if (own := of_cell(cell, rows))
+    ]
     return {
         "base": rows[0]["base"] if rows else None,
         "arms": list(rows),
@@ -33,16 +43,17 @@ def results_of(rules: Rules, cells: Sequence[Arm], rows: Sequence[Row]) -> Resul
             for one, other in itertools.combinations(summary, 2)
             if (found := _difference(one, other))
         ],
+        "compared": dict(compared),
         "complete": next_trial(rules, cells, rows) is None,
         "seconds": sum(row["seconds"] for row in rows),
     }
 
 
-def _cell(rules: Rules, cell: Arm, rows: Sequence[Row]) -> dict[str, Any]:
+def _cell(rules: Rules, cell: Arm, rows: Sequence[Row], by: str) -> dict[str, Any]:
     tried = tried_rates(rows, rules.seeds[0])
     best = best_rate(tried)
-    losses = seeds_at(rows, best)
-    values = [loss for loss in losses.values() if loss is not None]
+    found = {row["seed"]: _compared(row, by) for row in at_rate(rows, best)}
+    values = [value for value in found.values() if value is not None]
     spread = interval(values) if len(values) > 1 else None
     return {
         "cell": cell.cell,
@@ -54,11 +65,26 @@ def _cell(rules: Rules, cell: Arm, rows: Sequence[Row]) -> dict[str, Any]:
         "learning_rate": best,
         "edge": not cell.fixed_rate and is_edge(tried, rules.factor),
         "tried": len(tried),
-        "losses": losses,
+        "losses": seeds_at(rows, best),
+        "values": found,
+        "measured": _measured(rows, best),
         "forgotten": _forgotten(rows, best),
         "mean": spread.mean if spread else (values[0] if values else None),
         "interval": [spread.low, spread.high] if spread else None,
     }
+
+
+def _compared(row: Row, by: str) -> float | None:
+    """A run's value of what is compared; None where it diverged."""
+    if by == LOSS["by"]:
+        return row["val_loss"]
+    return (row["measured"] or {}).get(by)
+
+
+def _measured(rows: Sequence[Row], rate: float) -> dict[str, list[float]]:
+    """What was measured of each seed at a rate, by name."""
+    found = [row["measured"] for row in at_rate(rows, rate) if row.get("measured")]
+    return {name: [numbers[name] for numbers in found] for name in (found[0] if found else ())}
 
 
 def _forgotten(rows: Sequence[Row], rate: float) -> list[float] | None:
@@ -71,7 +97,7 @@ def _forgotten(rows: Sequence[Row], rate: float) -> list[float] | None:
 
 
 def _difference(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any] | None:
-    found = paired(one["losses"], other["losses"])
+    found = paired(one["values"], other["values"])
     if found is None:
         return None
     return {
