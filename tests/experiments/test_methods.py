@@ -107,8 +107,9 @@ def test_a_run(tmp_path, monkeypatch):
     assert tuned["tried"] == 3 and fixed["tried"] == 1 and fixed["learning_rate"] == 1e-4
     assert tuned["mean"] < fixed["mean"] < results["base"]["val_loss"]
     assert len(tuned["forgotten"]) == 3
-    # Of random weights any training on text helps.
-    assert max(tuned["forgotten"]) < min(fixed["forgotten"]) and not fixed["edge"]
+    # Random weights have nothing to forget: they move, and by more at the higher rate.
+    assert max(map(abs, tuned["forgotten"])) > max(map(abs, fixed["forgotten"]))
+    assert not fixed["edge"]
     table = (tmp_path / "run/results.md").read_text()
     assert report.findings(results) in table and "forgotten" in table
     assert (tmp_path / "run/methods.png").read_bytes()[:4] == b"\x89PNG"
