@@ -55,7 +55,8 @@ def work(config: ConfigDict, workdir: Path) -> None:
     console.print(f"[bold]Scores[/bold] of {len(arms)} arms, records in {workdir}")
     items = sampled(generated.grouped(setup.records(config, "test")), MEANINGS.value)
     known = {row["arm"]: row for row in records.read(workdir / "scores.jsonl")}
-    wanted = [name for name in (BASE, *(arm.name for arm in arms)) if name not in known]
+    names = [BASE, *(arm.name for arm in arms)]
+    wanted = [name for name in names if name not in known]
     if wanted:
         model = setup.load_model(config)
         prompts = prompts_of(model, items.meanings)
@@ -71,9 +72,7 @@ def work(config: ConfigDict, workdir: Path) -> None:
             known[name] = row
             records.append(workdir / "scores.jsonl", row)
             console.print(f"{name}: {in_words(row)}", markup=False)
-    write(
-        workdir, [known[name] for name in (BASE, *(arm.name for arm in arms))], len(items.meanings)
-    )
+    write(workdir, [known[name] for name in names], len(items.meanings))
 
 
 def sampled(items: generated.Items, count: int) -> generated.Items:

@@ -56,7 +56,7 @@ def loss_arms(config: ConfigDict) -> list[Arm]:
 
 
 def loss_cells(config: ConfigDict) -> list[Arm]:
-    """Every loss that is asked for as a cell."""
+    """Every loss that the config names, as a cell."""
     return as_cells(loss_arms(config))
 
 

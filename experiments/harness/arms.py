@@ -106,16 +106,12 @@ def target_arms(config: ConfigDict, per_rank: Mapping[str, int]) -> list[Arm]:
 
 def rank_cells(config: ConfigDict) -> list[Arm]:
     """Every rank, and full fine-tuning where configured; see `rank_arms`."""
-    single = config.copy_and_resolve_references()
-    single.sweep.learning_rates, single.sweep.seeds = (), (0,)
-    return as_cells(rank_arms(single))
+    return as_cells(rank_arms(_of_one_rate_and_seed(config)))
 
 
 def target_cells(config: ConfigDict, per_rank: Mapping[str, int]) -> list[Arm]:
     """Every preset at equal rank and at equal parameters; see `target_arms`."""
-    single = config.copy_and_resolve_references()
-    single.sweep.learning_rates, single.sweep.seeds = (), (0,)
-    return as_cells(target_arms(single, per_rank))
+    return as_cells(target_arms(_of_one_rate_and_seed(config), per_rank))
 
 
 def as_cells(arms: Sequence[Arm]) -> list[Arm]:
@@ -138,6 +134,12 @@ def _grouped(arms: Sequence[Arm], key: Callable[[Arm], Hashable]) -> list[Sequen
     for arm in arms:
         groups.setdefault(key(arm), []).append(arm)
     return list(groups.values())
+
+
+def _of_one_rate_and_seed(config: ConfigDict) -> ConfigDict:
+    single = config.copy_and_resolve_references()
+    single.sweep.learning_rates, single.sweep.seeds = (), (0,)
+    return single
 
 
 def _rates_and_seeds(config: ConfigDict) -> list[tuple[float, int]]:

@@ -117,7 +117,7 @@ def _over(
         log({"event": "loading", "what": f"data {config.data.source}"})
     examples = given.train if given else setup.training_examples(config, model)
     validation = setup.validation_batches(config, model, given.validation if given else None)
-    base_loss = mean_loss(loss, {}, model.params, execution, validation)
+    base_loss = mean_loss_over(validation, loss, model.params, execution)({})
     log({"event": "base", "val_loss": base_loss})
 
     def sweep(arm: Arm) -> Sweep:
@@ -161,14 +161,18 @@ def step_of(
     )
 
 
-def mean_loss(
-    loss: Loss, delta: Delta, base: PyTree, execution: Execution, batches: Sequence[Batch]
-) -> float:
-    """Over all that counts in the batches."""
+def mean_loss_over(
+    batches: Sequence[Batch], loss: Loss, base: PyTree, execution: Execution
+) -> Callable[[Delta], float]:
+    """A delta's loss over all that counts in the batches, by one compiled program."""
     summed = execution.evaluate(functools.partial(_without_dropout, loss))
-    with execution.context():
-        sums = [jax.device_get(summed(delta, base, execution.batch(batch))) for batch in batches]
-    return setup.mean_loss(sums, loss.unit)
+
+    def mean_loss(delta: Delta) -> float:
+        with execution.context():
+            sums = [jax.device_get(summed(delta, base, execution.batch(b))) for b in batches]
+        return setup.mean_loss(sums, loss.unit)
+
+    return mean_loss
 
 
 def optimizer(config: ConfigDict, arm: Arm) -> optax.GradientTransformationExtraArgs:

@@ -6,12 +6,10 @@ fact that was not given. So what is preferred can be counted by a rule, `restaur
 and length says little about it. Nothing is downloaded and the records are the same everywhere.
 """
 
-from collections.abc import Callable, Iterator
-
 from lora_jax.data import restaurant_check, restaurant_text, restaurant_words, restaurants
 from lora_jax.data.records import TEST, TRAIN, VALIDATION, Corpus, Record, file_fingerprint
 from lora_jax.data.restaurant_text import Facts, Pick, describe
-from lora_jax.data.restaurants import SYSTEM, VALUES, draw_facts, meaning, picker
+from lora_jax.data.restaurants import SYSTEM, VALUES, distinct_splits, meaning
 
 SIZES = {TRAIN: 2000, VALIDATION: 200, TEST: 200}
 FLAWS = ("leaves out", "changes", "adds")
@@ -24,33 +22,12 @@ def corpus() -> Corpus:
     return Corpus(
         name="preferences",
         fingerprint=file_fingerprint(__file__, *(str(module.__file__) for module in modules)),
-        splits={split: _reader(split) for split in SIZES},
+        splits=distinct_splits(SIZES, _SEED, _record),
     )
 
 
-def _reader(split: str) -> Callable[[], Iterator[Record]]:
-    return lambda: _generate(split)
-
-
-def _generate(wanted: str) -> Iterator[Record]:
-    pick = picker(_SEED)
-    seen: set[str] = set()
-    for split, size in SIZES.items():
-        remaining = size
-        while remaining:
-            facts = draw_facts(pick)
-            chosen, rejected = describe(facts, pick), describe(flawed(facts, pick), pick)
-            if meaning(facts) in seen:
-                continue
-            seen.add(meaning(facts))
-            remaining -= 1
-            if split == wanted:
-                yield _record(facts, chosen, rejected)
-        if split == wanted:
-            return
-
-
-def _record(facts: Facts, chosen: str, rejected: str) -> Record:
+def _record(facts: Facts, pick: Pick) -> Record:
+    chosen, rejected = describe(facts, pick), describe(flawed(facts, pick), pick)
     prompt = [
         {"role": "system", "content": SYSTEM},
         {"role": "user", "content": meaning(facts)},

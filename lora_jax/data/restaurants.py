@@ -4,7 +4,8 @@ A record asks for a description of a few facts, `name[The Idle Wren], food[Thai]
 answers in one to three sentences. Nothing is downloaded and the same records come out everywhere.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -44,30 +45,37 @@ def corpus() -> Corpus:
     return Corpus(
         name="restaurants",
         fingerprint=file_fingerprint(*modules),
-        splits={split: _reader(split) for split in SIZES},
+        splits=distinct_splits(SIZES, _SEED, _record),
     )
 
 
-def _reader(split: str) -> Callable[[], Iterator[Record]]:
-    return lambda: _generate(split)
+def _record(facts: Facts, pick: Pick) -> Record:
+    return conversation(meaning(facts), describe(facts, pick), system=SYSTEM)
 
 
-def _generate(wanted: str) -> Iterator[Record]:
-    pick = picker(_SEED)
-    seen: set[str] = set()
-    for split, size in SIZES.items():
-        remaining = size
-        while remaining:
-            facts = draw_facts(pick)
-            prompt, text = meaning(facts), describe(facts, pick)
-            if prompt in seen:
-                continue
-            seen.add(prompt)
-            remaining -= 1
+def distinct_splits(
+    sizes: Mapping[str, int], seed: int, record: Callable[[Facts, Pick], Record]
+) -> dict[str, Callable[[], Iterator[Record]]]:
+    """Splits of so many records, `record(facts, pick)` each, among which no facts occur twice."""
+
+    def generate(wanted: str) -> Iterator[Record]:
+        pick = picker(seed)
+        seen: set[str] = set()
+        for split, size in sizes.items():
+            remaining = size
+            while remaining:
+                facts = draw_facts(pick)
+                made = record(facts, pick)
+                if meaning(facts) in seen:
+                    continue
+                seen.add(meaning(facts))
+                remaining -= 1
+                if split == wanted:
+                    yield made
             if split == wanted:
-                yield conversation(prompt, text, system=SYSTEM)
-        if split == wanted:
-            return
+                return
+
+    return {split: functools.partial(generate, split) for split in sizes}
 
 
 def meaning(facts: Facts) -> str:

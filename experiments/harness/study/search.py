@@ -96,7 +96,7 @@ def next_rate(tried: Mapping[float, float], start: float, rules: Rules) -> float
     best = best_rate(tried)
     above, below = best * rules.factor, best / rules.factor
     neighbours = (above, below) if math.isfinite(tried[best]) else (below,)
-    return next((rate for rate in neighbours if _known(rate, tried) is None), None)
+    return next((rate for rate in neighbours if not _has(tried, rate)), None)
 
 
 def best_rate(tried: Mapping[float, float]) -> float:
@@ -107,7 +107,7 @@ def best_rate(tried: Mapping[float, float]) -> float:
 def is_edge(tried: Mapping[float, float], factor: float) -> bool:
     """Whether a neighbour of the best rate has not been tried."""
     best = best_rate(tried)
-    return any(_known(rate, tried) is None for rate in (best * factor, best / factor))
+    return not all(_has(tried, rate) for rate in (best * factor, best / factor))
 
 
 def hopeless(rules: Rules, cell: Arm, rows: Sequence[Row]) -> Callable[[int, float], bool]:
@@ -153,8 +153,12 @@ def seeds_at(rows: Sequence[Row], rate: float) -> dict[int, float | None]:
 
 
 def at_rate(rows: Sequence[Row], rate: float) -> list[Row]:
-    return [row for row in rows if math.isclose(row["learning_rate"], rate, rel_tol=1e-6)]
+    return [row for row in rows if _same(row["learning_rate"], rate)]
 
 
-def _known(rate: float, tried: Mapping[float, float]) -> float | None:
-    return next((known for known in tried if math.isclose(known, rate, rel_tol=1e-6)), None)
+def _has(tried: Mapping[float, float], rate: float) -> bool:
+    return any(_same(known, rate) for known in tried)
+
+
+def _same(rate: float, other: float) -> bool:
+    return math.isclose(rate, other, rel_tol=1e-6)

@@ -23,7 +23,7 @@ from experiments.harness.measures import Measured, Measures, compared_by
 from experiments.harness.other_text import text_batches
 from experiments.harness.outcome import Outcome, row
 from experiments.harness.progress import console, reporting
-from experiments.harness.shared import Load, Log, Shared, mean_loss, prepared
+from experiments.harness.shared import Load, Log, Shared, mean_loss_over, prepared
 from experiments.harness.study import report
 from experiments.harness.study.search import Rules, hopeless, next_trial, rules_of
 from experiments.harness.study.summary import Results, results_of
@@ -197,4 +197,4 @@ def _other_loss(config: ConfigDict, shared: Shared) -> Callable[[Delta], float]:
     config, params = learning_by(config, "next_token"), shared.model.params
     loss = loss_of(config, shared.model.config, params)
     execution = devices.execution(config, params, loss.fields)
-    return lambda delta: mean_loss(loss, delta, params, execution, batches)
+    return mean_loss_over(batches, loss, params, execution)
